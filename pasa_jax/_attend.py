@@ -1,0 +1,49 @@
+"""The differentiable core: any implementation's forward pass, the tile-by-tile backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from pasa_jax import _lax
+from pasa_jax._operands import Operands, Result
+from pasa_jax._prepare import Plan
+from pasa_jax.mask import Mask
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Core:
+    """The static part of the call: which forward pass, with which plan."""
+
+    forward: Callable[[Operands, Mask, Plan], Result]
+    plan: Plan
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(core: Core, operands: Operands, mask: Mask) -> tuple[Array, Array]:
+    """Output [B, T, N, E] and log-sum-exp [B, T, N], both differentiable in reverse mode.
+
+    The backward pass recomputes the scores from O(T + S) residuals, whatever computed the
+    forward pass.
+    """
+    result = core.forward(operands, mask, core.plan)
+    return result.out, result.lse
+
+
+def _forward(core: Core, operands: Operands, mask: Mask) -> tuple[tuple[Array, Array], Any]:
+    result = core.forward(operands, mask, core.plan)
+    return (result.out, result.lse), (operands, mask, result)
+
+
+def _backward(core: Core, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Operands, None]:
+    operands, mask, result = residuals
+    return _lax.backward(operands, mask, core.plan, result, *cotangents), None
+
+
+attend.defvjp(_forward, _backward)

@@ -1,0 +1,427 @@
+"""The lax implementation: walks the tiles of `_tile` with lax loops, forward and backward.
+
+One key head with its G query heads is one problem of plain 2-D arrays; its rows are stacked
+[G, positions], so that keys and values are never repeated. Tiles are sliced where they lie: an
+odd length moves the last tile back, and the mask hides what it then holds twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax import _tile as tile
+from pasa_jax._operands import Operands, Result, heads_of
+from pasa_jax._prepare import HeadFacts, Plan, prepare
+from pasa_jax.mask import Index, Mask, slice_tile
+
+Array = jax.Array
+
+
+def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
+    """None: every call is supported, on every device."""
+    del operands, mask, plan
+    return None
+
+
+def forward(operands: Operands, mask: Mask, plan: Plan) -> Result:
+    """Attention of all heads."""
+    return over_heads(operands, mask, plan, lambda walk, b, h: (_forward_head(walk), None))[0]
+
+
+def backward(
+    operands: Operands, mask: Mask, plan: Plan, result: Result, d_out: Array, d_lse: Array
+) -> Operands:
+    """Cotangents of the operands, tile by tile from the row statistics in ``result``.
+
+    Arguments:
+      d_out: [B, T, N, E] cotangent of the output.
+      d_lse: [B, T, N] cotangent of the log-sum-exp.
+    """
+    groups = operands.query.shape[2] // operands.key.shape[2]
+
+    def program(walk: Walk, b: Index, h: Index) -> tuple[Any, Array | None]:
+        def of_head(x: Array) -> Array:
+            return heads_of(x, b, h, groups)
+
+        return _backward_head(walk, Result(*map(of_head, result)), of_head(d_out), of_head(d_lse))
+
+    (d_q, d_k, d_v, d_scale, d_sinks), d_bias = over_heads(operands, mask, plan, program)
+    return Operands(
+        query=d_q,
+        key=d_k,
+        value=d_v,
+        bias=None if operands.bias is None else d_bias.astype(operands.bias.dtype),
+        sinks=None if operands.sinks is None else _sum_to(d_sinks, 2, operands.sinks),
+        scale=jnp.sum(d_scale).astype(operands.scale.dtype),
+    )
+
+
+def _sum_to(x: Array, axis: int, like: Array) -> Array:
+    return jnp.sum(x, axis=tuple(a for a in range(x.ndim) if a != axis)).astype(like.dtype)
+
+
+# All heads.
+
+
+def over_heads(
+    operands: Operands,
+    mask: Mask,
+    plan: Plan,
+    program: Callable[[Walk, Index, Index], tuple[Any, Array | None]],
+) -> tuple[Any, Array | None]:
+    """Runs ``program`` for every key head, one after another or all at once.
+
+    Arguments:
+      program: (walk, b, h) -> (arrays [L, g, …], an addend to the bias's gradient or None).
+
+    Returns:
+      The arrays as [B, L, K·g, …] and the bias's gradient.
+    """
+    batch, _, kv_heads, _ = operands.key.shape
+    groups = operands.query.shape[2] // kv_heads
+
+    def one(b: Index, h: Index) -> tuple[Any, Array | None]:
+        return program(Walk.of(operands.head(b, h), mask.head(b, h, groups), plan), b, h)
+
+    if plan.schedule.batch_heads:
+        index = (jnp.arange(batch, dtype=jnp.int32), jnp.arange(kv_heads, dtype=jnp.int32))
+        placed, d_bias = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(*index)
+        placed = jax.tree.map(
+            lambda x: jnp.moveaxis(x, 1, 2).reshape(batch, x.shape[2], -1, *x.shape[4:]), placed
+        )
+        return placed, None if d_bias is None else _fold_bias(d_bias, operands.bias)
+
+    def body(t: Array, buffers: tuple[Any, Array | None]) -> tuple[Any, Array | None]:
+        b, h = t.astype(jnp.int32) // kv_heads, t.astype(jnp.int32) % kv_heads
+        placed, d_bias = one(b, h)
+
+        def put(buffer: Array, x: Array) -> Array:
+            at = (b, 0, h * x.shape[1], *[0] * (x.ndim - 2))
+            return lax.dynamic_update_slice(buffer, x[None], at)
+
+        total = buffers[1]
+        if total is not None and d_bias is not None:
+            at = (b if len(total) > 1 else 0, h * groups if total.shape[1] > 1 else 0, 0, 0)
+            total = _add_at(total, d_bias[None], at)
+        return jax.tree.map(put, buffers[0], placed), total
+
+    shapes, bias_shape = jax.eval_shape(one, jnp.int32(0), jnp.int32(0))
+    buffers = jax.tree.map(
+        lambda x: jnp.zeros((batch, x.shape[0], kv_heads * x.shape[1], *x.shape[2:]), x.dtype),
+        shapes,
+    )
+    d_bias = None
+    if bias_shape is not None and operands.bias is not None:
+        d_bias = jnp.zeros(operands.bias.shape, bias_shape.dtype)
+    return lax.fori_loop(0, batch * kv_heads, body, varying((buffers, d_bias), (operands, mask)))
+
+
+def _fold_bias(d_bias: Array, bias: Array | None) -> Array:
+    """[B, K, G|1, T|1, S|1] -> the bias's own shape, summed where it is broadcast."""
+    assert bias is not None
+    full = d_bias.reshape(d_bias.shape[0], -1, *d_bias.shape[3:])
+    axes = tuple(a for a in (0, 1) if bias.shape[a] == 1)
+    return jnp.sum(full, axis=axes, keepdims=True)
+
+
+def _add_at(buffer: Array, x: Array, at: tuple[Index, ...]) -> Array:
+    old = lax.dynamic_slice(buffer, at, x.shape)
+    return lax.dynamic_update_slice(buffer, old + x, at)
+
+
+def varying(carry: Any, sources: Any) -> Any:
+    """``carry`` typed as varying over the manual mesh axes of ``sources``.
+
+    Inside `shard_map` a loop's first carry must have the type of its last.
+    """
+    axes: set[Any] = set()
+    for x in jax.tree.leaves(sources):
+        axes |= jax.typeof(x).manual_axis_type.varying
+    if not axes:
+        return carry
+
+    def cast(x: Array) -> Array:
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, carry)
+
+
+# One head.
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One key head cut into tiles: what each tile holds, and which tiles there are."""
+
+    head: Operands
+    mask: Mask
+    plan: Plan
+    facts: HeadFacts
+    numerics: tile.Numerics
+
+    @staticmethod
+    def of(head: Operands, mask: Mask, plan: Plan) -> Walk:
+        facts = prepare(head.query, head.key, head.value, head.scale, mask, plan)
+        return Walk(head, mask, plan, facts, plan.numerics(len(head.key)))
+
+    @property
+    def groups(self) -> int:
+        return self.head.query.shape[1]
+
+    @property
+    def block_q(self) -> int:
+        """Positions of a query tile, each of which is G rows."""
+        return max(1, min(self.plan.schedule.block_q // self.groups, len(self.head.query)))
+
+    @property
+    def block_kv(self) -> int:
+        return self.plan.schedule.block_kv
+
+    @property
+    def query_tiles(self) -> int:
+        return -(-len(self.head.query) // self.block_q)
+
+    # Rows of one query tile, [T, G, …] <-> [G·block_q, …].
+
+    def rows(self, x: Array, start: Index) -> Array:
+        x = lax.dynamic_slice_in_dim(x, start, self.block_q)
+        x = jnp.moveaxis(x, 1, 0).reshape(self.groups * self.block_q, *x.shape[2:])
+        return x if x.ndim > 1 else x[:, None]
+
+    def put_rows(self, buffer: Array, x: Array, start: Index) -> Array:
+        x = x.reshape(self.groups, self.block_q, *buffer.shape[2:])
+        return lax.dynamic_update_slice_in_dim(buffer, jnp.moveaxis(x, 0, 1), start, axis=0)
+
+    def positions(self, start: Index) -> Array:
+        """[R, 1] query position of each row."""
+        row = jnp.arange(self.groups * self.block_q, dtype=jnp.int32) % self.block_q
+        return (start + row)[:, None]
+
+    def in_use(self, start: Index) -> Array:
+        """[R, 1] bool: False for rows of padding."""
+        lengths, row = self.mask.query_lengths, self.positions(start)
+        return jnp.ones_like(row, bool) if lengths is None else row < lengths
+
+    def fresh(self, start: Index, i: Array) -> Array:
+        """[R, 1] bool: the rows in use that no earlier tile has done."""
+        return self.in_use(start) & (self.positions(start) >= i.astype(jnp.int32) * self.block_q)
+
+    # Tiles.
+
+    def query_start(self, i: Array) -> Array:
+        return jnp.minimum(i.astype(jnp.int32) * self.block_q, len(self.head.query) - self.block_q)
+
+    def key_start(self, j: Array) -> Array:
+        return jnp.minimum(j.astype(jnp.int32) * self.block_kv, len(self.head.key) - self.block_kv)
+
+    def query(self, start: Index) -> tile.QueryTile:
+        guard = self.facts.guard
+        if guard is not None:
+            guard = tile.Guard(*(self.rows(x, start) for x in guard))
+        folded = self.numerics.shift == "paper"
+        scale = jnp.ones_like(self.head.scale) if folded else self.head.scale
+        return tile.query_tile(self.rows(self.head.query, start), scale, guard, self.numerics)
+
+    def raw_keys(self, j: Array) -> tuple[Array, Array, Array]:
+        """Keys, values and which of them are usable [n, 1], of key tile j."""
+        at, n = self.key_start(j), self.block_kv
+        k, v, usable = (
+            lax.dynamic_slice_in_dim(x, at, n)
+            for x in (self.head.key, self.head.value, self.facts.usable)
+        )
+        return k, v, usable[:, None]
+
+    def key(self, j: Array, *, value_gain: bool) -> tile.KeyTile:
+        k, v, usable = self.raw_keys(j)
+        extra: dict[str, Any] = {}
+        if self.facts.kappa is not None:
+            extra["kappa"] = lax.dynamic_slice_in_dim(self.facts.kappa, j, 1)
+        if self.numerics.shift == "paper":
+            blocks = self.plan.paper_blocks(len(self.head.key))
+            tail = j == len(self.head.key) // self.block_kv
+            extra["matrix"] = jnp.where(tail, blocks.tail_matrix, blocks.matrix).astype(jnp.float16)
+            extra["weights"] = jnp.where(tail, blocks.tail_weights, blocks.weights)
+        if value_gain and self.facts.value_range is not None:
+            extra["value_gain"] = 1 / self.facts.value_range
+        return tile.key_tile(k, v, usable, self.numerics, **extra)
+
+    def seen(self, start: Index, j: Array) -> Array:
+        """[R, n] bool: the mask of one tile, the keys of another tile left out."""
+        at, n = self.key_start(j), self.block_kv
+        columns = at + jnp.arange(n, dtype=jnp.int32)[None]
+        seen = self.mask.visible(self.positions(start), columns)
+        if len(self.head.key) % n:
+            seen = seen & (columns >= j * n)
+        array = self.mask.tile_array(start, self.block_q, at, n, self.groups)
+        return seen if array is None else seen & array
+
+    def bias(self, start: Index, j: Array) -> Array | None:
+        if self.head.bias is None:
+            return None
+        x = slice_tile(self.head.bias, start, self.block_q, self.key_start(j), self.block_kv)
+        shape = (self.groups, self.block_q, self.block_kv)
+        return jnp.broadcast_to(x, shape).reshape(-1, self.block_kv)
+
+    def sinks(self) -> Array | None:
+        """[R, 1] the sink of each row's head."""
+        if self.head.sinks is None:
+            return None
+        return jnp.repeat(self.head.sinks, self.block_q)[:, None]
+
+    # Loops.
+
+    def over_queries(self, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+        """Folds ``body(i, carry)`` over the query tiles."""
+        sources = (self.head, self.mask)
+        return lax.fori_loop(0, self.query_tiles, body, varying(carry, sources))
+
+    def over_keys(
+        self, start: Array, body: Callable[[Array, Array | None, Any], Any], carry: Any
+    ) -> Any:
+        """Folds ``body(j, mask tile or None, carry)`` over the key tiles that ``start``'s see."""
+        n = self.block_kv
+        carry = varying(carry, (self.head, self.mask))
+        r = self.mask.key_range(start, start + self.block_q, n)
+
+        def full(j: Array, carry: Any) -> Any:
+            return body(j.astype(jnp.int32), None, carry)
+
+        def partial(t: Array, carry: Any) -> Any:
+            j = r.lo + t.astype(jnp.int32)
+            j = jnp.where(j < r.full_lo, j, j - r.full_lo + r.full_hi)
+            seen = self.seen(start, j)
+            if not self.mask.data_dependent:
+                return body(j, seen, carry)
+            return lax.cond(jnp.any(seen), lambda c: body(j, seen, c), lambda c: c, carry)
+
+        if not self.mask.data_dependent:
+            carry = lax.fori_loop(r.full_lo, r.full_hi, full, carry)
+        if self.mask.any_partial(n):
+            count = r.full_lo - r.lo + r.hi - r.full_hi
+            carry = lax.fori_loop(0, count, partial, carry)
+        return carry
+
+
+def _forward_head(walk: Walk) -> Result:
+    numerics, head = walk.numerics, walk.head
+    value_size, out_type = head.value.shape[1], head.value.dtype
+
+    def query_tile(i: Array, result: Result) -> Result:
+        start = walk.query_start(i)
+        query = walk.query(start)
+
+        def step(j: Array, seen: Array | None, carry: tuple[tile.State, Array]) -> Any:
+            state, count = carry[0], carry[1] + 1
+            key = walk.key(j, value_gain=True)
+            s = tile.scores(query, key, state, seen, walk.bias(start, j), numerics)
+            return tile.update(state, s, query, key, count, numerics), count
+
+        empty = tile.initial_state(len(query.q), value_size, numerics)
+        state, _ = walk.over_keys(start, step, (empty, jnp.float32(0)))
+        state = tile.settle(state, numerics)
+        sinks = walk.sinks()
+        if sinks is not None:
+            state = tile.add_sink(state, sinks, query.temper)
+        out, lse = tile.finish(state, query.temper, walk.facts.value_range)
+        out = tile.zero_unusable(out, walk.in_use(start))
+        if walk.plan.promises_finite:  # a mean of values, rounded up, must not leave the type
+            largest = float(jnp.finfo(out_type).max)
+            out = jnp.clip(out, -largest, largest)
+        rounded = out.astype(out_type)
+        new = Result(
+            out=rounded,
+            lse=lse.astype(result.lse.dtype),
+            m=state.m.astype(result.m.dtype),
+            l=state.l.astype(result.l.dtype),
+            remainder=(out - rounded.astype(out.dtype)).astype(out_type),
+        )
+        return Result(*(walk.put_rows(a, b, start) for a, b in zip(result, new, strict=True)))
+
+    rows, wide = head.query.shape[:2], numerics.product
+    out = jnp.zeros((*rows, value_size), out_type)
+    column = jnp.zeros(rows, wide)
+    lse = jnp.zeros(rows, jnp.promote_types(out_type, jnp.float32))
+    return walk.over_queries(query_tile, Result(out, lse, column, column, out))
+
+
+def _backward_head(
+    walk: Walk, result: Result, d_out: Array, d_lse: Array
+) -> tuple[tuple[Array, ...], Array | None]:
+    numerics, head = walk.numerics, walk.head
+    wide = numerics.product
+    stat = numerics.statistics
+
+    def query_tile(i: Array, totals: Any) -> Any:
+        start = walk.query_start(i)
+        query = walk.query(start)
+        m, l = walk.rows(result.m, start), walk.rows(result.l, start)  # noqa: E741
+        live = walk.fresh(start, i) & (l != 0)  # rows that saw nothing have no gradient either
+        q, d_o, out, rest = (
+            tile.zero_unusable(walk.rows(x, start), live)
+            for x in (head.query, d_out, result.out, result.remainder)
+        )
+        d_o = d_o.astype(wide)
+        delta = jnp.sum(d_o * (out.astype(wide) + rest.astype(wide)), axis=1, keepdims=True)
+        delta = delta - tile.zero_unusable(walk.rows(d_lse, start).astype(wide), live)
+
+        # A reference that lags takes the final maximum here: any reference gives the same scores.
+        state = tile.State(m.astype(stat), l.astype(stat), d_o, jnp.zeros_like(l, stat))
+
+        def step(j: Array, seen: Array | None, carry: Any) -> Any:
+            d_q, d_k, d_v, d_bias = carry
+            key = walk.key(j, value_gain=False)
+            bias = walk.bias(start, j)
+            s = tile.scores(query, key, state, seen, bias, numerics, with_slope=True)
+            k, _, usable = walk.raw_keys(j)
+            k = tile.zero_unusable(k, usable)
+            g = tile.gradients(s, query, key, q, k, m, l, d_o, delta, numerics)
+            at = walk.key_start(j)
+            if d_bias is not None:
+                tiled = g.scores.reshape(walk.groups, walk.block_q, walk.block_kv)
+                d_bias = _add_bias(d_bias, tiled, start, at)
+            return d_q + g.q, _add_at(d_k, g.k, (at, 0)), _add_at(d_v, g.v, (at, 0)), d_bias
+
+        d_q, d_k, d_v, d_scale, d_sinks, d_bias = totals
+        zero = jnp.zeros(q.shape, wide)
+        d_q_tile, d_k, d_v, d_bias = walk.over_keys(start, step, (zero, d_k, d_v, d_bias))
+
+        def add(buffer: Array, x: Array) -> Array:  # rows done before keep what they have
+            old = walk.rows(buffer, start)
+            return walk.put_rows(buffer, jnp.where(live, x.astype(buffer.dtype), old), start)
+
+        d_scale = add(d_scale, jnp.sum(d_q_tile * q.astype(wide), axis=1, keepdims=True))
+        d_q = add(d_q, d_q_tile * head.scale.astype(wide))
+        sinks = walk.sinks()
+        if sinks is not None:
+            gap = sinks.astype(wide) / query.temper.astype(wide) - m
+            share = jnp.exp(gap * query.temper.astype(wide)) / jnp.where(l != 0, l, 1)
+            d_sinks = add(d_sinks, -share * delta)
+        return d_q, d_k, d_v, d_scale, d_sinks, d_bias
+
+    rows = head.query.shape[:2]
+    d_bias = None if head.bias is None else jnp.zeros(head.bias.shape, wide)
+    totals = (
+        jnp.zeros(head.query.shape, head.query.dtype),
+        jnp.zeros(head.key.shape, wide),
+        jnp.zeros(head.value.shape, wide),
+        jnp.zeros(rows, wide),
+        jnp.zeros(rows, wide),
+        d_bias,
+    )
+    d_q, d_k, d_v, d_scale, d_sinks, d_bias = walk.over_queries(query_tile, totals)
+    d_k = (d_k * head.scale.astype(wide)).astype(head.key.dtype)
+    return (d_q, d_k[:, None], d_v.astype(head.value.dtype)[:, None], d_scale, d_sinks), d_bias
+
+
+def _add_bias(d_bias: Array, d_scores: Array, start: Index, at: Index) -> Array:
+    """Adds a tile [G, rows, keys] to the gradient [G|1, T|1, S|1], summed where it broadcasts."""
+    axes = tuple(a for a in range(3) if d_bias.shape[a] == 1)
+    place = (0, 0 if 1 in axes else start, 0 if 2 in axes else at)
+    return _add_at(d_bias, jnp.sum(d_scores, axis=axes, keepdims=True), place)

@@ -1,0 +1,60 @@
+"""What a call has become when it reaches an implementation, and what comes back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+
+from pasa_jax.mask import Index, pick
+
+Array = jax.Array
+
+
+class Operands(NamedTuple):
+    """The differentiable arrays of one call, canonical. For one head, B, N and K are gone."""
+
+    query: Array  # [B, T, N, D]                one head: [T, G, D]
+    key: Array  # [B, S, K, D]                  one head: [S, D]
+    value: Array  # [B, S, K, E]                one head: [S, E]
+    bias: Array | None  # [B|1, N|1, T|1, S|1]  one head: [G|1, T|1, S|1]
+    sinks: Array | None  # [N]                  one head: [G]
+    scale: Array  # []
+
+    def head(self, b: Index, h: Index) -> Operands:
+        """The operands of batch entry ``b`` and key head ``h``."""
+        groups = self.query.shape[2] // self.key.shape[2]
+        bias = None
+        if self.bias is not None:
+            bias = pick(self.bias, b)
+            if bias.shape[0] > 1:
+                bias = lax.dynamic_slice_in_dim(bias, h * groups, groups)
+        sinks = self.sinks
+        if sinks is not None:
+            sinks = lax.dynamic_slice_in_dim(sinks, h * groups, groups)
+        return Operands(
+            query=heads_of(self.query, b, h, groups),
+            key=heads_of(self.key, b, h, 1)[:, 0],
+            value=heads_of(self.value, b, h, 1)[:, 0],
+            bias=bias,
+            sinks=sinks,
+            scale=self.scale,
+        )
+
+
+def heads_of(x: Array, b: Index, h: Index, groups: int) -> Array:
+    """[B, L, H, …] -> [L, groups, …]: the heads that belong to key head ``h``."""
+    return lax.dynamic_slice_in_dim(pick(x, b), h * groups, groups, axis=1)
+
+
+class Result(NamedTuple):
+    """What a forward pass gives. For one head the axes are [T, G, …]."""
+
+    out: Array  # [B, T, N, E] in the inputs' type
+    lse: Array  # [B, T, N] log-sum-exp, float32 (float64 for float64 inputs)
+    # For the gradient: the parts of the log-sum-exp (their sum has lost the digits that matter
+    # where scores are large), and what rounding took off the output, in the output's type.
+    m: Array  # [B, T, N] in units of the guard
+    l: Array  # noqa: E741  [B, T, N]
+    remainder: Array  # [B, T, N, E]

@@ -1,0 +1,274 @@
+"""What a head's keys and queries are asked once, before its tiles are walked.
+
+The block means κ, which keys are usable, the guard's powers of two, and `auto`'s choice where it
+depends on the data (docs/algorithm.md, sections 4 to 6). O((T + S)·D) work, O(T + S) memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pasa_jax._tile import Guard, Numerics
+from pasa_jax.mask import Mask
+from pasa_jax.precision import Precision
+from pasa_jax.schedule import Schedule
+from pasa_jax.shifts import optimal_beta, paper_matrix
+from pasa_jax.target import find_target
+
+Array = jax.Array
+
+# Largest |S'| the guard lets into 16 bits: half of float16's range, for `reference` behind the
+# rounding subtracts an r as large as S itself. And into a float32 accumulator.
+_LIMIT_LOG2 = {"float16": 14.0, "bfloat16": 120.0, "float32": 120.0, "float64": 1000.0}
+# Values up to 2^94 can be summed with weights up to 1 over 2^31 keys in float32.
+_VALUE_LIMIT_LOG2 = 94
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The static part of one call, all defaults resolved.
+
+    Arguments:
+      shift: as asked for, ``"auto"`` included.
+      precision, schedule: resolved.
+      logits_soft_cap: or None.
+      beta: β of `paper`, or None for `optimal_beta` of the block.
+      paper_scale: 1/α as a Python number, which `paper` folds into M; None for other shifts.
+      explicit_precision: whether the caller named the precision.
+    """
+
+    shift: str
+    precision: Precision
+    schedule: Schedule
+    logits_soft_cap: float | None = None
+    beta: float | None = None
+    paper_scale: float | None = None
+    explicit_precision: bool = False
+
+    @property
+    def resolved(self) -> str:
+        """The shift after the static part of `auto`'s choice (section 6)."""
+        if self.shift != "auto":
+            return self.shift
+        if self.precision.scores in ("float32", "float64"):
+            return "none"
+        return "reference" if self.reachable else "mean"
+
+    @property
+    def reachable(self) -> bool:
+        return find_target(self.schedule.target).accumulator_reachable
+
+    @property
+    def promises_finite(self) -> bool:
+        """Whether finite inputs must give finite outputs (all but plain and all-16-bit forms)."""
+        return self.shift != "none" and self.precision.statistics != "float16"
+
+    @property
+    def chooses_per_head(self) -> bool:
+        return self.shift == "auto" and self.resolved == "mean"
+
+    def explain_shift(self) -> tuple[str, str]:
+        """The shift, and the reason for it as a clause."""
+        target, scores = self.schedule.target, self.precision.scores
+        if self.shift != "auto":
+            return self.shift, "it was asked for"
+        if self.resolved == "none":
+            return "none", f"scores are stored in {scores}"
+        if self.resolved == "reference":
+            return "reference", f"{target} sees the float32 product before it is rounded"
+        why = f"{target} rounds the product to {scores} first, so each key head decides:"
+        return "none or mean", f"{why} mean where the offset exceeds what varies around it"
+
+    def needs_kappa(self) -> bool:
+        if self.resolved == "reference":  # primed by `mean` where it lags behind the rounding
+            return not self.reachable
+        return self.resolved in ("mean", "mean_past")
+
+    def numerics(self, keys: int) -> Numerics:
+        shift = "mean" if self.resolved == "mean_past" else self.resolved
+        inva = self.paper_blocks(keys).inva if shift == "paper" else 1.0
+        return Numerics(shift, self.precision, self.reachable, inva, self.logits_soft_cap)
+
+    def paper_blocks(self, keys: int) -> PaperBlocks:
+        assert self.paper_scale is not None
+        return paper_blocks(self.schedule.block_kv, keys, self.beta, self.paper_scale)
+
+
+class PaperBlocks(NamedTuple):
+    """`paper`'s constants: one matrix for full blocks, one for the tail, one Inva for both."""
+
+    matrix: np.ndarray  # [n, n] float32 that holds float16 numbers
+    weights: np.ndarray  # [n, 1]
+    tail_matrix: np.ndarray
+    tail_weights: np.ndarray
+    inva: float
+
+
+def paper_blocks(n: int, keys: int, beta: float | None, scale: float) -> PaperBlocks:
+    """M and the row-mean weights for ``keys`` keys in blocks of n.
+
+    The tail tile is the last n columns; those of the block before it are left out of its mean.
+    """
+    beta = optimal_beta(n) if beta is None else beta
+    float16 = np.dtype(np.float16)
+    columns = np.ones(n, bool)
+    matrix, inva = paper_matrix(columns, beta, scale, float16)
+    tail = columns.copy()
+    if keys % n:
+        tail[: n - keys % n] = False
+    tail_matrix, tail_inva = paper_matrix(tail, beta, scale, float16)
+    # Inva depends on n through M's rounding; the tail's row mean carries the ratio.
+    ratio = tail_inva / inva
+    return PaperBlocks(
+        matrix.astype(np.float32),
+        np.full((n, 1), 1 / n, np.float32),
+        tail_matrix.astype(np.float32),
+        (tail[:, None] * (ratio / tail.sum())).astype(np.float32),
+        inva,
+    )
+
+
+class HeadFacts(NamedTuple):
+    """What `prepare` found out about one key head and its queries."""
+
+    usable: Array  # [S] bool
+    kappa: Array | None  # [blocks, D] of the keys' type
+    chosen: Array | None  # [] bool: whether `auto` shifts this head
+    guard: Guard | None  # each [T, G]
+    value_range: Array | None  # [] power of two
+
+
+def prepare(q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan) -> HeadFacts:
+    """The facts of one key head: q [T, G, D], k [S, D], v [S, E]."""
+    finite = jnp.all(jnp.isfinite(k), axis=1) & jnp.all(jnp.isfinite(v), axis=1)
+    seen = mask.visible_keys()
+    usable = finite & seen
+    n = plan.schedule.block_kv
+    kappa = chosen = None
+    if plan.needs_kappa():
+        kappa = _block_kappa(k, usable, n, past=plan.resolved == "mean_past")
+        if plan.chooses_per_head:
+            chosen = _shifting_helps(q, k, usable, kappa, n)
+            kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
+    guard = _guard(q, k, usable, kappa, scale, plan)
+    value_range = None
+    if plan.promises_finite and v.dtype != jnp.float16:
+        top = jnp.max(jnp.where(usable[:, None], jnp.abs(v), jnp.zeros_like(v)), initial=0)
+        excess = jnp.maximum(jnp.frexp(top.astype(_wide(v)))[1] - _VALUE_LIMIT_LOG2, 0)
+        value_range = jnp.ldexp(jnp.ones((), _wide(v)), excess)
+    # Keys that nobody sees are not usable, so that what stands there cannot matter; keys that
+    # are seen and not finite are not usable either, and `key_tile` says so in their column.
+    return HeadFacts(usable, kappa, chosen, guard, value_range)
+
+
+def _wide(x: Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _per_block(x: Array, n: int, reduce) -> Array:  # noqa: ANN001
+    """``reduce(blocks, axis)`` over the blocks of n rows of x [S, …]; the tail is shorter."""
+    whole = x.shape[0] // n * n
+    parts = [reduce(x[:whole].reshape(-1, n, *x.shape[1:]), 1)]
+    if whole < x.shape[0]:
+        parts.append(reduce(x[whole:], 0)[None])
+    return jnp.concatenate(parts)
+
+
+def _spread(per_block: Array, n: int, keys: int) -> Array:
+    """[blocks, …] -> [S, …]: each key's own block."""
+    return jnp.repeat(per_block, n, axis=0, total_repeat_length=len(per_block) * n)[:keys]
+
+
+def _block_kappa(k: Array, usable: Array, n: int, *, past: bool) -> Array:
+    """κ of each block (eq. 7, 8): the mean of its usable keys, in the keys' own type.
+
+    Any vector would do, since the same one is put back: a block whose shifted keys would leave
+    the range of their type is not shifted.
+    """
+    wide = _wide(k)
+    count = _per_block(usable, n, lambda x, axis: jnp.sum(x, axis, dtype=wide))
+    weights = usable.astype(wide) / _spread(jnp.maximum(count, 1), n, k.shape[0])
+    clean = jnp.where(usable[:, None], k, jnp.zeros_like(k)).astype(wide)
+    kappa = _per_block(clean * weights[:, None], n, jnp.sum)
+    if past:
+        kappa = jnp.concatenate([clean[:1], kappa[:-1]])
+    kappa = kappa.astype(k.dtype).astype(wide)
+    largest = _per_block(
+        jnp.max(jnp.abs(clean - _spread(kappa, n, k.shape[0])), axis=1), n, jnp.max
+    )
+    fits = largest < float(jnp.finfo(k.dtype).max) / 2
+    return jnp.where(fits[:, None], kappa, jnp.zeros_like(kappa)).astype(k.dtype)
+
+
+def _shifting_helps(q: Array, k: Array, usable: Array, kappa: Array, n: int) -> Array:
+    """`auto` behind the rounding (section 6): is the offset larger than what varies around it?
+
+    Rounding errors are proportional to the scores' size. Shifting takes off q·κ but rounds k − κ
+    once more, so it pays where the mean square of q·κ exceeds that of q·(k − κ). Both are
+    estimated from the mean and the variance of each channel.
+    """
+    wide = _wide(k)
+    rows = q.reshape(-1, q.shape[-1]).astype(wide)
+    rows = jnp.where(jnp.isfinite(rows), rows, jnp.zeros_like(rows))
+    q_mean = jnp.mean(rows, axis=0)
+    q_var = jnp.mean(jnp.square(rows - q_mean), axis=0)
+    centre = kappa.astype(wide)
+    offset = jnp.square(centre @ q_mean) + jnp.square(centre) @ q_var
+    weights = usable.astype(wide) / jnp.maximum(jnp.sum(usable, dtype=wide), 1)
+    deviation = jnp.where(usable[:, None], k.astype(wide) - _spread(centre, n, k.shape[0]), 0)
+    around = jnp.square(deviation) @ (jnp.square(q_mean) + q_var)
+    return jnp.mean(offset) > jnp.sum(weights * around)
+
+
+def _guard(
+    q: Array, k: Array, usable: Array, kappa: Array | None, scale: Array, plan: Plan
+) -> Guard | None:
+    """The powers of two of eq. 12, or None where nothing can leave its range."""
+    late = plan.resolved == "reference" and plan.reachable  # stores S' ≤ 0, clamped
+    stores16 = plan.precision.scores == "float16" and not late
+    products_fit = q.dtype == jnp.float16
+    if not plan.promises_finite or (products_fit and not stores16):
+        return None
+    of_q, of_scale = log2_norm(q), jnp.log2(jnp.abs(scale.astype(jnp.float32)))
+    of_k, of_shifted = key_norms(k, usable, kappa, plan)
+    excess = of_q + of_shifted + of_scale - _LIMIT_LOG2[plan.precision.scores]
+    if not products_fit:
+        range_log2 = _LIMIT_LOG2["float64" if q.dtype == jnp.float64 else "float32"]
+        whole = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0)
+        excess = jnp.maximum(excess, whole - range_log2)
+    # The margin covers the rounding of the logarithms.
+    exponent = jnp.clip(jnp.ceil(excess + 0.01), 0, 2000).astype(jnp.int32)
+    half, one = exponent // 2, jnp.ones(exponent.shape, jnp.promote_types(q.dtype, jnp.float32))
+    return Guard(
+        down=jnp.ldexp(one, -half),
+        rest=jnp.ldexp(one, half - exponent),
+        temper=jnp.ldexp(one, jnp.minimum(exponent, 100)),
+    )
+
+
+def key_norms(k: Array, usable: Array, kappa: Array | None, plan: Plan) -> tuple[Array, Array]:
+    """log2 of the largest norm of a usable key, and of a shifted one: each []."""
+    clean = jnp.where(usable[:, None], k, jnp.zeros_like(k))
+    of_k = jnp.max(log2_norm(clean), initial=-jnp.inf)
+    if plan.resolved == "paper":
+        return of_k, of_k + 1  # ‖k − β·k̄‖ ≤ 2·max‖k‖
+    if kappa is None or plan.resolved == "reference":
+        return of_k, of_k
+    wide = _wide(k)
+    shifted = clean.astype(wide) - _spread(kappa.astype(wide), plan.schedule.block_kv, len(k))
+    return of_k, jnp.max(log2_norm(shifted), initial=-jnp.inf)
+
+
+def log2_norm(x: Array) -> Array:
+    """log2 of the Euclidean norm over the last axis, or a bound on it where squares overflow."""
+    x = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)).astype(_wide(x))
+    top = jnp.max(jnp.abs(x), axis=-1)
+    square = jnp.sum(jnp.square(x), axis=-1)
+    exact = jnp.isfinite(square) & (square > 0)
+    by_top = jnp.log2(top) + 0.5 * float(np.log2(x.shape[-1]))
+    return jnp.where(exact, 0.5 * jnp.log2(jnp.where(exact, square, 1)), by_top)

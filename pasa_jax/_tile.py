@@ -1,0 +1,436 @@
+"""The mathematics of one tile, as pure functions on arrays.
+
+Every walker calls or traces exactly these: the lax loops, the Pallas kernels, the AscendC
+generator. They use ordinary primitives alone (no control flow, no gather), and everything that is
+one number per query row has shape [R, 1]. Shapes: R rows, n keys, D and E head sizes. The
+equations are those of docs/algorithm.md.
+
+Scores are kept divided by 2^e, e one number per row from the guard (eq. 12), 0 in ordinary data.
+``temper`` = 2^e puts it back in the exponent, so m and every offset are in the divided unit too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax.precision import Precision
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What is static about the arithmetic of a tile.
+
+    Arguments:
+      shift: ``"none"``, ``"paper"``, ``"mean"`` or ``"reference"``.
+      precision: the types of the intermediates.
+      reachable: whether the float32 product is seen before it is rounded to ``precision.scores``.
+      inva: Inva of eq. 5 for ``paper``; 1 for the other shifts, whose offset is put back whole.
+      logits_soft_cap: cap of s ↦ cap·tanh(s/cap), or None.
+    """
+
+    shift: str
+    precision: Precision
+    reachable: bool = True
+    inva: float = 1.0
+    logits_soft_cap: float | None = None
+
+    @property
+    def statistics(self) -> jnp.dtype:
+        return jnp.dtype(self.precision.statistics)
+
+    @property
+    def product(self) -> jnp.dtype:
+        """The type in which the matrix unit accumulates: float32, or float64 under x64."""
+        wide = "float64" in (self.precision.scores, self.precision.statistics)
+        return jnp.dtype("float64" if wide else "float32")
+
+
+class QueryTile(NamedTuple):
+    """The rows of a tile, made by `query_tile`."""
+
+    q: Array  # [R, D]
+    gain: Array  # [R, 1] factor of the product, applied before rounding
+    temper: Array  # [R, 1] 2^e of the guard
+
+
+class Guard(NamedTuple):
+    """Powers of two that keep the scores of a row in range (eq. 12); all 1 in ordinary data."""
+
+    down: Array  # [R, 1] 2^-⌊e/2⌋
+    rest: Array  # [R, 1] 2^-⌈e/2⌉ (in two steps, since 2^-e itself may underflow)
+    temper: Array  # [R, 1] 2^e, at most 2^100
+
+
+class KeyTile(NamedTuple):
+    """The keys of a tile, made by `key_tile`."""
+
+    k: Array  # [n, D] without what the shift takes off: K'
+    v: Array  # [n, E] with unusable rows zeroed
+    usable: Array  # [1, n] bool: False where the key or the value must not be looked at
+    kappa: Array | None = None  # [1, D] what `mean` took off every key
+    weights: Array | None = None  # [n, 1] 1/n for the columns that the paper's M mixed, else 0
+    raw: Array | None = None  # [n, D] the unshifted keys, for `reference` behind the rounding
+
+
+class Scores(NamedTuple):
+    """The scores of one tile: S = (stored + base) + inva·offset, per row."""
+
+    stored: Array  # [R, n] S' minus its base, masked entries far below; statistics dtype
+    base: Array  # [R, 1] the row maximum of the visible S', or lowest
+    offset: Array  # [R, 1] what the shift took off (s̄' for `paper`, to be multiplied by inva)
+    slope: Array | None = None  # [R, n] derivative of the soft cap
+
+
+class State(NamedTuple):
+    """A partial result of the online softmax over the keys seen so far."""
+
+    m: Array  # [R, 1] running maximum, without inva·f
+    l: Array  # noqa: E741  [R, 1] running sum
+    o: Array  # [R, E] running output, not normalised
+    f: Array  # [R, 1] F, the paper's running mean of s̄'; 0 for the other shifts
+
+
+def lowest(dtype: jnp.dtype) -> float:
+    """The finite number that stands for "no key seen" and for a masked score."""
+    return float(jnp.finfo(dtype).min)
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int], dtype: jnp.dtype) -> Array:
+    """A matrix product with accumulator ``dtype``; operands of unlike types are widened first."""
+    if a.dtype != b.dtype:
+        a, b = a.astype(dtype), b.astype(dtype)
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    # float32 operands are multiplied in float32 (some chips would use fewer bits by default).
+    precision = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
+
+
+def initial_state(rows: int, value_size: int, numerics: Numerics) -> State:
+    """The state before any key (eq. 10)."""
+    stat = numerics.statistics
+    column = (rows, 1)
+    return State(
+        m=jnp.full(column, lowest(stat), stat),
+        l=jnp.zeros(column, stat),
+        o=jnp.zeros((rows, value_size), jnp.dtype(numerics.precision.accumulator)),
+        f=jnp.zeros(column, stat),
+    )
+
+
+def query_tile(q: Array, scale: Array, guard: Guard | None, numerics: Numerics) -> QueryTile:
+    """Query rows with 1/α and the guard's 2^-e placed where they lose nothing (eq. 12).
+
+    Arguments:
+      q: [R, D].
+      scale: [] 1/α in the product's type; 1 for `paper`, whose M carries it.
+      guard: None where the scores cannot leave their range.
+    """
+    dtype = numerics.product
+    gain = jnp.broadcast_to(scale.astype(dtype), (q.shape[0], 1))
+    temper = jnp.ones_like(gain) if guard is None else guard.temper
+    if guard is not None and q.dtype == jnp.float16:  # its products fit float32: divide them
+        gain = gain * guard.down * guard.rest
+    elif guard is not None:  # the product itself could overflow: divide q, which is exact
+        q = q * guard.down.astype(q.dtype) * guard.rest.astype(q.dtype)
+    if not numerics.reachable:  # nothing can be multiplied between product and rounding
+        q = (q.astype(dtype) * gain).astype(q.dtype)
+        gain = jnp.ones_like(gain)
+    return QueryTile(q, gain, temper.astype(numerics.statistics))
+
+
+def key_tile(
+    k: Array,
+    v: Array,
+    usable: Array,
+    numerics: Numerics,
+    *,
+    kappa: Array | None = None,
+    matrix: Array | None = None,
+    weights: Array | None = None,
+    value_gain: Array | None = None,
+) -> KeyTile:
+    """Keys without what the shift takes off them (eq. 4, 7), and values fit for the product.
+
+    A key that is not usable (not finite, or padding) is zeroed before anything is mixed, so that
+    it cannot reach rows that do not see it, neither through the block's mean nor as 0·NaN; then
+    its column is made NaN, so that rows that do see it say so.
+
+    Arguments:
+      k, v: [n, D], [n, E].
+      usable: [n, 1] bool.
+      kappa: [1, D] of k's type, for `mean` (any vector is valid, since the same is put back).
+      matrix, weights: M [n, n] and the share of each column in the row mean [n, 1], for `paper`.
+      value_gain: [] power of two that keeps P·V in range, or None.
+    """
+    k, v = zero_unusable(k, usable), zero_unusable(v, usable)
+    if value_gain is not None:
+        v = v * value_gain.astype(v.dtype)
+    shifted, raw = k, None
+    if kappa is not None:
+        wide = numerics.product
+        shifted = (k.astype(wide) - kappa.astype(wide)).astype(k.dtype)
+        raw = _poison(k, usable) if numerics.shift == "reference" else None
+    if matrix is not None:  # its row mean needs every column: `scores` poisons them after it
+        shifted = _dot(matrix, k, (1, 0), numerics.product).astype(k.dtype)
+    else:
+        shifted = _poison(shifted, usable)
+    return KeyTile(shifted, v, usable.reshape(1, -1), kappa, weights, raw)
+
+
+def zero_unusable(x: Array, usable: Array) -> Array:
+    """Rows of x where ``usable`` [n, 1], zeros elsewhere."""
+    return jnp.where(usable, x, jnp.zeros_like(x))
+
+
+def _poison(x: Array, usable: Array) -> Array:
+    return jnp.where(usable, x, jnp.full_like(x, jnp.nan))
+
+
+def plain_scores(q: Array, k: Array, scale: Array, numerics: Numerics) -> Array:
+    """S = q·k/α in the product's type, [R, n]: what no shift and no storage has touched."""
+    return _dot(q, k, (1, 1), numerics.product) * scale.astype(numerics.product)
+
+
+def scores(
+    query: QueryTile,
+    key: KeyTile,
+    state: State,
+    mask: Array | None,
+    bias: Array | None,
+    numerics: Numerics,
+    *,
+    with_slope: bool = False,
+) -> Scores:
+    """The stored scores S' of one tile, masked, minus their row maximum (eq. 4, 7, 9).
+
+    Arguments:
+      mask: [R, n] bool, True where the row sees the key; None: everywhere.
+      bias: [R, n] added to the scores; −inf hides a key.
+      state: for `reference` where the accumulator is out of reach: r is its running maximum.
+      with_slope: also give the soft cap's derivative, for the gradient.
+    """
+    stat, store = numerics.statistics, jnp.dtype(numerics.precision.scores)
+    if bias is not None:
+        seen = bias > -jnp.inf
+        mask = seen if mask is None else mask & seen
+        bias = bias.astype(stat) / query.temper
+    late = numerics.shift == "reference" and numerics.reachable
+    product = _dot(query.q, key.k, (1, 1), numerics.product) * query.gain
+    zero = jnp.zeros_like(state.m)
+    if late:
+        z, offset = product.astype(stat), zero
+    elif numerics.shift == "reference":
+        z, offset = _lagging_reference(query, key, product, state, mask, numerics)
+    else:
+        z = product.astype(store).astype(stat)
+        offset = zero
+        if key.weights is not None:  # s̄' over the columns that M mixed, before the mask
+            offset = _dot(z, key.weights, (1, 0), numerics.product).astype(stat)
+            z = jnp.where(key.usable, z, jnp.full_like(z, jnp.nan))
+        elif key.kappa is not None:
+            offset = _kappa_product(query, key, numerics)
+    slope = None
+    if numerics.logits_soft_cap is not None:  # needs S itself: put the offset back first
+        z, slope = _soft_cap(z + offset * stat.type(numerics.inva), query.temper, numerics)
+        offset = zero
+    if bias is not None:
+        z = z + bias
+    if mask is not None:
+        z = jnp.where(mask, z, jnp.full_like(z, lowest(stat)))
+    base = jnp.max(z, axis=1, keepdims=True)
+    stored = z - base
+    if late and store != stat:  # what is below the 16-bit range has no weight: clamp it
+        stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
+        stored = stored.astype(store).astype(stat)
+    return Scores(stored, base, offset, slope if with_slope else None)
+
+
+def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Array:
+    """c = q·κ/α, [R, 1], the offset of `mean` (eq. 7): one more column of the product."""
+    assert key.kappa is not None
+    product = _dot(query.q, key.kappa, (1, 1), numerics.product) * query.gain
+    return product.astype(numerics.statistics)
+
+
+def _lagging_reference(
+    query: QueryTile,
+    key: KeyTile,
+    shifted: Array,
+    state: State,
+    mask: Array | None,
+    numerics: Numerics,
+) -> tuple[Array, Array]:
+    """`reference` where the product leaves the matrix unit rounded (eq. 11): S' and r.
+
+    r is the running maximum before this block; rows that have none are primed with the block's
+    own maximum as `mean` sees it. r travels as two more columns of q·k, in halves of q's type,
+    and the r that is put back is the sum of those halves.
+    """
+    assert key.raw is not None
+    stat, store = numerics.statistics, jnp.dtype(numerics.precision.scores)
+    prime = shifted.astype(store).astype(stat)
+    if mask is not None:
+        prime = jnp.where(mask, prime, jnp.full_like(prime, lowest(stat)))
+    prime = jnp.max(prime, axis=1, keepdims=True)
+    prime = jnp.where(prime > lowest(stat), prime + _kappa_product(query, key, numerics), 0)
+    r = jnp.where(state.l > 0, state.m, prime)
+    high = r.astype(query.q.dtype)
+    low = (r - high.astype(stat)).astype(query.q.dtype)
+    r = high.astype(stat) + low.astype(stat)
+    product = _dot(query.q, key.raw, (1, 1), numerics.product) - r.astype(numerics.product)
+    return product.astype(store).astype(stat), r
+
+
+def _soft_cap(s: Array, temper: Array, numerics: Numerics) -> tuple[Array, Array]:
+    """cap·tanh(s/cap) and its derivative 1 − tanh²; the cap is divided by 2^e as s is."""
+    assert numerics.logits_soft_cap is not None
+    cap = numerics.statistics.type(numerics.logits_soft_cap) / temper
+    tanh = jnp.tanh(s / cap)
+    return cap * tanh, 1 - tanh * tanh
+
+
+def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Array:
+    """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1."""
+    p = jnp.exp(s.stored * query.temper)
+    return p.astype(jnp.dtype(numerics.precision.probabilities))
+
+
+def update(
+    state: State,
+    s: Scores,
+    query: QueryTile,
+    key: KeyTile,
+    count: Array | float,
+    numerics: Numerics,
+) -> State:
+    """One step of the online softmax with the mean recovered globally (eq. 10).
+
+    Arguments:
+      count: how many blocks have been seen, this one included (`paper`'s running mean F).
+    """
+    stat, acc = numerics.statistics, jnp.dtype(numerics.precision.accumulator)
+    inva = stat.type(numerics.inva)
+    p = probabilities(s, query, numerics)
+    l_loc = jnp.sum(p.astype(stat), axis=1, keepdims=True)
+    pv = _dot(p, key.v, (1, 0), numerics.product).astype(acc)
+    if numerics.shift == "paper":
+        count = jnp.asarray(count, stat)
+        old = jnp.where(count > 1, state.f, s.offset)
+        f = old + (s.offset - old) / count
+        previous = state.m + inva * (old - f)
+        current = s.base + inva * (s.offset - f)
+    else:
+        f, previous, current = state.f, state.m, s.base + s.offset
+    # A row that saw no key of this tile has its base at `lowest`, whatever the offset.
+    seen = s.base != lowest(stat)
+    current = jnp.where(seen, current, jnp.full_like(current, lowest(stat)))
+    # Offsets are folded before m is subtracted, so that no exponent is ever positive.
+    m = jnp.maximum(previous, current)
+    keep = jnp.exp((previous - m) * query.temper)
+    take = jnp.where(seen, jnp.exp((current - m) * query.temper), jnp.zeros_like(m))
+    return State(
+        m=m,
+        l=keep * state.l + take * l_loc,
+        o=keep.astype(acc) * state.o + take.astype(acc) * pv,
+        f=f,
+    )
+
+
+def settle(state: State, numerics: Numerics) -> State:
+    """The state with the offset inva·F folded into m, as merging and finishing need it."""
+    if numerics.shift != "paper":
+        return state
+    wide = numerics.product  # inva·F alone may leave float16
+    inva, m = wide.type(numerics.inva), state.m.astype(wide)
+    m = jnp.where(state.l > 0, m + inva * state.f.astype(wide), jnp.full_like(m, lowest(wide)))
+    return State(m, state.l.astype(wide), state.o.astype(wide), jnp.zeros_like(m))
+
+
+def merge(a: State, b: State, temper: Array | float = 1.0) -> State:
+    """The state over the keys of both settled states, for split keys and rings (eq. 13)."""
+    m = jnp.maximum(a.m, b.m)
+    of_a, of_b = jnp.exp((a.m - m) * temper), jnp.exp((b.m - m) * temper)
+    return State(m, of_a * a.l + of_b * b.l, of_a * a.o + of_b * b.o, a.f)
+
+
+def add_sink(state: State, sink: Array, temper: Array) -> State:
+    """The settled state with one more key of score ``sink`` [R, 1] and value zero."""
+    sink = sink.astype(state.m.dtype) / temper.astype(state.m.dtype)
+    no_value = State(sink, jnp.ones_like(state.l), jnp.zeros_like(state.o), state.f)
+    return merge(state, no_value, temper.astype(state.m.dtype))
+
+
+def finish(state: State, temper: Array, value_range: Array | None = None) -> tuple[Array, Array]:
+    """Output [R, E] and log-sum-exp [R, 1] of a settled state (eq. 14).
+
+    A row that saw no key gives output 0 and the lowest finite log-sum-exp.
+
+    Arguments:
+      value_range: [] what `key_tile`'s value_gain divided by, or None.
+    """
+    some = state.l != 0
+    l = jnp.where(some, state.l, jnp.ones_like(state.l))  # noqa: E741
+    out = state.o / l.astype(state.o.dtype)
+    if value_range is not None:
+        out = out * value_range.astype(out.dtype)
+    floor = lowest(state.m.dtype)
+    lse = jnp.clip(state.m * temper.astype(l.dtype), floor, -floor) + jnp.log(l)
+    return out, jnp.where(some, lse, jnp.full_like(lse, floor))
+
+
+class TileGradients(NamedTuple):
+    """What one tile adds to the gradients; the query's and key's still lack the factor 1/α."""
+
+    q: Array  # [R, D]
+    k: Array  # [n, D]
+    v: Array  # [n, E]
+    scores: Array  # [R, n] of S after bias, hence of the bias
+
+
+def gradients(
+    s: Scores,
+    query: QueryTile,
+    key: KeyTile,
+    q: Array,
+    k: Array,
+    m: Array,
+    l: Array,  # noqa: E741
+    d_out: Array,
+    delta: Array,
+    numerics: Numerics,
+) -> TileGradients:
+    """The reverse of one tile, from the row statistics of the forward pass (eq. 15).
+
+    The scores are the forward pass's own, bit for bit, so their probabilities sum to one.
+
+    Arguments:
+      q, k: [R, D], [n, D] as the user gave them, unusable rows zeroed.
+      m, l: [R, 1] of the finished state, sinks included.
+      d_out: [R, E] cotangent of the output, in the product's type.
+      delta: [R, 1] Σ d_out·out minus the cotangent of the log-sum-exp.
+    """
+    wide = numerics.product
+    p = probabilities(s, query, numerics).astype(wide)
+    offset = s.offset.astype(wide) * wide.type(numerics.inva)
+    seen = s.base != lowest(numerics.statistics)
+    gap = jnp.where(seen, s.base.astype(wide) + offset - m, jnp.full_like(m, lowest(wide)))
+    share = jnp.exp(gap * query.temper.astype(wide)) / jnp.where(l != 0, l, jnp.ones_like(l))
+    p = p * jnp.where(seen, share, jnp.zeros_like(share))
+    # float16 cannot hold gradients (their range is the loss's business): they stay in float32.
+    operand = wide if q.dtype == jnp.float16 else q.dtype
+    d_p = _dot(d_out.astype(operand), key.v.astype(operand), (1, 1), wide)
+    d_s = p * (d_p - delta)
+    d_raw = (d_s if s.slope is None else d_s * s.slope.astype(wide)).astype(operand)
+    return TileGradients(
+        q=_dot(d_raw, k.astype(operand), (1, 0), wide),
+        k=_dot(d_raw, q.astype(operand), (0, 0), wide),
+        v=_dot(p.astype(operand), d_out.astype(operand), (0, 0), wide),
+        scores=d_s,
+    )

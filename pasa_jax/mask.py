@@ -1,0 +1,230 @@
+"""`Mask`: which keys a query sees, and which tiles that leaves to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax._errors import check_choice
+from pasa_jax.schedule import Schedule
+
+Array = jax.Array
+Index = int | Array
+TileKind = Literal["skip", "partial", "full"]
+ALIGNMENTS = ("top_left", "bottom_right")
+
+
+class KeyRange(NamedTuple):
+    """Key tiles for one query tile: partial in [lo, full_lo) and [full_hi, hi), full between."""
+
+    lo: Index
+    full_lo: Index
+    full_hi: Index
+    hi: Index
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Which keys each query sees: every condition that is given must hold.
+
+    Arguments:
+      query_length, key_length: T and S.
+      is_causal: query i sees keys up to i + shift of the alignment.
+      causal_alignment: ``"top_left"``: query i stands at key i (jax.nn). ``"bottom_right"``: the
+        last query stands at the last key (FlashAttention), counting valid ones if lengths are
+        given. The window is aligned likewise.
+      window: (left, right): keys from i − left to i + right.
+      query_lengths, key_lengths: [B] int32 valid lengths, or [] for one head.
+      query_segments, key_segments: [B, T], [B, S] int32 (one head: [T], [S]); a query sees the
+        keys of its own segment.
+      array: [B|1, N|1, T|1, S|1] bool (one head: [G|1, T|1, S|1]), True where the query sees.
+    """
+
+    query_length: int = field(metadata={"static": True})
+    key_length: int = field(metadata={"static": True})
+    is_causal: bool = field(default=False, metadata={"static": True})
+    causal_alignment: str = field(default="top_left", metadata={"static": True})
+    window: tuple[int, int] | None = field(default=None, metadata={"static": True})
+    query_lengths: Array | None = None
+    key_lengths: Array | None = None
+    query_segments: Array | None = None
+    key_segments: Array | None = None
+    array: Array | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("causal_alignment", self.causal_alignment, ALIGNMENTS)
+
+    # One head of the batch.
+
+    def head(self, b: Index, h: Index, groups: int) -> Mask:
+        """The mask of batch entry ``b`` and key head ``h`` with its ``groups`` query heads."""
+
+        def of(x: Array | None) -> Array | None:
+            return None if x is None else pick(x, b)
+
+        array = of(self.array)
+        if array is not None and array.shape[0] > 1:
+            array = lax.dynamic_slice_in_dim(array, h * groups, groups)
+        return replace(
+            self,
+            query_lengths=of(self.query_lengths),
+            key_lengths=of(self.key_lengths),
+            query_segments=of(self.query_segments),
+            key_segments=of(self.key_segments),
+            array=array,
+        )
+
+    # Which tiles.
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether segments or an array decide, so that no tile is full by its place alone."""
+        return self.array is not None or self.query_segments is not None
+
+    def any_partial(self, block_kv: int) -> bool:
+        """Whether some tile may need the mask."""
+        return (
+            self.data_dependent
+            or self.is_causal
+            or self.window is not None
+            or self.key_lengths is not None
+            or self.key_length % block_kv != 0
+        )
+
+    def key_range(self, start: Index, stop: Index, block_kv: int) -> KeyRange:
+        """The key tiles that the queries [start, stop) see; ints in, ints out.
+
+        Segments and arrays do not narrow it: walkers test their tiles as they come.
+        """
+        keys = self._valid_keys()
+        lo, hi, full_lo, full_hi = 0, keys, 0, keys
+        left, right = self._reach()
+        place = self._offset()
+        if left is not None:
+            lo = _max(0, start + place - left)
+            full_lo = _max(0, stop - 1 + place - left)
+        if right is not None:
+            hi = _min(keys, _max(0, stop + place + right))
+            full_hi = _min(keys, _max(0, start + 1 + place + right))
+        if self.query_lengths is not None:  # rows of padding see nothing
+            hi = _where(start < self.query_lengths, hi, 0)
+        lo, hi = lo // block_kv, -(-hi // block_kv)
+        lo = _min(lo, hi)
+        if self.data_dependent:
+            return KeyRange(lo, lo, lo, hi)
+        full_lo = _min(_max(-(-full_lo // block_kv), lo), hi)
+        full_hi = _min(_max(full_hi // block_kv, full_lo), hi)
+        return KeyRange(lo, full_lo, full_hi, hi)
+
+    def tile(self, i: int, j: int, schedule: Schedule) -> TileKind:
+        """Whether tile (i, j) is skipped, needs the mask, or is seen in full.
+
+        >>> mask = Mask(query_length=1024, key_length=1024, is_causal=True)
+        >>> [mask.tile(0, 0, Schedule()), mask.tile(0, 1, Schedule()), mask.tile(1, 0, Schedule())]
+        ['partial', 'skip', 'full']
+        """
+        start = i * schedule.block_q
+        stop = min(start + schedule.block_q, self.query_length)
+        r = self.key_range(start, stop, schedule.block_kv)
+        if not r.lo <= j < r.hi:
+            return "skip"
+        return "full" if r.full_lo <= j < r.full_hi else "partial"
+
+    # What a partial tile shows.
+
+    def visible(self, rows: Array, columns: Array) -> Array:
+        """[R, n] bool of lengths, causality and window, at the positions [R, 1] and [1, n]."""
+        seen = columns < self._valid_keys()
+        left, right = self._reach()
+        at = rows + self._offset()
+        if left is not None:
+            seen = seen & (columns >= at - left)
+        if right is not None:
+            seen = seen & (columns <= at + right)
+        if self.query_lengths is not None:
+            seen = seen & (rows < self.query_lengths)
+        return jnp.broadcast_to(seen, (rows.shape[0], columns.shape[1]))
+
+    def tile_array(
+        self, row_start: Index, rows: int, key_start: Index, keys: int, groups: int
+    ) -> Array | None:
+        """[groups·rows, keys] bool of segments and array for one tile, or None."""
+        seen = None
+        if self.query_segments is not None and self.key_segments is not None:
+            q = lax.dynamic_slice_in_dim(self.query_segments, row_start, rows)
+            k = lax.dynamic_slice_in_dim(self.key_segments, key_start, keys)
+            seen = (q[:, None] == k[None, :])[None]
+        if self.array is not None:
+            tile = slice_tile(self.array, row_start, rows, key_start, keys)
+            seen = tile if seen is None else seen & tile
+        if seen is None:
+            return None
+        return jnp.broadcast_to(seen, (groups, rows, keys)).reshape(groups * rows, keys)
+
+    def visible_keys(self) -> Array:
+        """[S] bool: False for keys that no query sees, as far as one head's shape tells."""
+        place, (left, right) = self._offset(), self._reach()
+        index = jnp.arange(self.key_length, dtype=jnp.int32)
+        seen = index < self._valid_keys()
+        if right is not None:
+            seen = seen & (index < self.query_length + place + right)
+        if left is not None:
+            seen = seen & (index >= place - left)
+        if self.array is not None:
+            seen = seen & jnp.any(self.array, axis=(0, 1))
+        return seen
+
+    def row_valid(self) -> Array | None:
+        """[B, T] bool (one head: [T]) of the queries within ``query_lengths``, or None."""
+        if self.query_lengths is None:
+            return None
+        index = jnp.arange(self.query_length, dtype=jnp.int32)
+        return index < self.query_lengths[..., None]
+
+    def _valid_keys(self) -> Index:
+        return self.key_length if self.key_lengths is None else self.key_lengths
+
+    def _offset(self) -> Index:
+        """Key position of query 0."""
+        if self.causal_alignment == "top_left":
+            return 0
+        queries = self.query_length if self.query_lengths is None else self.query_lengths
+        return self._valid_keys() - queries
+
+    def _reach(self) -> tuple[int | None, int | None]:
+        left, right = self.window if self.window is not None else (None, None)
+        return left, 0 if self.is_causal else right
+
+
+def pick(x: Array, index: Index) -> Array:
+    """Entry ``index`` of the first axis; of an axis of size 1, its only entry."""
+    return x[0] if x.shape[0] == 1 else lax.dynamic_index_in_dim(x, index, keepdims=False)
+
+
+def slice_tile(x: Array, row: Index, rows: int, column: Index, columns: int) -> Array:
+    """The tile of the last two axes at (row, column); axes of size 1 are kept to broadcast."""
+    if x.shape[-2] > 1:
+        x = lax.dynamic_slice_in_dim(x, row, rows, axis=-2)
+    if x.shape[-1] > 1:
+        x = lax.dynamic_slice_in_dim(x, column, columns, axis=-1)
+    return x
+
+
+# Arithmetic on indices that stays in Python where it can.
+
+
+def _max(a: Index, b: Index) -> Index:
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
+
+
+def _min(a: Index, b: Index) -> Index:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
+
+
+def _where(condition: Array, a: Index, b: Index) -> Array:
+    return jnp.where(condition, jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32))

@@ -1,0 +1,59 @@
+"""`Precision`: in which type each intermediate of attention is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pasa_jax._errors import check_choice, wrong
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The types in which the intermediates are stored.
+
+    Arguments:
+      scores: the shifted scores S', after the matrix product.
+      probabilities: the unnormalised probabilities exp(S' − max), as the second product takes
+        them. Where it differs from the type of ``value``, that product takes both in float32.
+      statistics: row maxima, sums, offsets, and the arithmetic of the softmax.
+      accumulator: the output before it is normalised.
+
+    The named settings (`Precision.named`) are ``"float16"``, ``"bfloat16"`` and ``"float32"``
+    (scores and probabilities of that type, the rest float32), ``"float64"``, and ``"paper"``
+    (float16 throughout, as published; arXiv 2503.01873, algorithm 2).
+    """
+
+    scores: str = "float32"
+    probabilities: str = "float32"
+    statistics: str = "float32"
+    accumulator: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in ("scores", "probabilities", "statistics", "accumulator"):
+            check_choice(f"precision.{field}", getattr(self, field), FLOATS)
+        if "bfloat16" in (self.statistics, self.accumulator):
+            raise wrong(
+                "precision.statistics and precision.accumulator",
+                "be float16, float32 or float64",
+                "bfloat16",
+                "Eight bits cannot count the keys of a row: use float32.",
+            )
+
+    @staticmethod
+    def named(name: str) -> Precision:
+        """The setting called ``name``.
+
+        >>> Precision.named("paper").statistics
+        'float16'
+        """
+        check_choice("precision", name, (*FLOATS, "paper"))
+        if name == "paper":
+            return Precision(**dict.fromkeys(_FIELDS, "float16"))
+        if name == "float64":
+            return Precision(**dict.fromkeys(_FIELDS, "float64"))
+        return Precision(scores=name, probabilities=name)
+
+
+_FIELDS = ("scores", "probabilities", "statistics", "accumulator")

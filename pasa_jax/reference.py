@@ -1,0 +1,85 @@
+"""The reference implementation: the plain formula, in float32 or float64, T × S scores in memory.
+
+It differentiates in every mode (`jax.jvp`, `jax.hessian`) and is what the others are tested by.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pasa_jax._operands import Operands
+from pasa_jax._prepare import Plan
+from pasa_jax._tile import lowest
+from pasa_jax.mask import Mask
+
+Array = jax.Array
+
+
+def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
+    """None, or why not: it stores no score in 16 bits, so it can follow no shift that does."""
+    del operands, mask
+    if plan.shift not in ("auto", "none"):
+        return f"it computes the plain formula, without the shift {plan.shift!r}"
+    if plan.explicit_precision and plan.precision.scores in ("float16", "bfloat16"):
+        return f"it stores scores in float32 at least, not in {plan.precision.scores}"
+    return None
+
+
+def attend(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
+    """Output [B, T, N, E] and log-sum-exp [B, T, N] of softmax(scale·Q·Kᵀ + bias)·V."""
+    wide = jnp.promote_types(operands.query.dtype, jnp.float32)
+    highest = jax.lax.Precision.HIGHEST
+    batch, length, heads, size = operands.query.shape
+    kv_heads = operands.key.shape[2]
+    grouped = (batch, kv_heads, heads // kv_heads, length, mask.key_length)
+    finite = jnp.all(jnp.isfinite(operands.key), -1) & jnp.all(jnp.isfinite(operands.value), -1)
+    key, value = (
+        jnp.where(finite[..., None], x, jnp.zeros_like(x)).astype(wide)
+        for x in (operands.key, operands.value)
+    )
+    query = operands.query.astype(wide).reshape(batch, length, kv_heads, -1, size)
+    s = jnp.einsum("btkgd,bskd->bkgts", query, key, precision=highest)
+    s = (s * operands.scale.astype(wide)).reshape(batch, heads, length, -1)
+    if plan.logits_soft_cap is not None:
+        s = plan.logits_soft_cap * jnp.tanh(s / plan.logits_soft_cap)
+    seen = _seen(mask, batch, heads)
+    if operands.bias is not None:
+        seen = seen & (operands.bias > -jnp.inf)
+        s = s + jnp.where(seen, operands.bias, jnp.zeros_like(operands.bias)).astype(wide)
+    # A key that is not finite makes the rows that see it NaN, and no others.
+    usable = jnp.swapaxes(finite, 1, 2)[:, :, None, None, :]
+    s = jnp.where(usable, s.reshape(grouped), jnp.nan).reshape(s.shape)
+    s = jnp.where(seen, s, lowest(wide))
+    m = jnp.max(s, axis=-1, keepdims=True, initial=lowest(wide))
+    if operands.sinks is not None:
+        m = jnp.maximum(m, operands.sinks.astype(wide)[None, :, None, None])
+    m = jax.lax.stop_gradient(m)
+    p = jnp.where(seen, jnp.exp(s - m), jnp.zeros_like(s))
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    if operands.sinks is not None:
+        total = total + jnp.exp(operands.sinks.astype(wide)[None, :, None, None] - m)
+    some = total != 0
+    total = jnp.where(some, total, jnp.ones_like(total))
+    out = jnp.einsum("bkgts,bske->btkge", (p / total).reshape(grouped), value, precision=highest)
+    lse = jnp.where(some, m + jnp.log(total), lowest(wide))[..., 0]
+    out, lse = out.reshape(batch, length, heads, -1), jnp.swapaxes(lse, 1, 2)
+    valid = mask.row_valid()
+    if valid is not None:
+        out = jnp.where(valid[..., None, None], out, jnp.zeros_like(out))
+    largest = float(jnp.finfo(operands.query.dtype).max)
+    return jnp.clip(out, -largest, largest).astype(operands.query.dtype), lse
+
+
+def _seen(mask: Mask, batch: int, heads: int) -> Array:
+    """[B, N, T, S] bool."""
+    length, keys = mask.query_length, mask.key_length
+
+    def one(b: Array, h: Array) -> Array:
+        head = mask.head(b, h, 1)
+        seen = head.visible(jnp.arange(length)[:, None], jnp.arange(keys)[None])
+        array = head.tile_array(0, length, 0, keys, 1)
+        return seen if array is None else seen & array
+
+    index = (jnp.arange(batch, dtype=jnp.int32), jnp.arange(heads, dtype=jnp.int32))
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(*index)

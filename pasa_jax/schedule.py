@@ -1,0 +1,132 @@
+"""`Schedule`: the one place where a tile size is a number. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pasa_jax._errors import ScheduleError, check_choice, wrong
+from pasa_jax.target import TARGETS, Target, find_target
+
+_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the score matrix of one head is cut into tiles and walked.
+
+    ``block_kv`` and ``target`` change the numbers (a block has one mean; the target says where
+    scores are rounded), as do the shift and β; everything else changes only the speed.
+
+    Arguments:
+      block_q: rows of a tile. The G query heads of one key head share a tile, so it holds
+        ``block_q // G`` positions.
+      block_kv: keys of a tile (n in the paper; 128 there).
+      batch_heads: walk all heads at once (accelerators) or one after another (CPU: a head's
+        tiles then stay in the cache).
+      target: name of the chip whose arithmetic is followed; see `pasa_jax.target.TARGETS`.
+    """
+
+    block_q: int = 512
+    block_kv: int = 512
+    batch_heads: bool = False
+    target: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for field in ("block_q", "block_kv"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise wrong(f"schedule.{field}", "be a positive int", repr(value))
+        check_choice("schedule.target", self.target, tuple(TARGETS))
+
+    @staticmethod
+    def for_target(
+        target: str | Target = "cpu",
+        *,
+        head_dim: int = 128,
+        value_head_dim: int | None = None,
+        dtype: str = "float32",
+    ) -> Schedule:
+        """The largest of the default tiles that fits ``target``'s memories.
+
+        >>> Schedule.for_target("ascend_910b", dtype="float16").block_kv
+        512
+        """
+        target = find_target(target) if isinstance(target, str) else target
+        candidates = _CANDIDATES[target.kind]
+        for block_q, block_kv in candidates:
+            schedule = Schedule(
+                block_q=block_q,
+                block_kv=block_kv,
+                batch_heads=target.kind != "cpu",
+                target=target.name,
+            )
+            if not schedule._overfull(head_dim, value_head_dim or head_dim, dtype):
+                return schedule
+        schedule.check(head_dim=head_dim, value_head_dim=value_head_dim, dtype=dtype)
+        return schedule
+
+    def footprint(
+        self, *, head_dim: int, value_head_dim: int | None = None, dtype: str
+    ) -> dict[str, int]:
+        """Bytes that one tile step needs in each on-chip memory of the target.
+
+        Key and value tiles are counted twice (one is loaded while the other is used). On an NPU
+        the products run in sub-tiles of 128 × 128, and the two vector cores share the rows.
+        """
+        item, e = _ITEMSIZE[dtype], value_head_dim or head_dim
+        q, kv = self.block_q * head_dim * item, 2 * self.block_kv * (head_dim + e) * item
+        scores = self.block_q * self.block_kv
+        out, rows = self.block_q * e * 4, 4 * self.block_q * 4
+        kind = find_target(self.target).kind
+        if kind == "tpu":
+            return {"VMEM": q + kv + scores * (4 + item) + out + rows}
+        if kind == "gpu":
+            return {"shared": q + kv, "registers": scores * 4 + out + rows}
+        if kind == "npu":
+            sub, half = 128, (self.block_q + 1) // 2
+            slab = 32 * 1024  # the vector core works through its rows in slabs of this size
+            return {
+                "L1": q + kv,
+                "L0A": 2 * sub * head_dim * item,
+                "L0B": 2 * sub * max(head_dim, e) * item,
+                "L0C": sub * max(sub, e) * 4,
+                "UB": 3 * slab + half * e * (4 + item) + 4 * half * 4,
+            }
+        return {}
+
+    def check(self, *, head_dim: int, value_head_dim: int | None = None, dtype: str) -> None:
+        """Raises `ScheduleError` if a tile step does not fit the target's memories."""
+        overfull = self._overfull(head_dim, value_head_dim or head_dim, dtype)
+        if overfull:
+            memory, wanted, there = overfull
+            raise ScheduleError(
+                f"`schedule` must fit {self.target}: a {self.block_q} × {self.block_kv} tile of "
+                f"{dtype} with head sizes {head_dim} and {value_head_dim or head_dim} wants "
+                f"{wanted} bytes of {memory}; there are {there}. Use a smaller block_q or block_kv."
+            )
+
+    def _overfull(self, head_dim: int, e: int, dtype: str) -> tuple[str, int, int] | None:
+        there = find_target(self.target).memories
+        wanted = self.footprint(head_dim=head_dim, value_head_dim=e, dtype=dtype)
+        for memory, size in wanted.items():
+            if size > there[memory]:
+                return memory, size, there[memory]
+        return None
+
+    def fitted(self, rows: int, keys: int) -> Schedule:
+        """This schedule with blocks no larger than the problem (at least 1)."""
+        return replace(
+            self,
+            block_q=max(1, min(self.block_q, rows)),
+            block_kv=max(1, min(self.block_kv, keys)),
+        )
+
+
+# From large to small. The CPU's 512 × 512 is the fastest measured (a float32 tile is 1 MiB, a
+# second-level cache); the paper's and the vendor's Ascend kernels hand over 128 × 512.
+_CANDIDATES: dict[str, tuple[tuple[int, int], ...]] = {
+    "cpu": ((512, 512),),
+    "tpu": ((1024, 1024), (512, 512), (256, 256), (128, 128)),
+    "gpu": ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 16)),
+    "npu": ((128, 512), (128, 256), (128, 128), (64, 128)),
+}
