@@ -19,7 +19,7 @@ from pasa_jax._errors import check_choice, wrong
 from pasa_jax._operands import Operands
 from pasa_jax._prepare import Plan
 from pasa_jax._tile import lowest
-from pasa_jax.mask import ALIGNMENTS, Mask
+from pasa_jax.mask import Mask
 from pasa_jax.precision import FLOATS, Precision
 from pasa_jax.schedule import Schedule
 from pasa_jax.shifts import SHIFTS, check_beta, optimal_beta

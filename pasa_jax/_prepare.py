@@ -170,7 +170,7 @@ def _wide(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _per_block(x: Array, n: int, reduce) -> Array:  # noqa: ANN001
+def _per_block(x: Array, n: int, reduce) -> Array:
     """``reduce(blocks, axis)`` over the blocks of n rows of x [S, …]; the tail is shorter."""
     whole = x.shape[0] // n * n
     parts = [reduce(x[:whole].reshape(-1, n, *x.shape[1:]), 1)]

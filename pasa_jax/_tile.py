@@ -316,25 +316,27 @@ def update(
       count: how many blocks have been seen, this one included (`paper`'s running mean F).
     """
     stat, acc = numerics.statistics, jnp.dtype(numerics.precision.accumulator)
-    inva = stat.type(numerics.inva)
+    wide, temper = numerics.product, query.temper.astype(numerics.product)
     p = probabilities(s, query, numerics)
     l_loc = jnp.sum(p.astype(stat), axis=1, keepdims=True)
-    pv = _dot(p, key.v, (1, 0), numerics.product).astype(acc)
+    pv = _dot(p, key.v, (1, 0), wide).astype(acc)
+    f, c_previous, c_current = state.f, jnp.zeros_like(s.offset), s.offset
     if numerics.shift == "paper":
-        count = jnp.asarray(count, stat)
+        count, inva = jnp.asarray(count, stat), stat.type(numerics.inva)
         old = jnp.where(count > 1, state.f, s.offset)
         f = old + (s.offset - old) / count
-        previous = state.m + inva * (old - f)
-        current = s.base + inva * (s.offset - f)
-    else:
-        f, previous, current = state.f, state.m, s.base + s.offset
+        c_previous, c_current = inva * (old - f), inva * (s.offset - f)
+    # What is stored has the statistics' type; a sum of two stored numbers is used as it comes.
+    # The offset is folded before m is subtracted: in float32 no exponent is ever positive.
+    previous = state.m.astype(wide) + c_previous.astype(wide)
+    current = s.base.astype(wide) + c_current.astype(wide)
     # A row that saw no key of this tile has its base at `lowest`, whatever the offset.
     seen = s.base != lowest(stat)
     current = jnp.where(seen, current, jnp.full_like(current, lowest(stat)))
-    # Offsets are folded before m is subtracted, so that no exponent is ever positive.
-    m = jnp.maximum(previous, current)
-    keep = jnp.exp((previous - m) * query.temper)
-    take = jnp.where(seen, jnp.exp((current - m) * query.temper), jnp.zeros_like(m))
+    m = jnp.maximum(previous, current).astype(stat)
+    keep = jnp.exp((previous - m.astype(wide)) * temper).astype(stat)
+    take = jnp.exp((current - m.astype(wide)) * temper).astype(stat)
+    take = jnp.where(seen, take, jnp.zeros_like(take))
     return State(
         m=m,
         l=keep * state.l + take * l_loc,

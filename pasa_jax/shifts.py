@@ -74,7 +74,7 @@ def check_beta(beta: float, argument: str = "beta") -> None:
 def paper_matrix(
     weights: NDArray[np.bool_], beta: float, scale: float, dtype: np.dtype
 ) -> tuple[NDArray, float]:
-    """M = (I − (β/n)·J)·scale over the columns in ``weights``, rounded last, and its Inva (eq. 4, 5).
+    """M = (I − (β/n)·J)·scale of the columns in ``weights``, rounded last, and Inva (eq. 4, 5).
 
     Arguments:
       weights: [n] bool; True for the columns of the block, False for those that the tile holds
