@@ -330,7 +330,9 @@ def _forward_head(walk: Walk) -> Result:
         if sinks is not None:
             state = tile.add_sink(state, sinks, query.temper)
         out, lse = tile.finish(state, query.temper, walk.facts.value_range)
-        out = tile.zero_unusable(out, walk.in_use(start))
+        used = walk.in_use(start)
+        out = tile.zero_unusable(out, used)
+        lse = jnp.where(used, lse, jnp.full_like(lse, tile.lowest(lse.dtype)))
         if walk.plan.promises_finite:  # a mean of values, rounded up, must not leave the type
             largest = float(jnp.finfo(out_type).max)
             out = jnp.clip(out, -largest, largest)

@@ -244,6 +244,7 @@ def scores(
         z = z + bias
     if mask is not None:
         z = jnp.where(mask, z, jnp.full_like(z, lowest(stat)))
+        slope = None if slope is None else jnp.where(mask, slope, jnp.zeros_like(slope))
     base = jnp.max(z, axis=1, keepdims=True)
     stored = z - base
     if late and store != stat:  # what is below the 16-bit range has no weight: clamp it

@@ -67,6 +67,7 @@ def attend(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
     valid = mask.row_valid()
     if valid is not None:
         out = jnp.where(valid[..., None, None], out, jnp.zeros_like(out))
+        lse = jnp.where(valid[..., None], lse, lowest(wide))
     largest = float(jnp.finfo(operands.query.dtype).max)
     return jnp.clip(out, -largest, largest).astype(operands.query.dtype), lse
 
