@@ -18,7 +18,7 @@ from pasa_jax._backends import BACKENDS, Implementation, choose
 from pasa_jax._errors import check_choice, wrong
 from pasa_jax._operands import Operands
 from pasa_jax._prepare import Plan
-from pasa_jax._tile import lowest
+from pasa_jax._tile import lowest, wide_type
 from pasa_jax.mask import Mask
 from pasa_jax.precision import FLOATS, Precision
 from pasa_jax.schedule import Schedule
@@ -248,7 +248,7 @@ class _Call:
 def _empty(o: Operands) -> tuple[Array, Array]:
     """The documented result where no query sees a key: 0, and the log-sum-exp of the sinks."""
     rows = o.query.shape[:3]
-    wide = jnp.promote_types(o.query.dtype, jnp.float32)
+    wide = wide_type(o.query.dtype)
     lse = jnp.full(rows, lowest(wide))
     if o.sinks is not None:
         lse = jnp.broadcast_to(o.sinks.astype(wide), rows)
@@ -365,7 +365,7 @@ def _precision(precision: str | Precision | None, dtype: str) -> Precision:
 
 def _scale(scale: ArrayLike | None, q: Array) -> tuple[Array, float | None]:
     """1/α as an array, and as a number where it is one."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = wide_type(q.dtype)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     if isinstance(scale, (int, float, np.number)):

@@ -43,7 +43,15 @@ def _forward(core: Core, operands: Operands, mask: Mask) -> tuple[tuple[Array, A
 
 def _backward(core: Core, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Operands, None]:
     operands, mask, result = residuals
-    return _lax.backward(operands, mask, core.plan, result, *cotangents), None
+    found = _lax.backward(operands, mask, core.plan, result, *cotangents)
+    return jax.tree.map(_reduced, found, operands), None
+
+
+def _reduced(cotangent: Array, operand: Array) -> Array:
+    """Summed over the manual mesh axes (`shard_map`) over which the operand is replicated."""
+    varying, kept = (jax.typeof(x).manual_axis_type.varying for x in (cotangent, operand))
+    axes = tuple(varying - kept)
+    return jax.lax.psum(cotangent, axes) if axes else cotangent
 
 
 attend.defvjp(_forward, _backward)

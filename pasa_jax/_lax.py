@@ -102,7 +102,7 @@ def over_heads(
         placed, d_bias = one(b, h)
 
         def put(buffer: Array, x: Array) -> Array:
-            at = (b, 0, h * x.shape[1], *[0] * (x.ndim - 2))
+            at = _place(b, 0, h * x.shape[1], *[0] * (x.ndim - 2))
             return lax.dynamic_update_slice(buffer, x[None], at)
 
         total = buffers[1]
@@ -130,9 +130,15 @@ def _fold_bias(d_bias: Array, bias: Array | None) -> Array:
     return jnp.sum(full, axis=axes, keepdims=True)
 
 
+def _place(*index: Index) -> tuple[Array, ...]:
+    """Indices of one type, as x64 does not make them of itself."""
+    return tuple(jnp.asarray(i, jnp.int32) for i in index)
+
+
 def _add_at(buffer: Array, x: Array, at: tuple[Index, ...]) -> Array:
-    old = lax.dynamic_slice(buffer, at, x.shape)
-    return lax.dynamic_update_slice(buffer, old + x, at)
+    place = _place(*at)
+    old = lax.dynamic_slice(buffer, place, x.shape)
+    return lax.dynamic_update_slice(buffer, old + x, place)
 
 
 def varying(carry: Any, sources: Any) -> Any:
@@ -349,7 +355,7 @@ def _forward_head(walk: Walk) -> Result:
     rows, wide = head.query.shape[:2], numerics.product
     out = jnp.zeros((*rows, value_size), out_type)
     column = jnp.zeros(rows, wide)
-    lse = jnp.zeros(rows, jnp.promote_types(out_type, jnp.float32))
+    lse = jnp.zeros(rows, tile.wide_type(out_type))
     return walk.over_queries(query_tile, Result(out, lse, column, column, out))
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasa_jax._tile import Guard, Numerics
+from pasa_jax._tile import Guard, Numerics, wide_type
 from pasa_jax.mask import Mask
 from pasa_jax.precision import Precision
 from pasa_jax.schedule import Schedule
@@ -159,15 +159,11 @@ def prepare(q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan) 
     value_range = None
     if plan.promises_finite and v.dtype != jnp.float16:
         top = jnp.max(jnp.where(usable[:, None], jnp.abs(v), jnp.zeros_like(v)), initial=0)
-        excess = jnp.maximum(jnp.frexp(top.astype(_wide(v)))[1] - _VALUE_LIMIT_LOG2, 0)
-        value_range = jnp.ldexp(jnp.ones((), _wide(v)), excess)
+        excess = jnp.maximum(jnp.frexp(top.astype(wide_type(v.dtype)))[1] - _VALUE_LIMIT_LOG2, 0)
+        value_range = jnp.ldexp(jnp.ones((), wide_type(v.dtype)), excess)
     # Keys that nobody sees are not usable, so that what stands there cannot matter; keys that
     # are seen and not finite are not usable either, and `key_tile` says so in their column.
     return HeadFacts(usable, kappa, chosen, guard, value_range)
-
-
-def _wide(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _per_block(x: Array, n: int, reduce) -> Array:
@@ -190,7 +186,7 @@ def _block_kappa(k: Array, usable: Array, n: int, *, past: bool) -> Array:
     Any vector would do, since the same one is put back: a block whose shifted keys would leave
     the range of their type is not shifted.
     """
-    wide = _wide(k)
+    wide = wide_type(k.dtype)
     count = _per_block(usable, n, lambda x, axis: jnp.sum(x, axis, dtype=wide))
     weights = usable.astype(wide) / _spread(jnp.maximum(count, 1), n, k.shape[0])
     clean = jnp.where(usable[:, None], k, jnp.zeros_like(k)).astype(wide)
@@ -212,7 +208,7 @@ def _shifting_helps(q: Array, k: Array, usable: Array, kappa: Array, n: int) -> 
     once more, so it pays where the mean square of q·κ exceeds that of q·(k − κ). Both are
     estimated from the mean and the variance of each channel.
     """
-    wide = _wide(k)
+    wide = wide_type(k.dtype)
     rows = q.reshape(-1, q.shape[-1]).astype(wide)
     rows = jnp.where(jnp.isfinite(rows), rows, jnp.zeros_like(rows))
     q_mean = jnp.mean(rows, axis=0)
@@ -243,7 +239,7 @@ def _guard(
         excess = jnp.maximum(excess, whole - range_log2)
     # The margin covers the rounding of the logarithms.
     exponent = jnp.clip(jnp.ceil(excess + 0.01), 0, 2000).astype(jnp.int32)
-    half, one = exponent // 2, jnp.ones(exponent.shape, jnp.promote_types(q.dtype, jnp.float32))
+    half, one = exponent // 2, jnp.ones(exponent.shape, wide_type(q.dtype))
     return Guard(
         down=jnp.ldexp(one, -half),
         rest=jnp.ldexp(one, half - exponent),
@@ -259,16 +255,17 @@ def key_norms(k: Array, usable: Array, kappa: Array | None, plan: Plan) -> tuple
         return of_k, of_k + 1  # ‖k − β·k̄‖ ≤ 2·max‖k‖
     if kappa is None or plan.resolved == "reference":
         return of_k, of_k
-    wide = _wide(k)
+    wide = wide_type(k.dtype)
     shifted = clean.astype(wide) - _spread(kappa.astype(wide), plan.schedule.block_kv, len(k))
     return of_k, jnp.max(log2_norm(shifted), initial=-jnp.inf)
 
 
 def log2_norm(x: Array) -> Array:
     """log2 of the Euclidean norm over the last axis, or a bound on it where squares overflow."""
-    x = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)).astype(_wide(x))
+    x = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)).astype(wide_type(x.dtype))
     top = jnp.max(jnp.abs(x), axis=-1)
     square = jnp.sum(jnp.square(x), axis=-1)
     exact = jnp.isfinite(square) & (square > 0)
     by_top = jnp.log2(top) + 0.5 * float(np.log2(x.shape[-1]))
-    return jnp.where(exact, 0.5 * jnp.log2(jnp.where(exact, square, 1)), by_top)
+    log2 = jnp.where(exact, 0.5 * jnp.log2(jnp.where(exact, square, 1)), by_top)
+    return log2.astype(jnp.float32)

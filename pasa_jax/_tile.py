@@ -97,6 +97,11 @@ class State(NamedTuple):
     f: Array  # [R, 1] F, the paper's running mean of s̄'; 0 for the other shifts
 
 
+def wide_type(dtype: jnp.dtype) -> jnp.dtype:
+    """The type that sums numbers of ``dtype``: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def lowest(dtype: jnp.dtype) -> float:
     """The finite number that stands for "no key seen" and for a masked score."""
     return float(jnp.finfo(dtype).min)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pasa_jax._operands import Operands
 from pasa_jax._prepare import Plan
-from pasa_jax._tile import lowest
+from pasa_jax._tile import lowest, wide_type
 from pasa_jax.mask import Mask
 
 Array = jax.Array
@@ -28,7 +28,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
 
 def attend(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
     """Output [B, T, N, E] and log-sum-exp [B, T, N] of softmax(scale·Q·Kᵀ + bias)·V."""
-    wide = jnp.promote_types(operands.query.dtype, jnp.float32)
+    wide = wide_type(operands.query.dtype)
     highest = jax.lax.Precision.HIGHEST
     batch, length, heads, size = operands.query.shape
     kv_heads = operands.key.shape[2]
@@ -78,7 +78,8 @@ def _seen(mask: Mask, batch: int, heads: int) -> Array:
 
     def one(b: Array, h: Array) -> Array:
         head = mask.head(b, h, 1)
-        seen = head.visible(jnp.arange(length)[:, None], jnp.arange(keys)[None])
+        rows, columns = (jnp.arange(x, dtype=jnp.int32) for x in (length, keys))
+        seen = head.visible(rows[:, None], columns[None])
         array = head.tile_array(0, length, 0, keys, 1)
         return seen if array is None else seen & array
 
