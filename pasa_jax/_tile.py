@@ -352,13 +352,14 @@ def update(
 
 
 def settle(state: State, numerics: Numerics) -> State:
-    """The state with the offset inva·F folded into m, as merging and finishing need it."""
+    """The state in the product's type, inva·F folded into m, to be merged or finished."""
+    wide = numerics.product
+    state = State(*(x.astype(wide) for x in state))
     if numerics.shift != "paper":
         return state
-    wide = numerics.product  # inva·F alone may leave float16
-    inva, m = wide.type(numerics.inva), state.m.astype(wide)
-    m = jnp.where(state.l > 0, m + inva * state.f.astype(wide), jnp.full_like(m, lowest(wide)))
-    return State(m, state.l.astype(wide), state.o.astype(wide), jnp.zeros_like(m))
+    m = state.m + wide.type(numerics.inva) * state.f  # alone it may leave float16
+    m = jnp.where(state.l > 0, m, jnp.full_like(m, lowest(wide)))
+    return state._replace(m=m, f=jnp.zeros_like(m))
 
 
 def merge(a: State, b: State, temper: Array | float = 1.0) -> State:

@@ -1,0 +1,74 @@
+"""`Mask`: the kind of each tile against the mask itself, element by element."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.cases import visible
+
+from pasa_jax import Mask, Schedule
+
+SHAPES = [(40, 40), (40, 56), (56, 40), (1, 40), (37, 1)]
+KEYWORDS = [
+    {},
+    {"is_causal": True},
+    {"is_causal": True, "causal_alignment": "bottom_right"},
+    {"window": (9, 3)},
+    {"window": (0, 0)},
+    {"window": (20, 0), "is_causal": True, "causal_alignment": "bottom_right"},
+]
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS)
+@pytest.mark.parametrize(("t", "s"), SHAPES)
+@pytest.mark.parametrize(("block_q", "block_kv"), [(8, 16), (16, 8), (13, 7), (64, 64)])
+def test_tile_kinds(t, s, block_q, block_kv, keywords):
+    mask = Mask(query_length=t, key_length=s, **keywords)
+    schedule = Schedule(block_q=block_q, block_kv=block_kv)
+    names = {"window": "local_window_size"}
+    call = {names.get(k, k): v for k, v in keywords.items()}
+    seen = np.broadcast_to(visible(1, t, s, {}, call)[0, 0], (t, s))
+    tiles = itertools.product(range(-(-t // block_q)), range(-(-s // block_kv)))
+    for i, j in tiles:
+        whole = seen[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv]
+        kind = mask.tile(i, j, schedule)
+        complete = whole.shape[1] == block_kv
+        if kind == "full":
+            assert whole.all()
+            assert complete
+        elif kind == "skip":
+            assert not whole.any()
+        # No tile is computed, or masked, for nothing.
+        if not whole.any() and (t, s) in SHAPES[:3] and block_q <= t:
+            assert kind == "skip" or "window" in keywords or i == t // block_q
+        if whole.all() and complete:
+            assert kind == "full"
+
+
+def test_lengths_and_segments_leave_no_tile_full_by_place():
+    ids = jnp.zeros((64,), jnp.int32)
+    mask = Mask(query_length=64, key_length=64, query_segments=ids, key_segments=ids)
+    assert mask.tile(0, 0, Schedule(block_q=32, block_kv=32)) == "partial"
+
+
+def test_padding_rows_see_nothing():
+    mask = Mask(query_length=64, key_length=64, query_lengths=jnp.int32(32))
+    r = mask.key_range(jnp.int32(32), jnp.int32(64), 32)
+    assert int(r.hi) <= int(r.lo)
+
+
+def test_visible_keys():
+    mask = Mask(query_length=3, key_length=8, is_causal=True)
+    assert mask.visible_keys().tolist() == [True] * 3 + [False] * 5
+    array = jnp.asarray([[[True, False, True]]])
+    assert Mask(query_length=1, key_length=3, array=array).visible_keys().tolist() == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_unknown_alignment():
+    with pytest.raises(ValueError, match="`causal_alignment` must be one of 'top_left'"):
+        Mask(query_length=1, key_length=1, causal_alignment="left")
