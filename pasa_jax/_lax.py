@@ -233,7 +233,10 @@ class Walk:
             guard = tile.Guard(*(self.rows(x, start) for x in guard))
         folded = self.numerics.shift == "paper"
         scale = jnp.ones_like(self.head.scale) if folded else self.head.scale
-        return tile.query_tile(self.rows(self.head.query, start), scale, guard, self.numerics)
+        q = self.rows(self.head.query, start)
+        if self.mask.query_lengths is not None:
+            q = tile.zero_unusable(q, self.in_use(start))
+        return tile.query_tile(q, scale, guard, self.numerics)
 
     def raw_keys(self, j: Array) -> tuple[Array, Array, Array]:
         """Keys, values and which of them are usable [n, 1], of key tile j."""
@@ -254,8 +257,8 @@ class Walk:
             tail = j == len(self.head.key) // self.block_kv
             extra["matrix"] = jnp.where(tail, blocks.tail_matrix, blocks.matrix).astype(jnp.float16)
             extra["weights"] = jnp.where(tail, blocks.tail_weights, blocks.weights)
-        if value_gain and self.facts.value_range is not None:
-            extra["value_gain"] = 1 / self.facts.value_range
+        extra["key_gain"] = self.facts.key_gain
+        extra["value_gain"] = self.facts.value_gain if value_gain else None
         return tile.key_tile(k, v, usable, self.numerics, **extra)
 
     def seen(self, start: Index, j: Array) -> Array:
@@ -335,7 +338,7 @@ def _forward_head(walk: Walk) -> Result:
         sinks = walk.sinks()
         if sinks is not None:
             state = tile.add_sink(state, sinks, query.temper)
-        out, lse = tile.finish(state, query.temper, walk.facts.value_range)
+        out, lse = tile.finish(state, query.temper, walk.facts.value_gain)
         used = walk.in_use(start)
         out = tile.zero_unusable(out, used)
         lse = jnp.where(used, lse, jnp.full_like(lse, tile.lowest(lse.dtype)))

@@ -25,8 +25,8 @@ Array = jax.Array
 # Largest |S'| the guard lets into 16 bits: half of float16's range, for `reference` behind the
 # rounding subtracts an r as large as S itself. And into a float32 accumulator.
 _LIMIT_LOG2 = {"float16": 14.0, "bfloat16": 120.0, "float32": 120.0, "float64": 1000.0}
-# Values up to 2^94 can be summed with weights up to 1 over 2^31 keys in float32.
-_VALUE_LIMIT_LOG2 = 94
+# Keys and values up to 2^94 can be summed over 2^31 of them in float32.
+_SUMMABLE_LOG2 = 94
 
 
 @dataclass(frozen=True)
@@ -140,30 +140,41 @@ class HeadFacts(NamedTuple):
     kappa: Array | None  # [blocks, D] of the keys' type
     chosen: Array | None  # [] bool: whether `auto` shifts this head
     guard: Guard | None  # each [T, G]
-    value_range: Array | None  # [] power of two
+    # Powers of two, 1 in ordinary data, by which keys and values are multiplied so that sums of
+    # them stay in range; None for float16, which fits float32 anyhow.
+    key_gain: Array | None  # []
+    value_gain: Array | None  # []
 
 
 def prepare(q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan) -> HeadFacts:
-    """The facts of one key head: q [T, G, D], k [S, D], v [S, E]."""
+    """The facts of one key head: q [T, G, D], k [S, D], v [S, E].
+
+    Keys that nobody sees are not usable, so that what stands there cannot matter; keys that are
+    seen and not finite are not usable either, and `key_tile` says so in their column.
+    """
     finite = jnp.all(jnp.isfinite(k), axis=1) & jnp.all(jnp.isfinite(v), axis=1)
-    seen = mask.visible_keys()
-    usable = finite & seen
-    n = plan.schedule.block_kv
+    usable = finite & mask.visible_keys()
+    key_gain = value_gain = None
+    if plan.promises_finite and k.dtype != jnp.float16:
+        key_gain, value_gain = (_range_gain(x, usable) for x in (k, v))
+        k = k * key_gain.astype(k.dtype)
     kappa = chosen = None
     if plan.needs_kappa():
+        n = plan.schedule.block_kv
         kappa = _block_kappa(k, usable, n, past=plan.resolved == "mean_past")
         if plan.chooses_per_head:
             chosen = _shifting_helps(q, k, usable, kappa, n)
             kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
-    guard = _guard(q, k, usable, kappa, scale, plan)
-    value_range = None
-    if plan.promises_finite and v.dtype != jnp.float16:
-        top = jnp.max(jnp.where(usable[:, None], jnp.abs(v), jnp.zeros_like(v)), initial=0)
-        excess = jnp.maximum(jnp.frexp(top.astype(wide_type(v.dtype)))[1] - _VALUE_LIMIT_LOG2, 0)
-        value_range = jnp.ldexp(jnp.ones((), wide_type(v.dtype)), excess)
-    # Keys that nobody sees are not usable, so that what stands there cannot matter; keys that
-    # are seen and not finite are not usable either, and `key_tile` says so in their column.
-    return HeadFacts(usable, kappa, chosen, guard, value_range)
+    guard = _guard(q, k, usable, kappa, scale, plan, key_gain)
+    return HeadFacts(usable, kappa, chosen, guard, key_gain, value_gain)
+
+
+def _range_gain(x: Array, usable: Array) -> Array:
+    """The power of two, at most 1, that brings the usable rows of x to 2^94 or below."""
+    wide = wide_type(x.dtype)
+    top = jnp.max(jnp.where(usable[:, None], jnp.abs(x), jnp.zeros_like(x)), initial=0)
+    excess = jnp.maximum(jnp.frexp(top.astype(wide))[1] - _SUMMABLE_LOG2, 0)
+    return jnp.ldexp(jnp.ones((), wide), -excess)
 
 
 def _per_block(x: Array, n: int, reduce) -> Array:
@@ -222,7 +233,13 @@ def _shifting_helps(q: Array, k: Array, usable: Array, kappa: Array, n: int) -> 
 
 
 def _guard(
-    q: Array, k: Array, usable: Array, kappa: Array | None, scale: Array, plan: Plan
+    q: Array,
+    k: Array,
+    usable: Array,
+    kappa: Array | None,
+    scale: Array,
+    plan: Plan,
+    key_gain: Array | None,
 ) -> Guard | None:
     """The powers of two of eq. 12, or None where nothing can leave its range."""
     late = plan.resolved == "reference" and plan.reachable  # stores S' ≤ 0, clamped
@@ -240,10 +257,11 @@ def _guard(
     # The margin covers the rounding of the logarithms.
     exponent = jnp.clip(jnp.ceil(excess + 0.01), 0, 2000).astype(jnp.int32)
     half, one = exponent // 2, jnp.ones(exponent.shape, wide_type(q.dtype))
+    total = exponent if key_gain is None else exponent + 1 - jnp.frexp(key_gain)[1]
     return Guard(
         down=jnp.ldexp(one, -half),
         rest=jnp.ldexp(one, half - exponent),
-        temper=jnp.ldexp(one, jnp.minimum(exponent, 100)),
+        temper=jnp.ldexp(one, jnp.minimum(total, 100)),
     )
 
 

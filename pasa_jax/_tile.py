@@ -159,6 +159,7 @@ def key_tile(
     kappa: Array | None = None,
     matrix: Array | None = None,
     weights: Array | None = None,
+    key_gain: Array | None = None,
     value_gain: Array | None = None,
 ) -> KeyTile:
     """Keys without what the shift takes off them (eq. 4, 7), and values fit for the product.
@@ -172,9 +173,11 @@ def key_tile(
       usable: [n, 1] bool.
       kappa: [1, D] of k's type, for `mean` (any vector is valid, since the same is put back).
       matrix, weights: M [n, n] and the share of each column in the row mean [n, 1], for `paper`.
-      value_gain: [] power of two that keeps P·V in range, or None.
+      key_gain, value_gain: [] powers of two that keep sums of keys and P·V in range, or None.
     """
     k, v = zero_unusable(k, usable), zero_unusable(v, usable)
+    if key_gain is not None:
+        k = k * key_gain.astype(k.dtype)
     if value_gain is not None:
         v = v * value_gain.astype(v.dtype)
     shifted, raw = k, None
@@ -251,7 +254,8 @@ def scores(
         z = jnp.where(mask, z, jnp.full_like(z, lowest(stat)))
         slope = None if slope is None else jnp.where(mask, slope, jnp.zeros_like(slope))
     base = jnp.max(z, axis=1, keepdims=True)
-    stored = z - base
+    # Compilers contract product·gain − base into one rounding, which need not be ≤ 0: bound it.
+    stored = jnp.minimum(z - base, jnp.zeros_like(z))
     if late and store != stat:  # what is below the 16-bit range has no weight: clamp it
         stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
         stored = stored.astype(store).astype(stat)
@@ -376,19 +380,19 @@ def add_sink(state: State, sink: Array, temper: Array) -> State:
     return merge(state, no_value, temper.astype(state.m.dtype))
 
 
-def finish(state: State, temper: Array, value_range: Array | None = None) -> tuple[Array, Array]:
+def finish(state: State, temper: Array, value_gain: Array | None = None) -> tuple[Array, Array]:
     """Output [R, E] and log-sum-exp [R, 1] of a settled state (eq. 14).
 
     A row that saw no key gives output 0 and the lowest finite log-sum-exp.
 
     Arguments:
-      value_range: [] what `key_tile`'s value_gain divided by, or None.
+      value_gain: [] what `key_tile` multiplied the values by, or None.
     """
     some = state.l != 0
     l = jnp.where(some, state.l, jnp.ones_like(state.l))  # noqa: E741
     out = state.o / l.astype(state.o.dtype)
-    if value_range is not None:
-        out = out * value_range.astype(out.dtype)
+    if value_gain is not None:
+        out = out / value_gain.astype(out.dtype)
     floor = lowest(state.m.dtype)
     lse = jnp.clip(state.m * temper.astype(l.dtype), floor, -floor) + jnp.log(l)
     return out, jnp.where(some, lse, jnp.full_like(lse, floor))

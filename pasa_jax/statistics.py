@@ -119,10 +119,11 @@ def _summary(walk: Walk, e: _Extremes) -> Statistics:
     peak = jnp.where(some, jnp.where(e.high >= -e.low, e.high, e.low), 0)
     scale = jnp.log2(jnp.abs(head.scale)).astype(jnp.float32)
     of_q = jnp.max(log2_norm(head.query), axis=0)
-    of_k, of_shifted = key_norms(head.key, facts.usable, facts.kappa, plan)
+    k = head.key if facts.key_gain is None else head.key * facts.key_gain.astype(head.key.dtype)
+    of_k, of_shifted = key_norms(k, facts.usable, facts.kappa, plan)
     exponent = zero
     if facts.guard is not None:
-        exponent = jnp.log2(jnp.max(1 / (facts.guard.down * facts.guard.rest), axis=0))
+        exponent = jnp.max(-jnp.log2(facts.guard.down) - jnp.log2(facts.guard.rest), axis=0)
     usable = facts.usable[:, None]
     count = jnp.maximum(jnp.sum(usable, dtype=jnp.float32), 1)
     k = tile.zero_unusable(head.key, usable).astype(jnp.float32)
