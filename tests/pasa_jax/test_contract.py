@@ -56,7 +56,9 @@ def test_every_shift(name, shift):
     check(CASES[name], "float16", 3e-3, shift=shift, schedule=TILES)
 
 
-@pytest.mark.parametrize("name", ["full", "lengths", "bottom right, fewer keys", "segments, causal"])
+@pytest.mark.parametrize(
+    "name", ["full", "lengths", "bottom right, fewer keys", "segments, causal"]
+)
 @pytest.mark.parametrize("precision", ["float16", "paper"])
 def test_paper_shift(name, precision):
     # 63.5 times the rounding of a row mean: eq. 5 of docs/algorithm.md.
@@ -80,9 +82,7 @@ def test_heads_at_once_equal_heads_in_turn(name):
     case = CASES[name]
     arrays = case.arrays("float32")
     one, all_at_once = (
-        dot_product_attention(
-            **arrays, **case.keywords, schedule=replace(TILES, batch_heads=batch)
-        )
+        dot_product_attention(**arrays, **case.keywords, schedule=replace(TILES, batch_heads=batch))
         for batch in (False, True)
     )
     np.testing.assert_allclose(one, all_at_once, atol=2e-6)

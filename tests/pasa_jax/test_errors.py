@@ -186,9 +186,7 @@ def test_implementation_as_in_tokamax():
     assert explain(Q, K, V, implementation=("reference", "lax")).implementation == "reference"
     mean = explain(Q, K, V, implementation=("reference", "lax"), shift="mean")
     assert mean.implementation == "lax"
-    assert mean.why_not == {
-        "reference": "it computes the plain formula, without the shift 'mean'"
-    }
+    assert mean.why_not == {"reference": "it computes the plain formula, without the shift 'mean'"}
     with pytest.raises(BackendUnsupported):
         dot_product_attention(Q, K, V, implementation=["reference"], precision="float16")
 
@@ -223,16 +221,14 @@ EMPTY = [
 @pytest.mark.parametrize("shapes", EMPTY)
 def test_empty_sequences_give_zeros(shapes, implementation):
     q, k, v = (jnp.ones(s, jnp.float16) for s in shapes)
-    out, lse = dot_product_attention(
-        q, k, v, return_residual=True, implementation=implementation
-    )
+    out, lse = dot_product_attention(q, k, v, return_residual=True, implementation=implementation)
     assert out.shape == (*shapes[0][:-1], shapes[2][-1])
     assert lse.shape == shapes[0][:-1]
     assert np.all(np.asarray(out) == 0)
     grad = jax.grad(
-        lambda q: dot_product_attention(q, k, v, implementation=implementation)
-        .astype(jnp.float32)
-        .sum()
+        lambda q: (
+            dot_product_attention(q, k, v, implementation=implementation).astype(jnp.float32).sum()
+        )
     )(q)
     assert np.all(np.asarray(grad) == 0)
 

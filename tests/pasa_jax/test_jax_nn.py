@@ -89,7 +89,9 @@ def test_bfloat16(name):
 @pytest.mark.parametrize("batched", [True, False])
 def test_heads_and_layouts(n, k, batched):
     q, key, v = arrays(n=n, k=k, batched=batched)
-    theirs, their_lse = jax.nn.dot_product_attention(q, key, v, is_causal=True, return_residual=True)
+    theirs, their_lse = jax.nn.dot_product_attention(
+        q, key, v, is_causal=True, return_residual=True
+    )
     ours, our_lse = pasa_jax.dot_product_attention(q, key, v, is_causal=True, return_residual=True)
     assert (ours.shape, our_lse.shape) == (theirs.shape, their_lse.shape)
     np.testing.assert_allclose(ours, theirs, atol=3e-6)

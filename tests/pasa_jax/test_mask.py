@@ -5,9 +5,9 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.cases import visible
 
 from pasa_jax import Mask, Schedule
+from tests.cases import visible
 
 SHAPES = [(40, 40), (40, 56), (56, 40), (1, 40), (37, 1)]
 KEYWORDS = [

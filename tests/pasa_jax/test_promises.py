@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.cases import CASES, TILES, exact, visible
 
 from pasa_jax import Schedule, dot_product_attention
 from pasa_jax.evidence.accuracy import HARD_CASES, measure
 from pasa_jax.evidence.plain import float64_attention, plain_attention
+from tests.cases import CASES, TILES, exact, visible
 
 GUARDED = ("auto", "mean", "mean_past", "reference", "paper")
 BEHIND = replace(TILES, target="ascend_910b")

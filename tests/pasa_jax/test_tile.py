@@ -61,7 +61,17 @@ def arguments(dtype="float16", seed=0):
     mask = jnp.asarray(rng.random((R, N)) > 0.3)
     bias = jnp.asarray(rng.standard_normal((R, N)), jnp.float32)
     one = jnp.ones((R, 1), jnp.float32)
-    return q, k, v, kappa, matrix, jnp.asarray(blocks.weights), mask, bias, tile.Guard(one, one, one)
+    return (
+        q,
+        k,
+        v,
+        kappa,
+        matrix,
+        jnp.asarray(blocks.weights),
+        mask,
+        bias,
+        tile.Guard(one, one, one),
+    )
 
 
 @pytest.mark.parametrize("shift", ["none", "paper", "mean", "reference"])

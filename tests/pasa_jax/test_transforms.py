@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tests.cases import CASES, TILES
 
 from pasa_jax import dot_product_attention
+from tests.cases import CASES, TILES
 
 attend = partial(dot_product_attention, is_causal=True, schedule=TILES, implementation="lax")
 

