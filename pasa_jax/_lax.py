@@ -52,11 +52,13 @@ def backward(
         return _backward_head(walk, Result(*map(of_head, result)), of_head(d_out), of_head(d_lse))
 
     (d_q, d_k, d_v, d_scale, d_sinks), d_bias = over_heads(operands, mask, plan, program)
+    if operands.bias is not None and d_bias is not None:
+        d_bias = d_bias.astype(operands.bias.dtype)
     return Operands(
         query=d_q,
         key=d_k,
         value=d_v,
-        bias=None if operands.bias is None else d_bias.astype(operands.bias.dtype),
+        bias=d_bias,
         sinks=None if operands.sinks is None else _sum_to(d_sinks, 2, operands.sinks),
         scale=jnp.sum(d_scale).astype(operands.scale.dtype),
     )

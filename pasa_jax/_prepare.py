@@ -6,7 +6,9 @@ depends on the data (docs/algorithm.md, sections 4 to 6). O((T + S)·D) work, O(
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -66,7 +68,8 @@ class Plan:
     @property
     def promises_finite(self) -> bool:
         """Whether finite inputs must give finite outputs (all but plain and all-16-bit forms)."""
-        return self.shift != "none" and self.precision.statistics != "float16"
+        narrow = (self.precision.statistics, self.precision.accumulator)
+        return self.shift != "none" and "float16" not in narrow
 
     @property
     def chooses_per_head(self) -> bool:
@@ -109,6 +112,7 @@ class PaperBlocks(NamedTuple):
     inva: float
 
 
+@lru_cache(maxsize=32)
 def paper_blocks(n: int, keys: int, beta: float | None, scale: float) -> PaperBlocks:
     """M and the row-mean weights for ``keys`` keys in blocks of n.
 
@@ -177,7 +181,7 @@ def _range_gain(x: Array, usable: Array) -> Array:
     return jnp.ldexp(jnp.ones((), wide), -excess)
 
 
-def _per_block(x: Array, n: int, reduce) -> Array:
+def _per_block(x: Array, n: int, reduce: Callable[[Array, int], Array]) -> Array:
     """``reduce(blocks, axis)`` over the blocks of n rows of x [S, …]; the tail is shorter."""
     whole = x.shape[0] // n * n
     parts = [reduce(x[:whole].reshape(-1, n, *x.shape[1:]), 1)]

@@ -1,6 +1,6 @@
 """The paper's biased random benchmark, every scheme side by side, against float64.
 
-Section 6 of docs/algorithm.md says what the cases are and why V is drawn twice: with the mean of
+Section 7 of docs/algorithm.md says what the cases are and why V is drawn twice: with the mean of
 K, as the paper draws it, an output is nearly constant and hides errors of the weights.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -242,7 +242,7 @@ def run(
 ) -> dict[str, Any]:
     """Every part of the benchmark: {"paper", "zero mean", "hard"} -> dtype -> records."""
     step = 5 if quick else 1
-    parts: dict[str, list[Case | HardCase]] = {
+    parts: dict[str, Sequence[Case | HardCase]] = {
         "paper": list(grid())[::step],
         "zero mean": list(zero_mean_grid())[::step],
         "hard": list(HARD_CASES),

@@ -95,7 +95,7 @@ def _tokenizer(tokens: list[str], merges: list[str]) -> Any:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     except ImportError as error:
         raise ModuleNotFoundError(f"The tokenizer needs tokenizers: {WAY_OUT}") from error
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
