@@ -2,16 +2,16 @@
 and independent of what stands in masked slots."""
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.cases import visible
 
 from pasa_jax import Schedule, dot_product_attention
+from tests.cases import visible
 
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 
@@ -39,7 +39,7 @@ SCHEDULES = [
 SHIFTS = ["auto", "mean", "reference"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(mask_index, schedule_index, shift):
     static = {k: v for k, v in MASKS[mask_index].items() if k not in ("lengths", "array")}
 
