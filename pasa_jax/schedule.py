@@ -71,7 +71,8 @@ class Schedule:
         """Bytes that one tile step needs in each on-chip memory of the target.
 
         Key and value tiles are counted twice (one is loaded while the other is used). On an NPU
-        the products run in sub-tiles of 128 × 128 × 128, and the two vector cores share the rows.
+        the products run in sub-tiles of 128 × 128 × 128, of which one is loaded ahead, and the two
+        vector cores share the rows.
         """
         item, e = _ITEMSIZE[dtype], value_head_dim or head_dim
         q, kv = self.block_q * head_dim * item, 2 * self.block_kv * (head_dim + e) * item
@@ -86,7 +87,7 @@ class Schedule:
             sub, half = 128, (self.block_q + 1) // 2
             slab = 32 * 1024  # the vector core works through its rows in slabs of this size
             return {
-                "L1": q + kv,
+                "L1": q + (self.block_kv + sub) * (head_dim + e) * item,
                 "L0A": 2 * sub * min(head_dim, sub) * item,
                 "L0B": 2 * sub * min(max(head_dim, e), sub) * item,
                 "L0C": sub * max(sub, e) * 4,
