@@ -87,7 +87,8 @@ def dot_product_attention(
       precision: a `Precision` or its name; None stores scores and probabilities in the inputs'
         type, and the statistics and the output before normalisation in float32.
       schedule: tile sizes and target; default that of the device. Its ``block_kv``, ``target``,
-        the shift and β change the numbers within rounding, everything else only the speed.
+        the shift and β change the numbers within rounding, everything else
+        the speed and the order of float32 sums.
       return_statistics: also return `Statistics` of the scores, per head (one more pass).
 
     Returns:

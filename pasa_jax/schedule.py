@@ -15,7 +15,8 @@ class Schedule:
     """How the score matrix of one head is cut into tiles and walked.
 
     ``block_kv`` and ``target`` change the numbers (a block has one mean; the target says where
-    scores are rounded), as do the shift and β; everything else changes only the speed.
+    scores are rounded), as do the shift and β; everything else changes the speed, and
+    the numbers only by the order in which float32 sums are formed.
 
     Arguments:
       block_q: rows of a tile. The G query heads of one key head share a tile, so it holds

@@ -74,14 +74,17 @@ def draw_values(rng, shape, kind, dtype):
     return jnp.asarray(np.clip(values, -65504, 65504), dtype)
 
 
-def bound(q, k, seen, scale, dtype, behind):
+def bound(q, k, seen, scale, dtype, shift, behind):
     """What storage may cost: relative errors of the weights, from errors of the scores.
 
     Scores are stored relative to the row's maximum or to a block's mean; either way the error of
     one is at most a few units of its type of the row's largest |score| (of the spread, for
-    float32), and the accumulator's own rounding of ‖q‖·‖k‖ comes on top.
+    float32), and the accumulator's own rounding of ‖q‖·‖k‖ comes on top. A block's mean holds
+    keys that other rows see, so there the largest |score| is over those too.
     """
     size = np.einsum("btnd,bsnd->bnts", np.abs(q), np.abs(k)) * scale
+    if shift == "mean" or behind:
+        seen = seen.any(axis=(1, 2), keepdims=True)
     largest = np.where(seen, size, 0).max(-1)
     unit = UNIT[dtype]
     stored = (4 if behind else 2) * unit
@@ -91,7 +94,11 @@ def bound(q, k, seen, scale, dtype, behind):
 KINDS = ["normal", "biased", "large", "one spike", "any size", "zero", "equal"]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+# The same examples every time, so that a failure is the change's doing; for others set
+# derandomize=False.
+@settings(
+    max_examples=120, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
 @given(
     shape=st.integers(0, len(SHAPES) - 1),
     mask=st.integers(0, len(MASKS) - 1),
@@ -134,7 +141,8 @@ def test_attention(shape, mask, schedule, shift, dtype, kinds, rubbish, seed):
     exact = np.einsum("bnts,bsne->btne", p, v)
     error = np.abs(out - exact).max(-1)
     # Weights off by the factor e^±δ move a mean by at most (e^2δ − 1) times the values' range.
-    delta = bound(q, k, seen, d**-0.5, dtype, SCHEDULES[schedule].target != "cpu")
+    behind = SCHEDULES[schedule].target != "cpu"
+    delta = bound(q, k, seen, d**-0.5, dtype, shift, behind)
     largest = np.abs(v).max() if v.size else 0.0
     allowed = np.minimum(np.expm1(np.minimum(2 * delta, 50)), 2) + 8 * UNIT[dtype]
     assert np.all(error <= allowed * largest + 1e-6), (error - allowed * largest).max()
