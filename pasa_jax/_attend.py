@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -17,11 +16,19 @@ from pasa_jax.mask import Mask
 Array = jax.Array
 
 
+class Forward(Protocol):
+    """A forward pass; without ``residuals``, only out and lse of its result are looked at."""
+
+    def __call__(
+        self, operands: Operands, mask: Mask, plan: Plan, *, residuals: bool
+    ) -> Result: ...
+
+
 @dataclass(frozen=True)
 class Core:
     """The static part of the call: which forward pass, with which plan."""
 
-    forward: Callable[[Operands, Mask, Plan], Result]
+    forward: Forward
     plan: Plan
 
 
@@ -32,12 +39,12 @@ def attend(core: Core, operands: Operands, mask: Mask) -> tuple[Array, Array]:
     The backward pass recomputes the scores from O(T + S) residuals, whatever computed the
     forward pass.
     """
-    result = core.forward(operands, mask, core.plan)
+    result = core.forward(operands, mask, core.plan, residuals=False)
     return result.out, result.lse
 
 
 def _forward(core: Core, operands: Operands, mask: Mask) -> tuple[tuple[Array, Array], Any]:
-    result = core.forward(operands, mask, core.plan)
+    result = core.forward(operands, mask, core.plan, residuals=True)
     return (result.out, result.lse), (operands, mask, result)
 
 

@@ -1,8 +1,7 @@
 """The lax implementation: walks the tiles of `_tile` with lax loops, forward and backward.
 
-One key head with its G query heads is one problem of plain 2-D arrays; its rows are stacked
-[G, positions], so that keys and values are never repeated. Tiles are sliced where they lie: an
-odd length moves the last tile back, and the mask hides what it then holds twice.
+One key head with its G query heads is one problem of plain 2-D arrays, so that keys and values are
+never repeated.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from jax import lax
 from pasa_jax import _tile as tile
 from pasa_jax._operands import Operands, Result, heads_of
 from pasa_jax._prepare import HeadFacts, Plan, prepare
+from pasa_jax._walk import Walk
 from pasa_jax.mask import Index, Mask, slice_tile
 
 Array = jax.Array
@@ -29,8 +29,9 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     return None
 
 
-def forward(operands: Operands, mask: Mask, plan: Plan) -> Result:
-    """Attention of all heads."""
+def forward(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
+    """Attention of all heads. What the gradient needs comes with it, asked for or not."""
+    del residuals
     return over_heads(operands, mask, plan, lambda walk, b, h: (_forward_head(walk), None))[0]
 
 
@@ -45,7 +46,7 @@ def backward(
     """
     groups = operands.query.shape[2] // operands.key.shape[2]
 
-    def program(walk: Walk, b: Index, h: Index) -> tuple[Any, Array | None]:
+    def program(walk: HeadWalk, b: Index, h: Index) -> tuple[Any, Array | None]:
         def of_head(x: Array) -> Array:
             return heads_of(x, b, h, groups)
 
@@ -75,7 +76,7 @@ def over_heads(
     operands: Operands,
     mask: Mask,
     plan: Plan,
-    program: Callable[[Walk, Index, Index], tuple[Any, Array | None]],
+    program: Callable[[HeadWalk, Index, Index], tuple[Any, Array | None]],
 ) -> tuple[Any, Array | None]:
     """Runs ``program`` for every key head, one after another or all at once.
 
@@ -89,7 +90,7 @@ def over_heads(
     groups = operands.query.shape[2] // kv_heads
 
     def one(b: Index, h: Index) -> tuple[Any, Array | None]:
-        return program(Walk.of(operands.head(b, h), mask.head(b, h, groups), plan), b, h)
+        return program(HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan), b, h)
 
     if plan.schedule.batch_heads:
         index = (jnp.arange(batch, dtype=jnp.int32), jnp.arange(kv_heads, dtype=jnp.int32))
@@ -164,37 +165,42 @@ def varying(carry: Any, sources: Any) -> Any:
 # One head.
 
 
-@dataclass(frozen=True)
-class Walk:
-    """One key head cut into tiles: what each tile holds, and which tiles there are."""
+@dataclass(frozen=True, kw_only=True)
+class HeadWalk(Walk):
+    """One key head in memory: its tiles are slices of the arrays.
+
+    An odd length moves the last tile back, and the mask hides what it then holds twice.
+    """
 
     head: Operands
-    mask: Mask
-    plan: Plan
     facts: HeadFacts
-    numerics: tile.Numerics
 
     @staticmethod
-    def of(head: Operands, mask: Mask, plan: Plan) -> Walk:
+    def of(head: Operands, mask: Mask, plan: Plan) -> HeadWalk:
         facts = prepare(head.query, head.key, head.value, head.scale, mask, plan)
-        return Walk(head, mask, plan, facts, plan.numerics(len(head.key)))
-
-    @property
-    def groups(self) -> int:
-        return self.head.query.shape[1]
-
-    @property
-    def block_q(self) -> int:
-        """Positions of a query tile, each of which is G rows."""
-        return max(1, min(self.plan.schedule.block_q // self.groups, len(self.head.query)))
-
-    @property
-    def block_kv(self) -> int:
-        return self.plan.schedule.block_kv
+        length, groups = head.query.shape[:2]
+        return HeadWalk(
+            mask=mask,
+            plan=plan,
+            numerics=plan.numerics(len(head.key)),
+            groups=groups,
+            block_q=max(1, min(plan.schedule.block_q // groups, length)),
+            value_size=head.value.shape[1],
+            value_gain=facts.value_gain,
+            head=head,
+            facts=facts,
+        )
 
     @property
     def query_tiles(self) -> int:
         return -(-len(self.head.query) // self.block_q)
+
+    def over_queries(self, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+        """Folds ``body(i, carry)`` over the query tiles."""
+        return lax.fori_loop(0, self.query_tiles, body, self.typed(carry))
+
+    def typed(self, carry: Any) -> Any:
+        return varying(carry, (self.head, self.mask))
 
     # Rows of one query tile, [T, G, …] <-> [G·block_q, …].
 
@@ -206,16 +212,6 @@ class Walk:
     def put_rows(self, buffer: Array, x: Array, start: Index) -> Array:
         x = x.reshape(self.groups, self.block_q, *buffer.shape[2:])
         return lax.dynamic_update_slice_in_dim(buffer, jnp.moveaxis(x, 0, 1), start, axis=0)
-
-    def positions(self, start: Index) -> Array:
-        """[R, 1] query position of each row."""
-        row = jnp.arange(self.groups * self.block_q, dtype=jnp.int32) % self.block_q
-        return (start + row)[:, None]
-
-    def in_use(self, start: Index) -> Array:
-        """[R, 1] bool: False for rows of padding."""
-        lengths, row = self.mask.query_lengths, self.positions(start)
-        return jnp.ones_like(row, bool) if lengths is None else row < lengths
 
     def fresh(self, start: Index, i: Array) -> Array:
         """[R, 1] bool: the rows in use that no earlier tile has done."""
@@ -233,12 +229,10 @@ class Walk:
         guard = self.facts.guard
         if guard is not None:
             guard = tile.Guard(*(self.rows(x, start) for x in guard))
-        folded = self.numerics.shift == "paper"
-        scale = jnp.ones_like(self.head.scale) if folded else self.head.scale
         q = self.rows(self.head.query, start)
         if self.mask.query_lengths is not None:
             q = tile.zero_unusable(q, self.in_use(start))
-        return tile.query_tile(q, scale, guard, self.numerics)
+        return tile.query_tile(q, self.plan.gain(self.head.scale), guard, self.numerics)
 
     def raw_keys(self, j: Array) -> tuple[Array, Array, Array]:
         """Keys, values and which of them are usable [n, 1], of key tile j."""
@@ -249,7 +243,7 @@ class Walk:
         )
         return k, v, usable[:, None]
 
-    def key(self, j: Array, *, value_gain: bool) -> tile.KeyTile:
+    def key(self, j: Array, *, for_gradient: bool = False) -> tile.KeyTile:
         k, v, usable = self.raw_keys(j)
         extra: dict[str, Any] = {}
         if self.facts.kappa is not None:
@@ -260,18 +254,12 @@ class Walk:
             extra["matrix"] = jnp.where(tail, blocks.tail_matrix, blocks.matrix).astype(jnp.float16)
             extra["weights"] = jnp.where(tail, blocks.tail_weights, blocks.weights)
         extra["key_gain"] = self.facts.key_gain
-        extra["value_gain"] = self.facts.value_gain if value_gain else None
+        extra["value_gain"] = None if for_gradient else self.value_gain
         return tile.key_tile(k, v, usable, self.numerics, **extra)
 
-    def seen(self, start: Index, j: Array) -> Array:
-        """[R, n] bool: the mask of one tile, the keys of another tile left out."""
+    def array(self, start: Index, j: Array) -> Array | None:
         at, n = self.key_start(j), self.block_kv
-        columns = at + jnp.arange(n, dtype=jnp.int32)[None]
-        seen = self.mask.visible(self.positions(start), columns)
-        if len(self.head.key) % n:
-            seen = seen & (columns >= j * n)
-        array = self.mask.tile_array(start, self.block_q, at, n, self.groups)
-        return seen if array is None else seen & array
+        return self.mask.tile_array(start, self.block_q, at, n, self.groups)
 
     def bias(self, start: Index, j: Array) -> Array | None:
         if self.head.bias is None:
@@ -281,78 +269,30 @@ class Walk:
         return jnp.broadcast_to(x, shape).reshape(-1, self.block_kv)
 
     def sinks(self) -> Array | None:
-        """[R, 1] the sink of each row's head."""
         if self.head.sinks is None:
             return None
         return jnp.repeat(self.head.sinks, self.block_q)[:, None]
 
-    # Loops.
 
-    def over_queries(self, body: Callable[[Array, Any], Any], carry: Any) -> Any:
-        """Folds ``body(i, carry)`` over the query tiles."""
-        sources = (self.head, self.mask)
-        return lax.fori_loop(0, self.query_tiles, body, varying(carry, sources))
-
-    def over_keys(
-        self, start: Array, body: Callable[[Array, Array | None, Any], Any], carry: Any
-    ) -> Any:
-        """Folds ``body(j, mask tile or None, carry)`` over the key tiles that ``start``'s see."""
-        n = self.block_kv
-        carry = varying(carry, (self.head, self.mask))
-        r = self.mask.key_range(start, start + self.block_q, n)
-
-        def full(j: Array, carry: Any) -> Any:
-            return body(j.astype(jnp.int32), None, carry)
-
-        def partial(t: Array, carry: Any) -> Any:
-            j = r.lo + t.astype(jnp.int32)
-            j = jnp.where(j < r.full_lo, j, j - r.full_lo + r.full_hi)
-            seen = self.seen(start, j)
-            if not self.mask.data_dependent:
-                return body(j, seen, carry)
-            return lax.cond(jnp.any(seen), lambda c: body(j, seen, c), lambda c: c, carry)
-
-        if not self.mask.data_dependent:
-            carry = lax.fori_loop(r.full_lo, r.full_hi, full, carry)
-        if self.mask.any_partial(n):
-            count = r.full_lo - r.lo + r.hi - r.full_hi
-            carry = lax.fori_loop(0, count, partial, carry)
-        return carry
-
-
-def _forward_head(walk: Walk) -> Result:
+def _forward_head(walk: HeadWalk) -> Result:
     numerics, head = walk.numerics, walk.head
     value_size, out_type = head.value.shape[1], head.value.dtype
 
     def query_tile(i: Array, result: Result) -> Result:
         start = walk.query_start(i)
         query = walk.query(start)
-
-        def step(j: Array, seen: Array | None, carry: tuple[tile.State, Array]) -> Any:
-            state, count = carry[0], carry[1] + 1
-            key = walk.key(j, value_gain=True)
-            s = tile.scores(query, key, state, seen, walk.bias(start, j), numerics)
-            return tile.update(state, s, query, key, count, numerics), count
-
-        empty = tile.initial_state(len(query.q), value_size, numerics)
-        state, _ = walk.over_keys(start, step, (empty, jnp.float32(0)))
-        state = tile.settle(state, numerics)
-        sinks = walk.sinks()
-        if sinks is not None:
-            state = tile.add_sink(state, sinks, query.temper)
-        out, lse = tile.finish(state, query.temper, walk.facts.value_gain)
-        used = walk.in_use(start)
-        out = tile.zero_unusable(out, used)
-        lse = jnp.where(used, lse, jnp.full_like(lse, tile.lowest(lse.dtype)))
+        state, _ = walk.absorb(start, query, walk.begin())
+        found = walk.close(start, query, state)
+        out = found.out
         if walk.plan.promises_finite:  # a mean of values, rounded up, must not leave the type
             largest = float(jnp.finfo(out_type).max)
             out = jnp.clip(out, -largest, largest)
         rounded = out.astype(out_type)
         new = Result(
             out=rounded,
-            lse=lse.astype(result.lse.dtype),
-            m=state.m.astype(result.m.dtype),
-            l=state.l.astype(result.l.dtype),
+            lse=found.lse.astype(result.lse.dtype),
+            m=found.m.astype(result.m.dtype),
+            l=found.l.astype(result.l.dtype),
             remainder=(out - rounded.astype(out.dtype)).astype(out_type),
         )
         return Result(*(walk.put_rows(a, b, start) for a, b in zip(result, new, strict=True)))
@@ -365,7 +305,7 @@ def _forward_head(walk: Walk) -> Result:
 
 
 def _backward_head(
-    walk: Walk, result: Result, d_out: Array, d_lse: Array
+    walk: HeadWalk, result: Result, d_out: Array, d_lse: Array
 ) -> tuple[tuple[Array, ...], Array | None]:
     numerics, head = walk.numerics, walk.head
     wide = numerics.product
@@ -389,7 +329,7 @@ def _backward_head(
 
         def step(j: Array, seen: Array | None, carry: Any) -> Any:
             d_q, d_k, d_v, d_bias = carry
-            key = walk.key(j, value_gain=False)
+            key = walk.key(j, for_gradient=True)
             bias = walk.bias(start, j)
             s = tile.scores(query, key, state, seen, bias, numerics, with_slope=True)
             k, _, usable = walk.raw_keys(j)

@@ -97,6 +97,10 @@ class Plan:
         inva = self.paper_blocks(keys).inva if shift == "paper" else 1.0
         return Numerics(shift, self.precision, self.reachable, inva, self.logits_soft_cap)
 
+    def gain(self, scale: Array) -> Array:
+        """The factor of the product: 1/α, or 1 for `paper`, whose M carries it."""
+        return jnp.ones_like(scale) if self.resolved == "paper" else scale
+
     def paper_blocks(self, keys: int) -> PaperBlocks:
         assert self.paper_scale is not None
         return paper_blocks(self.schedule.block_kv, keys, self.beta, self.paper_scale)

@@ -73,8 +73,8 @@ class KeyTile(NamedTuple):
 
     k: Array  # [n, D] without what the shift takes off: K'
     v: Array  # [n, E] with unusable rows zeroed
-    usable: Array  # [1, n] bool: False where the key or the value must not be looked at
-    kappa: Array | None = None  # [1, D] what `mean` took off every key
+    usable: Array | None  # [1, n] bool: False where key or value must not be looked at
+    kappa: Array | None = None  # [1, D] what `mean` took off every key (or rows, all equal)
     weights: Array | None = None  # [n, 1] 1/n for the columns that the paper's M mixed, else 0
     raw: Array | None = None  # [n, D] the unshifted keys, for `reference` behind the rounding
 
@@ -153,7 +153,7 @@ def query_tile(q: Array, scale: Array, guard: Guard | None, numerics: Numerics) 
 def key_tile(
     k: Array,
     v: Array,
-    usable: Array,
+    usable: Array | None,
     numerics: Numerics,
     *,
     kappa: Array | None = None,
@@ -170,12 +170,13 @@ def key_tile(
 
     Arguments:
       k, v: [n, D], [n, E].
-      usable: [n, 1] bool.
-      kappa: [1, D] of k's type, for `mean` (any vector is valid, since the same is put back).
+      usable: [n, 1] bool, or None: all are.
+      kappa: [1, D] of k's type (or more rows, all equal: some matrix units take no single one), for `mean` (any vector is valid, since the same is put back).
       matrix, weights: M [n, n] and the share of each column in the row mean [n, 1], for `paper`.
       key_gain, value_gain: [] powers of two that keep sums of keys and P·V in range, or None.
     """
-    k, v = zero_unusable(k, usable), zero_unusable(v, usable)
+    if usable is not None:
+        k, v = zero_unusable(k, usable), zero_unusable(v, usable)
     if key_gain is not None:
         k = k * key_gain.astype(k.dtype)
     if value_gain is not None:
@@ -183,13 +184,14 @@ def key_tile(
     shifted, raw = k, None
     if kappa is not None:
         wide = numerics.product
-        shifted = (k.astype(wide) - kappa.astype(wide)).astype(k.dtype)
+        shifted = (k.astype(wide) - kappa[:1].astype(wide)).astype(k.dtype)
         raw = _poison(k, usable) if numerics.shift == "reference" else None
     if matrix is not None:  # its row mean needs every column: `scores` poisons them after it
         shifted = _dot(matrix, k, (1, 0), numerics.product).astype(k.dtype)
     else:
         shifted = _poison(shifted, usable)
-    return KeyTile(shifted, v, usable.reshape(1, -1), kappa, weights, raw)
+    row = None if usable is None else usable.reshape(1, -1)
+    return KeyTile(shifted, v, row, kappa, weights, raw)
 
 
 def zero_unusable(x: Array, usable: Array) -> Array:
@@ -197,7 +199,9 @@ def zero_unusable(x: Array, usable: Array) -> Array:
     return jnp.where(usable, x, jnp.zeros_like(x))
 
 
-def _poison(x: Array, usable: Array) -> Array:
+def _poison(x: Array, usable: Array | None) -> Array:
+    if usable is None:
+        return x
     return jnp.where(usable, x, jnp.full_like(x, jnp.nan))
 
 
@@ -241,7 +245,8 @@ def scores(
         offset = zero
         if key.weights is not None:  # s̄' over the columns that M mixed, before the mask
             offset = _dot(z, key.weights, (1, 0), numerics.product).astype(stat)
-            z = jnp.where(key.usable, z, jnp.full_like(z, jnp.nan))
+            if key.usable is not None:
+                z = jnp.where(key.usable, z, jnp.full_like(z, jnp.nan))
         elif key.kappa is not None:
             offset = _kappa_product(query, key, numerics)
     slope = None
@@ -265,7 +270,7 @@ def scores(
 def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Array:
     """c = q·κ/α, [R, 1], the offset of `mean` (eq. 7): one more column of the product."""
     assert key.kappa is not None
-    product = _dot(query.q, key.kappa, (1, 1), numerics.product) * query.gain
+    product = _dot(query.q, key.kappa, (1, 1), numerics.product)[:, :1] * query.gain
     return product.astype(numerics.statistics)
 
 

@@ -22,6 +22,8 @@ class Schedule:
       block_q: rows of a tile. The G query heads of one key head share a tile, so it holds
         ``block_q // G`` positions.
       block_kv: keys of a tile (n in the paper; 128 there).
+      unroll: key tiles that one step of the loop computes, so that a compiler may overlap the
+        products of one with the softmax of another.
       batch_heads: walk all heads at once (accelerators) or one after another (CPU: a head's
         tiles then stay in the cache).
       target: name of the chip whose arithmetic is followed; see `pasa_jax.target.TARGETS`.
@@ -29,11 +31,12 @@ class Schedule:
 
     block_q: int = 512
     block_kv: int = 512
+    unroll: int = 1
     batch_heads: bool = False
     target: str = "cpu"
 
     def __post_init__(self) -> None:
-        for field in ("block_q", "block_kv"):
+        for field in ("block_q", "block_kv", "unroll"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise wrong(f"schedule.{field}", "be a positive int", repr(value))

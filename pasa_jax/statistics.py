@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pasa_jax import _tile as tile
-from pasa_jax._lax import Walk, over_heads
+from pasa_jax._lax import HeadWalk, over_heads
 from pasa_jax._operands import Operands
 from pasa_jax._prepare import Plan, key_norms, log2_norm
 from pasa_jax.mask import Index, Mask
@@ -56,7 +56,7 @@ class Statistics(NamedTuple):
 def collect(operands: Operands, mask: Mask, plan: Plan) -> Statistics:
     """The statistics of one call, by one more walk over its tiles; works under jit."""
 
-    def program(walk: Walk, b: Index, h: Index) -> tuple[Any, None]:
+    def program(walk: HeadWalk, b: Index, h: Index) -> tuple[Any, None]:
         del b, h
         return jax.tree.map(lambda x: x[None], _head(walk)), None
 
@@ -75,7 +75,7 @@ class _Extremes(NamedTuple):
     count: Array
 
 
-def _head(walk: Walk) -> Statistics:
+def _head(walk: HeadWalk) -> Statistics:
     """[G] of each: the statistics of one key head's query heads."""
     numerics, groups = walk.numerics, walk.groups
     # From half a unit in the last place above the largest number on, storage rounds to infinity.
@@ -94,7 +94,7 @@ def _head(walk: Walk) -> Statistics:
             k, _, usable = walk.raw_keys(j)
             s = tile.plain_scores(raw, tile.zero_unusable(k, usable), walk.head.scale, numerics)
             s = jnp.where(jnp.isnan(s), jnp.inf, s).astype(jnp.float32)
-            found = tile.scores(query, walk.key(j, value_gain=False), state, seen, None, numerics)
+            found = tile.scores(query, walk.key(j, for_gradient=True), state, seen, None, numerics)
             stored = jnp.abs(found.stored + (0 if relative else found.base)).astype(jnp.float32)
             shown = jnp.broadcast_to(fresh if seen is None else fresh & seen, s.shape)
             s, stored, shown = (x.reshape(groups, -1) for x in (s, stored, shown))
@@ -113,7 +113,7 @@ def _head(walk: Walk) -> Statistics:
     return _summary(walk, walk.over_queries(query_tile, empty))
 
 
-def _summary(walk: Walk, e: _Extremes) -> Statistics:
+def _summary(walk: HeadWalk, e: _Extremes) -> Statistics:
     head, facts, plan, zero = walk.head, walk.facts, walk.plan, jnp.zeros_like(e.count)
     some = e.count > 0
     peak = jnp.where(some, jnp.where(e.high >= -e.low, e.high, e.low), 0)

@@ -1,0 +1,426 @@
+"""The forward pass as a Pallas kernel for TPUs (Mosaic).
+
+A program of the grid (batch, key head, query tile) folds the key tiles of its head, which lie in
+VMEM whole, with the tile functions and the walk of `pasa_jax`. Ordinary data pays for nothing
+else: the guard against overflow and the care for keys that are not finite are left to the lax
+walk, which runs again, for the whole call, where a row of the kernel's result is not finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._float16 import from_bits, to_bits
+from pasa_jax import _lax
+from pasa_jax import _tile as tile
+from pasa_jax._operands import Operands, Result
+from pasa_jax._prepare import Plan, prepare
+from pasa_jax._walk import Walk
+from pasa_jax.mask import Index, Mask
+from pasa_jax.precision import Precision
+from pasa_jax.target import find_target
+
+Array = jax.Array
+Ref = Any
+
+LANES = 128
+# What a program may use of VMEM: the rest is the compiler's (spills, operands of the products).
+_VMEM_SHARE = 0.75
+
+
+def adapt(plan: Plan) -> Plan:
+    """``plan`` as a TPU can follow it: Mosaic has no float16, so scores are stored in float32.
+
+    A precision that the caller named is never changed; `supports` refuses it.
+    """
+    if plan.explicit_precision or plan.precision.scores != "float16":
+        return plan
+    return replace(plan, precision=Precision.named("float32"))
+
+
+def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
+    """None, or why the kernel cannot run the call."""
+    target = find_target(plan.schedule.target)
+    precision = adapt(plan).precision
+    stored = (precision.scores, precision.probabilities)
+    if target.kind != "tpu":
+        return f"the schedule is for {target.name}, not for a TPU"
+    if str(operands.query.dtype) == "float64":
+        return "TPUs have no float64"
+    if "float16" in (*stored, precision.statistics, precision.accumulator):
+        return "Mosaic has no float16: store scores in bfloat16 or float32"
+    if plan.shift == "paper":
+        return "the shift 'paper' multiplies float16 matrices, which Mosaic refuses"
+    if 0 in operands.query.shape or 0 in operands.key.shape or 0 in operands.value.shape:
+        return "there is nothing to compute"
+    specs = Specs.of(operands, mask, plan)
+    tiled = (mask.array, mask.query_segments, operands.bias)
+    if specs.key_tiles > 1 and specs.block_kv % LANES and any(x is not None for x in tiled):
+        return f"block_kv must be a multiple of {LANES} beside a bias, an array or segments"
+    limit = int(target.memories["VMEM"] * _VMEM_SHARE)
+    if specs.bytes > limit:
+        return f"a head's keys and values and a tile want {specs.bytes} bytes of VMEM's {limit}"
+    return None
+
+
+@dataclass(frozen=True)
+class Specs:
+    """Grid, blocks and memory of one call, derived from its schedule.
+
+    Arguments:
+      batch, heads, groups: B, K and G.
+      block_q: positions of a query tile: the whole of T, or a multiple of 128, the lanes in which
+        row statistics leave the kernel.
+      block_kv, key_tiles: keys of a tile, and how many tiles a head has.
+    """
+
+    batch: int
+    heads: int
+    groups: int
+    block_q: int
+    block_kv: int
+    query_tiles: int
+    key_tiles: int
+    bytes: int
+
+    @staticmethod
+    def of(o: Operands, mask: Mask, plan: Plan) -> Specs:
+        (batch, length, heads, size), kv_heads = o.query.shape, o.key.shape[2]
+        groups, e = heads // kv_heads, o.value.shape[3]
+        block_q = -(-max(1, plan.schedule.block_q // groups) // LANES) * LANES
+        block_q = length if length <= block_q else block_q
+        block_kv = plan.schedule.block_kv
+        key_tiles = -(-mask.key_length // block_kv)
+        rows, keys = groups * block_q, key_tiles * block_kv
+        item = o.query.dtype.itemsize
+        wide = [_padded(rows, size) * item, _padded(keys, size) * item, _padded(keys, e) * item]
+        wide += [_padded(rows, e) * 4]
+        for x in (o.bias, mask.array):
+            if x is not None:
+                r = rows if x.shape[2] > 1 else groups
+                wide.append(_padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
+        scores = plan.schedule.unroll * _padded(rows, block_kv) * (4 + 4)
+        state = 3 * _padded(rows, e) * 4 + 4 * _padded(rows, 1) * 4
+        return Specs(
+            batch,
+            kv_heads,
+            groups,
+            block_q,
+            block_kv,
+            -(-length // block_q),
+            key_tiles,
+            2 * sum(wide) + scores + state,  # blocks are double-buffered
+        )
+
+
+def _padded(rows: int, columns: int) -> int:
+    return -(-rows // 8) * 8 * -(-columns // LANES) * LANES
+
+
+class Inputs(NamedTuple):
+    """The kernel's inputs: arrays [B, K, …] outside, refs of one program's blocks inside."""
+
+    query: Any  # [B, K, G, T, D]
+    key: Any  # [B, K, S, D]
+    value: Any  # [B, K, S, E]
+    scale: Any  # [1]
+    kappa: Any = None  # [B, K, tiles, 16, D], rows equal
+    bias: Any = None  # [B|1, K|1, G|1, T|1, S|1]
+    sinks: Any = None  # [N]
+    array: Any = None  # [B|1, K|1, G|1, T|1, S|1] int8
+    query_segments: Any = None  # [B, T, 1]
+    key_segments: Any = None  # [B, 1, S]
+    query_lengths: Any = None  # [B]
+    key_lengths: Any = None  # [B]
+
+
+class Outputs(NamedTuple):
+    """The kernel's outputs; the last three are for the gradient."""
+
+    out: Any  # [B, K, G, T, E]
+    lse: Any  # [B, K, G, 1, T], NaN where the row is not finite
+    m: Any = None
+    l: Any = None  # noqa: E741
+    remainder: Any = None  # as out
+
+
+def _grouped(x: Array, heads: int) -> Array:
+    """[B, T, N, D] -> [B, K, G, T, D]."""
+    x = jnp.swapaxes(x, 1, 2)
+    return x.reshape(x.shape[0], heads, -1, *x.shape[2:])
+
+
+def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
+    def per_head(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        split = (1, 1) if x.shape[1] == 1 else (specs.heads, specs.groups)
+        return x.reshape(x.shape[0], *split, *x.shape[2:])
+
+    return Inputs(
+        query=to_bits(_grouped(o.query, specs.heads)),
+        key=to_bits(jnp.swapaxes(o.key, 1, 2)),
+        value=to_bits(jnp.swapaxes(o.value, 1, 2)),
+        scale=o.scale.astype(jnp.float32).reshape(1),
+        kappa=_kappa(o, mask, plan) if plan.needs_kappa() else None,
+        bias=per_head(o.bias),
+        sinks=o.sinks,
+        array=per_head(None if mask.array is None else mask.array.astype(jnp.int8)),
+        query_segments=None if mask.query_segments is None else mask.query_segments[..., None],
+        key_segments=None if mask.key_segments is None else mask.key_segments[:, None],
+        query_lengths=mask.query_lengths,
+        key_lengths=mask.key_lengths,
+    )
+
+
+def _kappa(o: Operands, mask: Mask, plan: Plan) -> Array:
+    """κ of every key tile, as often as a matrix unit likes its rows."""
+    heads = o.key.shape[2]
+    groups = o.query.shape[2] // heads
+
+    def of(b: Array, h: Array) -> Array:
+        one = o.head(b, h)
+        found = prepare(one.query, one.key, one.value, one.scale, mask.head(b, h, groups), plan)
+        assert found.kappa is not None
+        return found.kappa
+
+    index = jnp.arange(len(o.key), dtype=jnp.int32), jnp.arange(heads, dtype=jnp.int32)
+    kappa = jax.vmap(jax.vmap(of, (None, 0)), (0, None))(*index)
+    return to_bits(jnp.repeat(kappa[:, :, :, None], 16, axis=3))
+
+
+def _in_specs(x: Inputs, specs: Specs) -> Inputs:
+    keys = specs.key_tiles * specs.block_kv
+
+    def broadcast(x: Array | None) -> pl.BlockSpec | None:
+        if x is None:
+            return None
+        block = (1, 1, x.shape[2])
+        block += (specs.block_q if x.shape[3] > 1 else 1, keys if x.shape[4] > 1 else 1)
+        several = [n > 1 for n in x.shape]
+        return pl.BlockSpec(
+            block,
+            lambda b, h, i: (b * several[0], h * several[1], 0, i * several[3], 0),
+        )
+
+    def scalars(x: Array | None) -> pl.BlockSpec | None:
+        return None if x is None else pl.BlockSpec(memory_space=pltpu.SMEM)
+
+    def only(x: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
+        return None if x is None else spec
+
+    return Inputs(
+        query=pl.BlockSpec(
+            (1, 1, specs.groups, specs.block_q, x.query.shape[-1]), lambda b, h, i: (b, h, 0, i, 0)
+        ),
+        key=pl.BlockSpec((1, 1, keys, x.key.shape[-1]), lambda b, h, i: (b, h, 0, 0)),
+        value=pl.BlockSpec((1, 1, keys, x.value.shape[-1]), lambda b, h, i: (b, h, 0, 0)),
+        scale=scalars(x.scale),
+        kappa=None
+        if x.kappa is None
+        else pl.BlockSpec((1, 1, *x.kappa.shape[2:]), lambda b, h, i: (b, h, 0, 0, 0)),
+        bias=broadcast(x.bias),
+        sinks=scalars(x.sinks),
+        array=broadcast(x.array),
+        query_segments=only(
+            x.query_segments, pl.BlockSpec((1, specs.block_q, 1), lambda b, h, i: (b, i, 0))
+        ),
+        key_segments=only(x.key_segments, pl.BlockSpec((1, 1, keys), lambda b, h, i: (b, 0, 0))),
+        query_lengths=scalars(x.query_lengths),
+        key_lengths=scalars(x.key_lengths),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefWalk(Walk):
+    """One program: its tiles are read out of refs. Its last tile is longer than the keys."""
+
+    refs: Inputs
+    head: Index
+
+    def key_start(self, j: Array) -> Array:
+        return j * self.block_kv
+
+    def keys_at(self, j: Array) -> Any:
+        """The slice of tile j; a Python one where there is only one tile."""
+        whole = self.mask.key_length <= self.block_kv
+        return slice(None) if whole else pl.ds(self.key_start(j), self.block_kv)
+
+    def query(self, start: Index) -> tile.QueryTile:
+        q = from_bits(self.refs.query[0, 0])
+        q = q.reshape(-1, q.shape[-1])
+        if self.mask.query_lengths is not None:
+            q = tile.zero_unusable(q, self.in_use(start))
+        scale = self.refs.scale[0].astype(self.numerics.product)
+        return tile.query_tile(q, scale, None, self.numerics)
+
+    def key(self, j: Array) -> tile.KeyTile:
+        at = self.keys_at(j)
+        k, v = (from_bits(x[0, 0, at]) for x in (self.refs.key, self.refs.value))
+        usable = None
+        if self.mask.key_length % self.block_kv:
+            row = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (self.block_kv, 1), 0)
+            usable = row < self.mask.key_length
+        kappa = None if self.refs.kappa is None else from_bits(self.refs.kappa[0, 0, j])
+        return tile.key_tile(k, v, usable, self.numerics, kappa=kappa)
+
+    def bias(self, start: Index, j: Array) -> Array | None:
+        return None if self.refs.bias is None else self._tile_of(self.refs.bias, j)
+
+    def array(self, start: Index, j: Array) -> Array | None:
+        seen = None
+        if self.refs.query_segments is not None:
+            q = self.refs.query_segments[0]
+            k = self.refs.key_segments[0, :, self.keys_at(j)]
+            seen = self._rows(jnp.broadcast_to((q == k)[None], self._shape))
+        if self.refs.array is not None:
+            array = self._tile_of(self.refs.array, j).astype(jnp.int32) != 0
+            seen = array if seen is None else seen & array
+        return seen
+
+    def sinks(self) -> Array | None:
+        if self.refs.sinks is None:
+            return None
+        first = self.head * self.groups
+        shape = (self.block_q, 1)
+        columns = [jnp.full(shape, self.refs.sinks[first + g]) for g in range(self.groups)]
+        return jnp.concatenate(columns) if len(columns) > 1 else columns[0]
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.groups, self.block_q, self.block_kv
+
+    def _tile_of(self, ref: Ref, j: Array) -> Array:
+        """[R, n] of a block [1, 1, G|1, block_q|1, S|1]."""
+        x = ref[0, 0, :, :, self.keys_at(j)] if ref.shape[-1] > 1 else ref[0, 0]
+        return self._rows(jnp.broadcast_to(x, self._shape))
+
+    def _rows(self, x: Array) -> Array:
+        return x.reshape(-1, x.shape[-1])
+
+
+def _kernel(
+    refs: Inputs, *out_refs: Ref, mask: Mask, plan: Plan, specs: Specs, out_type: jnp.dtype
+) -> None:
+    b, h, i = (pl.program_id(axis) for axis in range(3))
+    outs = Outputs(*out_refs)
+
+    def length(ref: Ref | None) -> Array | None:
+        return None if ref is None else ref[b]
+
+    # The walk asks only whether segments and array are there; it reads them from the refs.
+    mask = replace(
+        mask, query_lengths=length(refs.query_lengths), key_lengths=length(refs.key_lengths)
+    )
+    walk = RefWalk(
+        mask=mask,
+        plan=plan,
+        numerics=plan.numerics(mask.key_length),
+        groups=specs.groups,
+        block_q=specs.block_q,
+        value_size=refs.value.shape[-1],
+        refs=refs,
+        head=h,
+    )
+    start = i * specs.block_q
+    query = walk.query(start)
+    state, _ = walk.absorb(start, query, walk.begin())
+    found = walk.close(start, query, state)
+
+    out, lse = found.out, found.lse
+    finite = jnp.max(jnp.abs(out), axis=1, keepdims=True) < jnp.inf
+    lse = jnp.where(finite, lse, jnp.full_like(lse, jnp.nan))
+    largest = float(jnp.finfo(out_type).max)
+    if plan.promises_finite:
+        out = jnp.where(finite, jnp.clip(out, -largest, largest), out)
+    rounded = out.astype(outs.out.dtype)
+    tiled = (specs.groups, specs.block_q)
+
+    def column(x: Array) -> Array:
+        return x.reshape(specs.groups, 1, specs.block_q)
+
+    outs.out[0, 0] = rounded.reshape(*tiled, -1)
+    outs.lse[0, 0] = column(lse)
+    if outs.m is not None:
+        outs.m[0, 0] = column(found.m)
+        outs.l[0, 0] = column(found.l)
+        rest = out - rounded.astype(out.dtype)
+        outs.remainder[0, 0] = rest.astype(outs.remainder.dtype).reshape(*tiled, -1)
+
+
+def forward(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
+    """Attention of all heads; the lax walk repairs what the kernel found not to be finite."""
+    found = kernel(operands, mask, plan, residuals=residuals)
+    # A loop, not a cond: under vmap a cond would always compute both sides.
+    bad = jnp.any(jnp.isnan(found.lse))
+
+    def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:
+        del carry
+        careful = _lax.forward(operands, mask, plan, residuals=residuals)
+        return _lax.varying((jnp.zeros_like(bad), careful), (operands, mask))
+
+    return lax.while_loop(lambda carry: carry[0], again, (bad, found))[1]
+
+
+def kernel(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
+    """What the kernel alone gives: the log-sum-exp is NaN in rows that are not finite."""
+    specs = Specs.of(operands, mask, plan)
+    inputs = _inputs(operands, mask, plan, specs)
+    out_type = operands.query.dtype
+    kernel_type = jnp.dtype(jnp.float32) if out_type == jnp.float16 else out_type
+    (b, t), e = operands.query.shape[:2], operands.value.shape[-1]
+    heads = (b, specs.heads, specs.groups)
+    varies = jax.typeof(_lax.varying(jnp.zeros(()), (operands, mask))).manual_axis_type
+
+    wide = jax.ShapeDtypeStruct((*heads, t, e), kernel_type, manual_axis_type=varies)
+    column = jax.ShapeDtypeStruct((*heads, 1, t), jnp.float32, manual_axis_type=varies)
+    wide_block = pl.BlockSpec(
+        (1, 1, specs.groups, specs.block_q, e), lambda b, h, i: (b, h, 0, i, 0)
+    )
+    column_block = pl.BlockSpec(
+        (1, 1, specs.groups, 1, specs.block_q), lambda b, h, i: (b, h, 0, 0, i)
+    )
+    shapes, blocks = Outputs(wide, column), Outputs(wide_block, column_block)
+    if residuals:
+        shapes = Outputs(wide, column, column, column, wide)
+        blocks = Outputs(wide_block, column_block, column_block, column_block, wide_block)
+    static_mask = replace(
+        mask,
+        query_lengths=None,
+        key_lengths=None,
+        query_segments=None if mask.query_segments is None else (),
+        key_segments=None if mask.key_segments is None else (),
+        array=None if mask.array is None else (),
+    )
+    vmem = find_target(plan.schedule.target).memories["VMEM"]
+    outs = pl.pallas_call(
+        partial(_kernel, mask=static_mask, plan=plan, specs=specs, out_type=out_type),
+        grid=(b, specs.heads, specs.query_tiles),
+        in_specs=(_in_specs(inputs, specs),),
+        out_specs=blocks,
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=int(vmem * 0.95),
+        ),
+        name="pasa_tpu",
+    )(inputs)
+
+    def rows(x: Array) -> Array:  # [B, K, G, T, E] -> [B, T, N, E]
+        return jnp.swapaxes(x.reshape(b, -1, *x.shape[3:]), 1, 2).astype(out_type)
+
+    def statistics(x: Array) -> Array:  # [B, K, G, 1, T] -> [B, T, N]
+        return jnp.swapaxes(x.reshape(b, -1, t), 1, 2)
+
+    out, lse = rows(outs.out), statistics(outs.lse)
+    if not residuals:
+        return Result(out, lse, lse, lse, out)
+    return Result(out, lse, statistics(outs.m), statistics(outs.l), rows(outs.remainder))

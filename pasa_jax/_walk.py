@@ -1,0 +1,187 @@
+"""How the tiles of one key head are walked: which there are, in which order, what each row sees.
+
+Every walker is a `Walk`: the lax loops (`_lax`) slice their tiles out of arrays, the Pallas
+kernels read them out of refs. What is computed in a tile stands in `_tile`; what follows what,
+here. One key head's G query heads share a tile: its rows are stacked [G, positions].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax import _tile as tile
+from pasa_jax._prepare import Plan
+from pasa_jax.mask import Index, KeyRange, Mask
+
+Array = jax.Array
+Step = Callable[[Array, Array | None, Any], Any]
+
+
+class Rows(NamedTuple):
+    """What a query tile comes to, in the product's type."""
+
+    out: Array  # [R, E]
+    lse: Array  # [R, 1]
+    m: Array  # [R, 1]
+    l: Array  # noqa: E741  [R, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk(ABC):
+    """One key head cut into tiles.
+
+    Arguments:
+      mask: of this head.
+      groups: G, the query heads that share the key head.
+      block_q: positions of a query tile, each of which is G rows.
+      value_size: E.
+      value_gain: [] what the values are multiplied by to keep P·V in range, or None.
+    """
+
+    mask: Mask
+    plan: Plan
+    numerics: tile.Numerics
+    groups: int
+    block_q: int
+    value_size: int
+    value_gain: Array | None = None
+
+    # Where a walker's tiles come from.
+
+    @abstractmethod
+    def query(self, start: Index) -> tile.QueryTile:
+        """The rows of the query tile at ``start``."""
+
+    @abstractmethod
+    def key(self, j: Array) -> tile.KeyTile:
+        """Key tile j, values multiplied by ``value_gain``."""
+
+    @abstractmethod
+    def key_start(self, j: Array) -> Array:
+        """The key at which tile j starts."""
+
+    @abstractmethod
+    def bias(self, start: Index, j: Array) -> Array | None:
+        """[R, n] bias of a tile."""
+
+    @abstractmethod
+    def array(self, start: Index, j: Array) -> Array | None:
+        """[R, n] bool of the mask's segments and array, or None."""
+
+    @abstractmethod
+    def sinks(self) -> Array | None:
+        """[R, 1] the sink of each row's head."""
+
+    def typed(self, carry: Any) -> Any:
+        """``carry`` as a loop over this head's tiles must start with it."""
+        return carry
+
+    # What each row sees.
+
+    @property
+    def block_kv(self) -> int:
+        return self.plan.schedule.block_kv
+
+    def positions(self, start: Index) -> Array:
+        """[R, 1] query position of each row."""
+        shape = (self.groups, self.block_q, 1)
+        return start + lax.broadcasted_iota(jnp.int32, shape, 1).reshape(-1, 1)
+
+    def in_use(self, start: Index) -> Array:
+        """[R, 1] bool: False for rows of padding."""
+        lengths, row = self.mask.query_lengths, self.positions(start)
+        return jnp.ones_like(row, bool) if lengths is None else row < lengths
+
+    def seen(self, start: Index, j: Array) -> Array:
+        """[R, n] bool: the mask of one tile, the keys of another tile left out."""
+        n = self.block_kv
+        columns = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (1, n), 1)
+        seen = self.mask.visible(self.positions(start), columns)
+        if self.mask.key_length % n:
+            seen = seen & (columns >= j * n)
+        array = self.array(start, j)
+        return seen if array is None else seen & array
+
+    # The loop over key tiles.
+
+    def key_range(self, start: Index) -> KeyRange:
+        return self.mask.key_range(start, start + self.block_q, self.block_kv)
+
+    def over_keys(self, start: Index, body: Step, carry: Any) -> Any:
+        """Folds ``body(j, mask tile or None, carry)`` over the key tiles that ``start``'s see."""
+        carry = self.typed(carry)
+        r = self.key_range(start)
+
+        def partial(t: Array, carry: Any) -> Any:
+            j = r.lo + t.astype(jnp.int32)
+            j = jnp.where(j < r.full_lo, j, j - r.full_lo + r.full_hi)
+            seen = self.seen(start, j)
+            if not self.mask.data_dependent:
+                return body(j, seen, carry)
+            return lax.cond(jnp.any(seen), lambda c: body(j, seen, c), lambda c: c, carry)
+
+        if not self.mask.data_dependent:
+            carry = self._over_full(r.full_lo, r.full_hi, body, carry)
+        if self.mask.any_partial(self.block_kv):
+            count = r.full_lo - r.lo + r.hi - r.full_hi
+            carry = lax.fori_loop(0, count, partial, carry)
+        return carry
+
+    def _over_full(self, lo: Index, hi: Index, body: Step, carry: Any) -> Any:
+        """Tiles [lo, hi), ``unroll`` of them a step: their products overlap others' softmax."""
+        unroll = self.plan.schedule.unroll
+
+        def steps(t: Array, carry: Any) -> Any:
+            for u in range(unroll):
+                carry = body(lo + t.astype(jnp.int32) * unroll + u, None, carry)
+            return carry
+
+        def one(j: Array, carry: Any) -> Any:
+            return body(j.astype(jnp.int32), None, carry)
+
+        if unroll == 1:
+            return lax.fori_loop(lo, hi, one, carry)
+        whole = (hi - lo) // unroll
+        if isinstance(whole, int) and (hi - lo) % unroll == 0:
+            return lax.fori_loop(0, whole, steps, carry)
+        carry = lax.fori_loop(0, whole, steps, carry)
+        return lax.fori_loop(lo + whole * unroll, hi, one, carry)
+
+    # One query tile.
+
+    def begin(self) -> tuple[tile.State, Array]:
+        """The state before any key, and the number of tiles that it has seen."""
+        rows = self.groups * self.block_q
+        return tile.initial_state(rows, self.value_size, self.numerics), jnp.float32(0)
+
+    def absorb(
+        self, start: Index, query: tile.QueryTile, carry: tuple[tile.State, Array]
+    ) -> tuple[tile.State, Array]:
+        """``carry`` after the key tiles that the rows see."""
+
+        def step(j: Array, seen: Array | None, carry: tuple[tile.State, Array]) -> Any:
+            state, count = carry[0], carry[1] + 1
+            key = self.key(j)
+            s = tile.scores(query, key, state, seen, self.bias(start, j), self.numerics)
+            return tile.update(state, s, query, key, count, self.numerics), count
+
+        return self.over_keys(start, step, carry)
+
+    def close(self, start: Index, query: tile.QueryTile, state: tile.State) -> Rows:
+        """The results of a query tile that has seen all its keys."""
+        state = tile.settle(state, self.numerics)
+        sinks = self.sinks()
+        if sinks is not None:
+            state = tile.add_sink(state, sinks, query.temper)
+        out, lse = tile.finish(state, query.temper, self.value_gain)
+        used = self.in_use(start)
+        out = tile.zero_unusable(out, used)
+        lse = jnp.where(used, lse, jnp.full_like(lse, tile.lowest(lse.dtype)))
+        return Rows(out, lse, state.m, state.l)
