@@ -34,16 +34,27 @@ Ref = Any
 LANES = 128
 # What a program may use of VMEM: the rest is the compiler's (spills, operands of the products).
 _VMEM_SHARE = 0.75
+# Bound on a product that leaves float32 room for a key from which its mean has been taken.
+_LARGEST_PRODUCT = 2.0**126
 
 
 def adapt(plan: Plan) -> Plan:
-    """``plan`` as a TPU can follow it: Mosaic has no float16, so scores are stored in float32.
+    """``plan`` in the TPU's dialect. Mosaic has no float16: scores are then stored in float32.
 
     A precision that the caller named is never changed; `supports` refuses it.
     """
-    if plan.explicit_precision or plan.precision.scores != "float16":
-        return plan
-    return replace(plan, precision=Precision.named("float32"))
+    if plan.precision.scores == "float16" and not plan.explicit_precision:
+        plan = replace(plan, precision=Precision.named("float32"))
+    vector_types = find_target(plan.schedule.target).vector_types
+    narrow = plan.precision.scores == "bfloat16" and "bfloat16" in vector_types
+    dialect = tile.Dialect(
+        base_two=True,
+        exponential="bfloat16" if narrow else None,
+        running_maximum=True,
+        contracts=False,
+        sum_by_product=plan.precision.probabilities == "bfloat16",
+    )
+    return replace(plan, dialect=dialect)
 
 
 def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
@@ -51,8 +62,6 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     target = find_target(plan.schedule.target)
     precision = adapt(plan).precision
     stored = (precision.scores, precision.probabilities)
-    if target.kind != "tpu":
-        return f"the schedule is for {target.name}, not for a TPU"
     if str(operands.query.dtype) == "float64":
         return "TPUs have no float64"
     if "float16" in (*stored, precision.statistics, precision.accumulator):
@@ -146,7 +155,7 @@ class Outputs(NamedTuple):
     """The kernel's outputs; the last three are for the gradient."""
 
     out: Any  # [B, K, G, T, E]
-    lse: Any  # [B, K, G, 1, T], NaN where the row is not finite
+    lse: Any  # [B, K, G, 1, T], NaN in tiles where something is not finite
     m: Any = None
     l: Any = None  # noqa: E741
     remainder: Any = None  # as out
@@ -205,7 +214,7 @@ def _in_specs(x: Inputs, specs: Specs) -> Inputs:
             return None
         block = (1, 1, x.shape[2])
         block += (specs.block_q if x.shape[3] > 1 else 1, keys if x.shape[4] > 1 else 1)
-        several = [n > 1 for n in x.shape]
+        several = [int(n > 1) for n in x.shape]
         return pl.BlockSpec(
             block,
             lambda b, h, i: (b * several[0], h * several[1], 0, i * several[3], 0),
@@ -265,12 +274,35 @@ class RefWalk(Walk):
     def key(self, j: Array) -> tile.KeyTile:
         at = self.keys_at(j)
         k, v = (from_bits(x[0, 0, at]) for x in (self.refs.key, self.refs.value))
-        usable = None
-        if self.mask.key_length % self.block_kv:
-            row = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (self.block_kv, 1), 0)
-            usable = row < self.mask.key_length
         kappa = None if self.refs.kappa is None else from_bits(self.refs.kappa[0, 0, j])
-        return tile.key_tile(k, v, usable, self.numerics, kappa=kappa)
+        return tile.key_tile(k, v, self._usable(j), self.numerics, kappa=kappa)
+
+    def _usable(self, j: Array) -> Array | None:
+        """[n, 1] bool: False beyond the last key; None where no tile reaches beyond it."""
+        if self.mask.key_length % self.block_kv == 0:
+            return None
+        row = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (self.block_kv, 1), 0)
+        return row < self.mask.key_length
+
+    def largest_key(self, key_tiles: int) -> Array:
+        """[] the largest magnitude in the head's keys."""
+
+        def fold(j: Array, largest: Array) -> Array:
+            k = from_bits(self.refs.key[0, 0, self.keys_at(j)]).astype(jnp.float32)
+            usable = self._usable(j)
+            k = k if usable is None else tile.zero_unusable(k, usable)
+            return jnp.maximum(largest, jnp.max(jnp.abs(k), axis=0, keepdims=True))
+
+        zero = jnp.zeros((1, self.refs.key.shape[-1]), jnp.float32)
+        largest = lax.fori_loop(0, key_tiles, lambda j, x: fold(j.astype(jnp.int32), x), zero)
+        return jnp.max(largest)
+
+    def in_range(self, query: tile.QueryTile, largest_key: Array) -> Array:
+        """[1, 1] bool: whether no sum of products with keys, shifted ones too, can overflow."""
+        by_channel = jnp.max(jnp.abs(query.q.astype(jnp.float32)), axis=0, keepdims=True)
+        largest = jnp.max(by_channel, axis=1, keepdims=True) * query.q.shape[1]
+        gain = jnp.maximum(jnp.abs(query.gain), 1)
+        return largest * largest_key * gain < _LARGEST_PRODUCT
 
     def bias(self, start: Index, j: Array) -> Array | None:
         return None if self.refs.bias is None else self._tile_of(self.refs.bias, j)
@@ -308,9 +340,10 @@ class RefWalk(Walk):
 
 
 def _kernel(
-    refs: Inputs, *out_refs: Ref, mask: Mask, plan: Plan, specs: Specs, out_type: jnp.dtype
+    refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, specs: Specs, out_type: jnp.dtype
 ) -> None:
     b, h, i = (pl.program_id(axis) for axis in range(3))
+    *out_refs, largest_key = rest
     outs = Outputs(*out_refs)
 
     def length(ref: Ref | None) -> Array | None:
@@ -330,17 +363,24 @@ def _kernel(
         refs=refs,
         head=h,
     )
+
+    @pl.when(i == 0)
+    def _() -> None:
+        largest_key[0] = walk.largest_key(specs.key_tiles)
+
     start = i * specs.block_q
     query = walk.query(start)
     state, _ = walk.absorb(start, query, walk.begin())
     found = walk.close(start, query, state)
 
     out, lse = found.out, found.lse
-    finite = jnp.max(jnp.abs(out), axis=1, keepdims=True) < jnp.inf
-    lse = jnp.where(finite, lse, jnp.full_like(lse, jnp.nan))
-    largest = float(jnp.finfo(out_type).max)
-    if plan.promises_finite:
-        out = jnp.where(finite, jnp.clip(out, -largest, largest), out)
+    # 0, or NaN where something in the tile is not finite or a product may have left float32. (Sums
+    # carry NaN on; a maximum need not.)
+    zero = jnp.sum(jnp.sum(out * 0, axis=0, keepdims=True), axis=1, keepdims=True)
+    lse = lse + zero + jnp.where(walk.in_range(query, largest_key[0]), 0.0, jnp.nan)
+    if plan.promises_finite:  # a mean of values, rounded up, must not leave the type
+        largest = float(jnp.finfo(out_type).max)
+        out = jnp.clip(out, -largest, largest)
     rounded = out.astype(outs.out.dtype)
     tiled = (specs.groups, specs.block_q)
 
@@ -352,8 +392,8 @@ def _kernel(
     if outs.m is not None:
         outs.m[0, 0] = column(found.m)
         outs.l[0, 0] = column(found.l)
-        rest = out - rounded.astype(out.dtype)
-        outs.remainder[0, 0] = rest.astype(outs.remainder.dtype).reshape(*tiled, -1)
+        remainder = out - rounded.astype(out.dtype)
+        outs.remainder[0, 0] = remainder.astype(outs.remainder.dtype).reshape(*tiled, -1)
 
 
 def forward(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
@@ -371,7 +411,7 @@ def forward(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> R
 
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
-    """What the kernel alone gives: the log-sum-exp is NaN in rows that are not finite."""
+    """What the kernel alone gives: the log-sum-exp is NaN in tiles that are not finite."""
     specs = Specs.of(operands, mask, plan)
     inputs = _inputs(operands, mask, plan, specs)
     out_type = operands.query.dtype
@@ -407,9 +447,10 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Re
         in_specs=(_in_specs(inputs, specs),),
         out_specs=blocks,
         out_shape=shapes,
+        scratch_shapes=[pltpu.SMEM((1,), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=int(vmem * 0.95),
+            vmem_limit_bytes=int(vmem * _VMEM_SHARE),
         ),
         name="pasa_tpu",
     )(inputs)

@@ -71,7 +71,8 @@ def dot_product_attention(
         their outputs are 0. Clipped to [0, T] and [0, S].
       local_window_size: (left, right), or one int for both: keys from i − left to i + right.
       implementation: None = the best that supports the call; a name = that one or an error; a
-        sequence of names = the first of them that can. ``"lax"`` or ``"reference"``.
+        sequence of names = the first of them that can. ``"pallas_tpu"``, ``"lax"`` or
+        ``"reference"``.
       return_residual: also return the log-sum-exp of the scores, float32 (float64 for float64)
         and differentiable. (jax.nn returns it in the inputs' type, without a gradient.)
       causal_alignment: ``"top_left"`` (jax.nn: query 0 stands at key 0) or ``"bottom_right"``
@@ -134,7 +135,8 @@ def dot_product_attention(
     if call.empty:
         out, lse = _empty(call.operands)
     else:
-        out, lse = BACKENDS[name].attend(call.operands, call.mask, call.plan)
+        anywhere = implementation is None
+        out, lse = BACKENDS[name].run(call.operands, call.mask, call.plan, anywhere=anywhere)
     results: list[Any] = [call.unbatch(out)]
     if return_residual:
         results.append(call.unbatch(lse))
@@ -200,7 +202,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     def trace(arrays: dict[str, Any]) -> None:
         call = _canonical(**{**arguments, **arrays})
         name, why_not = choose(implementation, call.operands, call.mask, call.plan)
-        plan = call.plan
+        plan = BACKENDS[name].adapt(call.plan)
         shift, reason = plan.explain_shift()
         found.append(
             Explanation(
@@ -383,7 +385,8 @@ def _schedule(schedule: Schedule | None, q: Array, k: Array, v: Array) -> Schedu
     if schedule is None:
         device = jax.devices()[0]
         target = target_of_device(device.platform, device.device_kind)
-        schedule = Schedule(batch_heads=target.kind != "cpu", target=target.name)
+        sizes = {"head_dim": q.shape[3], "value_head_dim": v.shape[3], "dtype": str(q.dtype)}
+        schedule = Schedule.for_target(target, **sizes)
     elif isinstance(schedule, Schedule):
         schedule.check(head_dim=q.shape[3], value_head_dim=v.shape[3], dtype=str(q.dtype))
     else:

@@ -1,8 +1,8 @@
 """The table of implementations, in the order in which None tries them.
 
-An implementation is a module with ``supports(operands, mask, plan)`` (None, or the reason why not
-as a sentence) and ``attend(operands, mask, plan)``; modules are imported when first used, so that
-`import pasa_jax` needs no accelerator package.
+An implementation says what it cannot do (``supports``: None, or the reason as a sentence), puts
+the plan into its own terms (``adapt``) and computes (``attend``). Packages for accelerators are
+imported when first used.
 """
 
 from __future__ import annotations
@@ -13,29 +13,86 @@ from dataclasses import dataclass
 import jax
 
 from pasa_jax import _lax, reference
-from pasa_jax._attend import Core, attend
+from pasa_jax._attend import Core, Forward, attend
 from pasa_jax._errors import BackendUnsupported, check_choice
-from pasa_jax._operands import Operands
+from pasa_jax._operands import Operands, Result
 from pasa_jax._prepare import Plan
 from pasa_jax.mask import Mask
+from pasa_jax.target import find_target
 
 Array = jax.Array
 Implementation = str | Sequence[str] | None
 
 
+def _as_it_is(plan: Plan) -> Plan:
+    return plan
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: what it cannot do, and how it computes output and log-sum-exp."""
+    """One implementation.
+
+    Arguments:
+      supports: None, or why it cannot run the call.
+      attend: output and log-sum-exp of an adapted plan.
+      adapt: the plan that it follows: the types that its machine has, the forms that it likes.
+      elsewhere: how to compute where the call is lowered for another platform than its own; None:
+        it runs on every platform.
+    """
 
     supports: Callable[[Operands, Mask, Plan], str | None]
     attend: Callable[[Operands, Mask, Plan], tuple[Array, Array]]
+    adapt: Callable[[Plan], Plan] = _as_it_is
+    elsewhere: Callable[[Operands, Mask, Plan], tuple[Array, Array]] | None = None
+
+    def run(
+        self, operands: Operands, mask: Mask, plan: Plan, *, anywhere: bool
+    ) -> tuple[Array, Array]:
+        """Output and log-sum-exp; with ``anywhere``, on whatever platform this is lowered for."""
+        use = self.elsewhere if anywhere and self.elsewhere is not None else self.attend
+        return use(operands, mask, self.adapt(plan))
 
 
 def _attend_lax(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
     return attend(Core(_lax.forward, plan), operands, mask)
 
 
+def _supports_tpu(operands: Operands, mask: Mask, plan: Plan) -> str | None:
+    target = find_target(plan.schedule.target)
+    if target.kind != "tpu":
+        return f"its schedule would have to be for a TPU, and is for {target.name}"
+    from pallas_kernels import tpu
+
+    return tpu.supports(operands, mask, plan)
+
+
+def _adapt_tpu(plan: Plan) -> Plan:
+    from pallas_kernels import tpu
+
+    return tpu.adapt(plan)
+
+
+def _attend_tpu(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
+    from pallas_kernels import tpu
+
+    return attend(Core(tpu.forward, plan), operands, mask)
+
+
+def _attend_tpu_or_lax(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
+    return attend(Core(_tpu_or_lax, plan), operands, mask)
+
+
+def _tpu_or_lax(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
+    from pallas_kernels import tpu
+
+    def on(forward: Forward) -> Callable[[Operands, Mask], Result]:
+        return lambda operands, mask: forward(operands, mask, plan, residuals=residuals)
+
+    return jax.lax.platform_dependent(operands, mask, tpu=on(tpu.forward), default=on(_lax.forward))
+
+
 BACKENDS: dict[str, Backend] = {
+    "pallas_tpu": Backend(_supports_tpu, _attend_tpu, _adapt_tpu, _attend_tpu_or_lax),
     "lax": Backend(_lax.supports, _attend_lax),
     "reference": Backend(reference.supports, reference.attend),
 }

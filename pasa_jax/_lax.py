@@ -353,9 +353,8 @@ def _backward_head(
         d_q = add(d_q, d_q_tile * head.scale.astype(wide))
         sinks = walk.sinks()
         if sinks is not None:
-            gap = sinks.astype(wide) / query.temper.astype(wide) - m
-            share = jnp.exp(gap * query.temper.astype(wide)) / jnp.where(l != 0, l, 1)
-            d_sinks = add(d_sinks, -share * delta)
+            weight = tile.sink_weight(sinks, m, l, numerics, query.temper)
+            d_sinks = add(d_sinks, -weight * delta)
         return d_q, d_k, d_v, d_scale, d_sinks, d_bias
 
     rows = head.query.shape[:2]

@@ -7,7 +7,7 @@ depends on the data (docs/algorithm.md, sections 4 to 6). O((T + S)·D) work, O(
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasa_jax._tile import Guard, Numerics, wide_type
+from pasa_jax._tile import Dialect, Guard, Numerics, wide_type
 from pasa_jax.mask import Mask
 from pasa_jax.precision import Precision
 from pasa_jax.schedule import Schedule
@@ -42,6 +42,7 @@ class Plan:
       beta: β of `paper`, or None for `optimal_beta` of the block.
       paper_scale: 1/α as a Python number, which `paper` folds into M; None for other shifts.
       explicit_precision: whether the caller named the precision.
+      dialect: the forms that the implementation's machine likes.
     """
 
     shift: str
@@ -51,6 +52,7 @@ class Plan:
     beta: float | None = None
     paper_scale: float | None = None
     explicit_precision: bool = False
+    dialect: Dialect = field(default_factory=Dialect)
 
     @property
     def resolved(self) -> str:
@@ -95,7 +97,8 @@ class Plan:
     def numerics(self, keys: int) -> Numerics:
         shift = "mean" if self.resolved == "mean_past" else self.resolved
         inva = self.paper_blocks(keys).inva if shift == "paper" else 1.0
-        return Numerics(shift, self.precision, self.reachable, inva, self.logits_soft_cap)
+        cap, dialect = self.logits_soft_cap, self.dialect
+        return Numerics(shift, self.precision, self.reachable, inva, cap, dialect)
 
     def gain(self, scale: Array) -> Array:
         """The factor of the product: 1/α, or 1 for `paper`, whose M carries it."""

@@ -11,6 +11,7 @@ Scores are kept divided by 2^e, e one number per row from the guard (eq. 12), 0 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,28 @@ from jax import lax
 from pasa_jax.precision import Precision
 
 Array = jax.Array
+
+_LANES = 128  # columns that a matrix unit computes at once, whether they are wanted or not
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The forms of the same mathematics that one machine likes; the defaults suit them all.
+
+    Arguments:
+      base_two: scores, m and offsets are in units of ln 2, and exponentials are powers of two.
+      exponential: the type in which a tile's exponentials are computed; None: the statistics'.
+      sum_by_product: P's row sums come out of the matrix unit, as a product with ones.
+      running_maximum: where nothing is put back after the rounding, scores are stored minus the
+        running maximum instead of their tile's, which saves rescaling what the tile adds.
+      contracts: the compiler may round product·gain − maximum once, to something above 0.
+    """
+
+    base_two: bool = False
+    exponential: str | None = None
+    sum_by_product: bool = False
+    running_maximum: bool = False
+    contracts: bool = True
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,7 @@ class Numerics:
       reachable: whether the float32 product is seen before it is rounded to ``precision.scores``.
       inva: Inva of eq. 5 for ``paper``; 1 for the other shifts, whose offset is put back whole.
       logits_soft_cap: cap of s ↦ cap·tanh(s/cap), or None.
+      dialect: the forms that the machine likes.
     """
 
     shift: str
@@ -40,6 +64,7 @@ class Numerics:
     reachable: bool = True
     inva: float = 1.0
     logits_soft_cap: float | None = None
+    dialect: Dialect = Dialect()
 
     @property
     def statistics(self) -> jnp.dtype:
@@ -51,13 +76,28 @@ class Numerics:
         wide = "float64" in (self.precision.scores, self.precision.statistics)
         return jnp.dtype("float64" if wide else "float32")
 
+    @property
+    def unit(self) -> float:
+        """What natural scores are multiplied by: log2 e where they are in units of ln 2."""
+        return math.log2(math.e) if self.dialect.base_two else 1.0
+
+    def exp(self, x: Array) -> Array:
+        """e^x for x in the unit of the scores."""
+        return jnp.exp2(x) if self.dialect.base_two else jnp.exp(x)
+
+    @property
+    def follows_maximum(self) -> bool:
+        """Whether scores are stored minus the running maximum."""
+        late = self.shift == "none" or (self.shift == "reference" and self.reachable)
+        return late and self.dialect.running_maximum
+
 
 class QueryTile(NamedTuple):
     """The rows of a tile, made by `query_tile`."""
 
     q: Array  # [R, D]
-    gain: Array  # [R, 1] factor of the product, applied before rounding
-    temper: Array  # [R, 1] 2^e of the guard
+    gain: Array  # [R|1, 1] factor of the product, applied before rounding
+    temper: Array | None  # [R, 1] 2^e of the guard, or None: 1
 
 
 class Guard(NamedTuple):
@@ -83,8 +123,9 @@ class Scores(NamedTuple):
     """The scores of one tile: S = (stored + base) + inva·offset, per row."""
 
     stored: Array  # [R, n] S' minus its base, masked entries far below; statistics dtype
-    base: Array  # [R, 1] the row maximum of the visible S', or lowest
-    offset: Array  # [R, 1] what the shift took off (s̄' for `paper`, to be multiplied by inva)
+    base: Array  # [R, 1] the row maximum of the visible S' (or the running one), or lowest
+    # [R, 1] what the shift took off (s̄' for `paper`, to be multiplied by inva), or None: 0
+    offset: Array | None
     slope: Array | None = None  # [R, n] derivative of the soft cap
 
 
@@ -100,6 +141,16 @@ class State(NamedTuple):
 def wide_type(dtype: jnp.dtype) -> jnp.dtype:
     """The type that sums numbers of ``dtype``: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def _tempered(x: Array, temper: Array | None) -> Array:
+    """x·2^e."""
+    return x if temper is None else x * temper.astype(x.dtype)
+
+
+def _divided(x: Array, temper: Array | None) -> Array:
+    """x/2^e."""
+    return x if temper is None else x / temper.astype(x.dtype)
 
 
 def lowest(dtype: jnp.dtype) -> float:
@@ -138,8 +189,7 @@ def query_tile(q: Array, scale: Array, guard: Guard | None, numerics: Numerics) 
       guard: None where the scores cannot leave their range.
     """
     dtype = numerics.product
-    gain = jnp.broadcast_to(scale.astype(dtype), (q.shape[0], 1))
-    temper = jnp.ones_like(gain) if guard is None else guard.temper
+    gain = jnp.full((1, 1), scale.astype(dtype) * dtype.type(numerics.unit))
     if guard is not None and q.dtype == jnp.float16:  # its products fit float32: divide them
         gain = gain * guard.down * guard.rest
     elif guard is not None:  # the product itself could overflow: divide q, which is exact
@@ -147,7 +197,8 @@ def query_tile(q: Array, scale: Array, guard: Guard | None, numerics: Numerics) 
     if not numerics.reachable:  # nothing can be multiplied between product and rounding
         q = (q.astype(dtype) * gain).astype(q.dtype)
         gain = jnp.ones_like(gain)
-    return QueryTile(q, gain, temper.astype(numerics.statistics))
+    temper = None if guard is None else guard.temper.astype(numerics.statistics)
+    return QueryTile(q, gain, temper)
 
 
 def key_tile(
@@ -171,7 +222,8 @@ def key_tile(
     Arguments:
       k, v: [n, D], [n, E].
       usable: [n, 1] bool, or None: all are.
-      kappa: [1, D] of k's type (or more rows, all equal: some matrix units take no single one), for `mean` (any vector is valid, since the same is put back).
+      kappa: [1, D] of k's type, for `mean` (any vector is valid, since the same is put back); or
+        more rows, all equal, for a matrix unit that takes no single one.
       matrix, weights: M [n, n] and the share of each column in the row mean [n, 1], for `paper`.
       key_gain, value_gain: [] powers of two that keep sums of keys and P·V in range, or None.
     """
@@ -232,17 +284,16 @@ def scores(
     if bias is not None:
         seen = bias > -jnp.inf
         mask = seen if mask is None else mask & seen
-        bias = bias.astype(stat) / query.temper
+        bias = _divided(bias.astype(stat) * stat.type(numerics.unit), query.temper)
     late = numerics.shift == "reference" and numerics.reachable
     product = _dot(query.q, key.k, (1, 1), numerics.product) * query.gain
-    zero = jnp.zeros_like(state.m)
+    offset = None
     if late:
-        z, offset = product.astype(stat), zero
+        z = product.astype(stat)
     elif numerics.shift == "reference":
         z, offset = _lagging_reference(query, key, product, state, mask, numerics)
     else:
         z = product.astype(store).astype(stat)
-        offset = zero
         if key.weights is not None:  # s̄' over the columns that M mixed, before the mask
             offset = _dot(z, key.weights, (1, 0), numerics.product).astype(stat)
             if key.usable is not None:
@@ -251,18 +302,23 @@ def scores(
             offset = _kappa_product(query, key, numerics)
     slope = None
     if numerics.logits_soft_cap is not None:  # needs S itself: put the offset back first
-        z, slope = _soft_cap(z + offset * stat.type(numerics.inva), query.temper, numerics)
-        offset = zero
+        whole = z if offset is None else z + offset * stat.type(numerics.inva)
+        z, slope = _soft_cap(whole, query.temper, numerics)
+        offset = None
     if bias is not None:
         z = z + bias
     if mask is not None:
         z = jnp.where(mask, z, jnp.full_like(z, lowest(stat)))
         slope = None if slope is None else jnp.where(mask, slope, jnp.zeros_like(slope))
     base = jnp.max(z, axis=1, keepdims=True)
-    # Compilers contract product·gain − base into one rounding, which need not be ≤ 0: bound it.
-    stored = jnp.minimum(z - base, jnp.zeros_like(z))
-    if late and store != stat:  # what is below the 16-bit range has no weight: clamp it
-        stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
+    if numerics.follows_maximum:
+        base = jnp.maximum(base, state.m)
+    stored = z - base
+    if numerics.dialect.contracts:
+        stored = jnp.minimum(stored, jnp.zeros_like(stored))
+    if late and store != stat:
+        if store == jnp.float16:  # what is below its range has no weight: clamp it
+            stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
         stored = stored.astype(store).astype(stat)
     return Scores(stored, base, offset, slope if with_slope else None)
 
@@ -303,17 +359,21 @@ def _lagging_reference(
     return product.astype(store).astype(stat), r
 
 
-def _soft_cap(s: Array, temper: Array, numerics: Numerics) -> tuple[Array, Array]:
+def _soft_cap(s: Array, temper: Array | None, numerics: Numerics) -> tuple[Array, Array]:
     """cap·tanh(s/cap) and its derivative 1 − tanh²; the cap is divided by 2^e as s is."""
     assert numerics.logits_soft_cap is not None
-    cap = numerics.statistics.type(numerics.logits_soft_cap) / temper
+    cap = jnp.asarray(numerics.logits_soft_cap * numerics.unit, numerics.statistics)
+    cap = _divided(cap, temper)
     tanh = jnp.tanh(s / cap)
     return cap * tanh, 1 - tanh * tanh
 
 
 def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Array:
     """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1."""
-    p = jnp.exp(s.stored * query.temper)
+    exponent = _tempered(s.stored, query.temper)
+    if numerics.dialect.exponential is not None:
+        exponent = exponent.astype(numerics.dialect.exponential)
+    p = numerics.exp(exponent)
     return p.astype(jnp.dtype(numerics.precision.probabilities))
 
 
@@ -331,26 +391,31 @@ def update(
       count: how many blocks have been seen, this one included (`paper`'s running mean F).
     """
     stat, acc = numerics.statistics, jnp.dtype(numerics.precision.accumulator)
-    wide, temper = numerics.product, query.temper.astype(numerics.product)
+    wide = numerics.product
     p = probabilities(s, query, numerics)
-    l_loc = jnp.sum(p.astype(stat), axis=1, keepdims=True)
-    pv = _dot(p, key.v, (1, 0), wide).astype(acc)
-    f, c_previous, c_current = state.f, jnp.zeros_like(s.offset), s.offset
-    if numerics.shift == "paper":
+    l_loc, pv = _sum_and_product(p, key.v, numerics)
+    pv = pv.astype(acc)
+    if numerics.follows_maximum:  # a row that has seen no key yet is wiped by its first one
+        keep = numerics.exp(_tempered(state.m - s.base, query.temper))
+        return State(s.base, keep * state.l + l_loc, keep.astype(acc) * state.o + pv, state.f)
+    f = state.f
+    previous, current = state.m.astype(wide), s.base.astype(wide)
+    # What is stored has the statistics' type; a sum of two stored numbers is used as it comes.
+    # The offset is folded before m is subtracted: in float32 no exponent is ever positive.
+    if numerics.shift == "paper" and s.offset is not None:
         count, inva = jnp.asarray(count, stat), stat.type(numerics.inva)
         old = jnp.where(count > 1, state.f, s.offset)
         f = old + (s.offset - old) / count
-        c_previous, c_current = inva * (old - f), inva * (s.offset - f)
-    # What is stored has the statistics' type; a sum of two stored numbers is used as it comes.
-    # The offset is folded before m is subtracted: in float32 no exponent is ever positive.
-    previous = state.m.astype(wide) + c_previous.astype(wide)
-    current = s.base.astype(wide) + c_current.astype(wide)
+        previous = previous + (inva * (old - f)).astype(wide)
+        current = current + (inva * (s.offset - f)).astype(wide)
+    elif s.offset is not None:
+        current = current + s.offset.astype(wide)
     # A row that saw no key of this tile has its base at `lowest`, whatever the offset.
     seen = s.base != lowest(stat)
     current = jnp.where(seen, current, jnp.full_like(current, lowest(stat)))
     m = jnp.maximum(previous, current).astype(stat)
-    keep = jnp.exp((previous - m.astype(wide)) * temper).astype(stat)
-    take = jnp.exp((current - m.astype(wide)) * temper).astype(stat)
+    keep = numerics.exp(_tempered(previous - m.astype(wide), query.temper)).astype(stat)
+    take = numerics.exp(_tempered(current - m.astype(wide), query.temper)).astype(stat)
     take = jnp.where(seen, take, jnp.zeros_like(take))
     return State(
         m=m,
@@ -358,6 +423,17 @@ def update(
         o=keep.astype(acc) * state.o + take.astype(acc) * pv,
         f=f,
     )
+
+
+def _sum_and_product(p: Array, v: Array, numerics: Numerics) -> tuple[Array, Array]:
+    """P's row sums [R, 1] and P·V [R, E]."""
+    size = v.shape[1]
+    if not numerics.dialect.sum_by_product or size % _LANES:
+        l_loc = jnp.sum(p.astype(numerics.statistics), axis=1, keepdims=True)
+        return l_loc, _dot(p, v, (1, 0), numerics.product)
+    ones = jnp.ones((v.shape[0], _LANES), v.dtype)
+    both = _dot(p, jnp.concatenate([v, ones], axis=1), (1, 0), numerics.product)
+    return both[:, size : size + 1].astype(numerics.statistics), both[:, :size]
 
 
 def settle(state: State, numerics: Numerics) -> State:
@@ -371,21 +447,24 @@ def settle(state: State, numerics: Numerics) -> State:
     return state._replace(m=m, f=jnp.zeros_like(m))
 
 
-def merge(a: State, b: State, temper: Array | float = 1.0) -> State:
+def merge(a: State, b: State, numerics: Numerics, temper: Array | None = None) -> State:
     """The state over the keys of both settled states, for split keys and rings (eq. 13)."""
     m = jnp.maximum(a.m, b.m)
-    of_a, of_b = jnp.exp((a.m - m) * temper), jnp.exp((b.m - m) * temper)
+    of_a, of_b = (numerics.exp(_tempered(x.m - m, temper)) for x in (a, b))
     return State(m, of_a * a.l + of_b * b.l, of_a * a.o + of_b * b.o, a.f)
 
 
-def add_sink(state: State, sink: Array, temper: Array) -> State:
+def add_sink(state: State, sink: Array, numerics: Numerics, temper: Array | None) -> State:
     """The settled state with one more key of score ``sink`` [R, 1] and value zero."""
-    sink = sink.astype(state.m.dtype) / temper.astype(state.m.dtype)
+    wide = state.m.dtype
+    sink = _divided(sink.astype(wide) * wide.type(numerics.unit), temper)
     no_value = State(sink, jnp.ones_like(state.l), jnp.zeros_like(state.o), state.f)
-    return merge(state, no_value, temper.astype(state.m.dtype))
+    return merge(state, no_value, numerics, temper)
 
 
-def finish(state: State, temper: Array, value_gain: Array | None = None) -> tuple[Array, Array]:
+def finish(
+    state: State, numerics: Numerics, temper: Array | None, value_gain: Array | None = None
+) -> tuple[Array, Array]:
     """Output [R, E] and log-sum-exp [R, 1] of a settled state (eq. 14).
 
     A row that saw no key gives output 0 and the lowest finite log-sum-exp.
@@ -393,14 +472,28 @@ def finish(state: State, temper: Array, value_gain: Array | None = None) -> tupl
     Arguments:
       value_gain: [] what `key_tile` multiplied the values by, or None.
     """
-    some = state.l != 0
+    none = (state.m == lowest(state.m.dtype)) & ~jnp.isnan(state.l)
+    some = (state.l != 0) & ~none
     l = jnp.where(some, state.l, jnp.ones_like(state.l))  # noqa: E741
-    out = state.o / l.astype(state.o.dtype)
+    out = jnp.where(some, state.o / l.astype(state.o.dtype), jnp.zeros_like(state.o))
     if value_gain is not None:
         out = out / value_gain.astype(out.dtype)
     floor = lowest(state.m.dtype)
-    lse = jnp.clip(state.m * temper.astype(l.dtype), floor, -floor) + jnp.log(l)
+    m = _tempered(state.m, temper) * l.dtype.type(1 / numerics.unit)
+    lse = jnp.clip(m, floor, -floor) + jnp.log(l)
     return out, jnp.where(some, lse, jnp.full_like(lse, floor))
+
+
+def sink_weight(
+    sink: Array,
+    m: Array,
+    l: Array,  # noqa: E741
+    numerics: Numerics,
+    temper: Array | None,
+) -> Array:
+    """The probability that a finished row (m, l of `gradients`) gives its sink, [R, 1]."""
+    gap = _divided(sink.astype(m.dtype) * m.dtype.type(numerics.unit), temper) - m
+    return numerics.exp(_tempered(gap, temper)) / jnp.where(l != 0, l, jnp.ones_like(l))
 
 
 class TileGradients(NamedTuple):
@@ -436,10 +529,12 @@ def gradients(
     """
     wide = numerics.product
     p = probabilities(s, query, numerics).astype(wide)
-    offset = s.offset.astype(wide) * wide.type(numerics.inva)
+    base = s.base.astype(wide)
+    if s.offset is not None:
+        base = base + s.offset.astype(wide) * wide.type(numerics.inva)
     seen = s.base != lowest(numerics.statistics)
-    gap = jnp.where(seen, s.base.astype(wide) + offset - m, jnp.full_like(m, lowest(wide)))
-    share = jnp.exp(gap * query.temper.astype(wide)) / jnp.where(l != 0, l, jnp.ones_like(l))
+    gap = jnp.where(seen, base - m, jnp.full_like(m, lowest(wide)))
+    share = numerics.exp(_tempered(gap, query.temper)) / jnp.where(l != 0, l, jnp.ones_like(l))
     p = p * jnp.where(seen, share, jnp.zeros_like(share))
     # float16 cannot hold gradients (their range is the loss's business): they stay in float32.
     operand = wide if q.dtype == jnp.float16 else q.dtype

@@ -18,7 +18,7 @@ from jax import lax
 
 from pasa_jax import _tile as tile
 from pasa_jax._prepare import Plan
-from pasa_jax.mask import Index, KeyRange, Mask
+from pasa_jax.mask import Index, KeyRange, Mask, div
 
 Array = jax.Array
 Step = Callable[[Array, Array | None, Any], Any]
@@ -147,12 +147,10 @@ class Walk(ABC):
             return body(j.astype(jnp.int32), None, carry)
 
         if unroll == 1:
-            return lax.fori_loop(lo, hi, one, carry)
-        whole = (hi - lo) // unroll
-        if isinstance(whole, int) and (hi - lo) % unroll == 0:
-            return lax.fori_loop(0, whole, steps, carry)
-        carry = lax.fori_loop(0, whole, steps, carry)
-        return lax.fori_loop(lo + whole * unroll, hi, one, carry)
+            return _loop(lo, hi, one, carry)
+        whole = div(hi - lo, unroll)
+        carry = _loop(0, whole, steps, carry)
+        return _loop(lo + whole * unroll, hi, one, carry)
 
     # One query tile.
 
@@ -179,9 +177,17 @@ class Walk(ABC):
         state = tile.settle(state, self.numerics)
         sinks = self.sinks()
         if sinks is not None:
-            state = tile.add_sink(state, sinks, query.temper)
-        out, lse = tile.finish(state, query.temper, self.value_gain)
-        used = self.in_use(start)
-        out = tile.zero_unusable(out, used)
-        lse = jnp.where(used, lse, jnp.full_like(lse, tile.lowest(lse.dtype)))
+            state = tile.add_sink(state, sinks, self.numerics, query.temper)
+        out, lse = tile.finish(state, self.numerics, query.temper, self.value_gain)
+        if self.mask.query_lengths is not None:
+            used = self.in_use(start)
+            out = tile.zero_unusable(out, used)
+            lse = jnp.where(used, lse, jnp.full_like(lse, tile.lowest(lse.dtype)))
         return Rows(out, lse, state.m, state.l)
+
+
+def _loop(lo: Index, hi: Index, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """`lax.fori_loop`, without a loop where there is but one turn: a kernel is faster so."""
+    if isinstance(lo, int) and isinstance(hi, int) and hi - lo <= 1:
+        return body(jnp.int32(lo), carry) if hi > lo else carry
+    return lax.fori_loop(lo, hi, body, carry)

@@ -113,12 +113,12 @@ class Mask:
             full_hi = _min(keys, _max(0, start + 1 + place + right))
         if self.query_lengths is not None:  # rows of padding see nothing
             hi = _where(start < self.query_lengths, hi, 0)
-        lo, hi = _div(lo, block_kv), _div(hi + block_kv - 1, block_kv)
+        lo, hi = div(lo, block_kv), div(hi + block_kv - 1, block_kv)
         lo = _min(lo, hi)
         if self.data_dependent:
             return KeyRange(lo, lo, lo, hi)
-        full_lo = _min(_max(_div(full_lo + block_kv - 1, block_kv), lo), hi)
-        full_hi = _min(_max(_div(full_hi, block_kv), full_lo), hi)
+        full_lo = _min(_max(div(full_lo + block_kv - 1, block_kv), lo), hi)
+        full_hi = _min(_max(div(full_hi, block_kv), full_lo), hi)
         return KeyRange(lo, full_lo, full_hi, hi)
 
     def tile(self, i: int, j: int, schedule: Schedule) -> TileKind:
@@ -226,7 +226,7 @@ def _min(a: Index, b: Index) -> Index:
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
 
 
-def _div(a: Index, b: int) -> Index:
+def div(a: Index, b: int) -> Index:
     """⌊a/b⌋ for a ≥ 0. A shift where it can be: the TPU compiler's cycle estimate follows those."""
     if isinstance(a, int):
         return a // b

@@ -25,6 +25,7 @@ class Target:
       matrix_types: input type of the matrix unit -> the accumulator types it offers.
       accumulator_reachable: whether vector code reads the float32 score tile before rounding.
       vector_bytes: bytes that one vector instruction works on.
+      vector_types: the types of its vector arithmetic, exponentials included.
       memories: on-chip memories in bytes, each as one core (or one thread block) may use it.
       device_kinds: substrings of ``jax.Device.device_kind`` that name this chip, lower case.
       source: where the figures stand.
@@ -38,12 +39,14 @@ class Target:
     memories: dict[str, int]
     source: str
     device_kinds: tuple[str, ...] = ()
+    vector_types: tuple[str, ...] = ("float32",)
 
 
 _F32 = ("float32",)
 _BOTH = ("float32", "float16")
 _TPU_SOURCE = (
-    "jax/_src/pallas/mosaic/tpu_info.py (VMEM, SMEM, lanes x sublanes); Mosaic offers float32 "
+    "jax/_src/pallas/mosaic/tpu_info.py (VMEM, SMEM, lanes x sublanes; bfloat16 vectors since "
+    "v6e); Mosaic offers float32 "
     "results of bfloat16 and float32 products and refuses float16 (measured by compiling)"
 )
 _GPU_SOURCE = (
@@ -55,7 +58,7 @@ _ASCEND_SOURCE = (
 )
 
 
-def _tpu(name: str, vmem: int, *device_kinds: str) -> Target:
+def _tpu(name: str, vmem: int, *device_kinds: str, bfloat16: bool = False) -> Target:
     return Target(
         name=name,
         kind="tpu",
@@ -65,6 +68,7 @@ def _tpu(name: str, vmem: int, *device_kinds: str) -> Target:
         memories={"VMEM": vmem, "SMEM": MIB},
         source=_TPU_SOURCE,
         device_kinds=device_kinds,
+        vector_types=("float32", "bfloat16") if bfloat16 else ("float32",),
     )
 
 
@@ -110,8 +114,8 @@ TARGETS: dict[str, Target] = {
         ),
         _tpu("tpu_v5e", 128 * MIB, "tpu v5 lite", "tpu v5e"),
         _tpu("tpu_v5p", 64 * MIB, "tpu v5p", "tpu v5"),
-        _tpu("tpu_v6e", 128 * MIB, "tpu v6 lite", "tpu v6e"),
-        _tpu("tpu_7x", 64 * MIB, "tpu7x", "tpu 7x"),
+        _tpu("tpu_v6e", 128 * MIB, "tpu v6 lite", "tpu v6e", bfloat16=True),
+        _tpu("tpu_7x", 64 * MIB, "tpu7x", "tpu 7x", bfloat16=True),
         _gpu("a100", 163 * KIB, "a100"),
         _gpu("h100", 227 * KIB, "h100"),
         _gpu("h200", 227 * KIB, "h200"),

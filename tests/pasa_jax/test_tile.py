@@ -44,9 +44,9 @@ def one_tile(q, k, v, kappa, matrix, weights, mask, bias, guard, numerics):
     state = tile.initial_state(R, E, numerics)
     s = tile.scores(query, key, state, mask, bias, numerics, with_slope=True)
     state = tile.settle(tile.update(state, s, query, key, jnp.float32(1), numerics), numerics)
-    state = tile.merge(state, state)
-    state = tile.add_sink(state, jnp.zeros((R, 1), jnp.float32), query.temper)
-    out, lse = tile.finish(state, query.temper, jnp.float32(1))
+    state = tile.merge(state, state, numerics)
+    state = tile.add_sink(state, jnp.zeros((R, 1), jnp.float32), numerics, query.temper)
+    out, lse = tile.finish(state, numerics, query.temper, jnp.float32(1))
     d_out, delta = jnp.zeros((R, E), jnp.float32), jnp.zeros((R, 1), jnp.float32)
     g = tile.gradients(s, query, key, q, k, state.m, state.l, d_out, delta, numerics)
     return out, lse, g
@@ -112,8 +112,8 @@ def test_merging_states_of_split_keys_is_the_whole():
     whole, query = walk(q, k, v, chosen, [np.arange(16), np.arange(16, 32)])
     left, _ = walk(q, k, v, chosen, [np.arange(16)])
     right, _ = walk(q, k, v, chosen, [np.arange(16, 32)])
-    for state in (whole, tile.merge(left, right), tile.merge(right, left)):
-        out, lse = tile.finish(state, query.temper)
+    for state in (whole, tile.merge(left, right, chosen), tile.merge(right, left, chosen)):
+        out, lse = tile.finish(state, chosen, query.temper)
         true_out, true_lse = exact(q, k, v)
         np.testing.assert_allclose(out, true_out, atol=1e-5)
         np.testing.assert_allclose(lse[:, 0], true_lse, rtol=1e-5)
@@ -123,7 +123,7 @@ def test_merging_with_an_empty_state_changes_nothing():
     chosen = numerics("mean", "float32")
     q, k, v, *_ = arguments("float32")
     state, _ = walk(q, k, v, chosen, [np.arange(32)])
-    merged = tile.merge(state, tile.initial_state(R, E, chosen))
+    merged = tile.merge(state, tile.initial_state(R, E, chosen), chosen)
     for a, b in zip(merged, state, strict=True):
         np.testing.assert_array_equal(a, b)
 
