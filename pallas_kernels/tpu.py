@@ -51,7 +51,6 @@ def adapt(plan: Plan) -> Plan:
         base_two=True,
         exponential="bfloat16" if narrow else None,
         running_maximum=True,
-        contracts=False,
         sum_by_product=plan.precision.probabilities == "bfloat16",
     )
     return replace(plan, dialect=dialect)
@@ -414,6 +413,8 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Re
     """What the kernel alone gives: the log-sum-exp is NaN in tiles that are not finite."""
     specs = Specs.of(operands, mask, plan)
     inputs = _inputs(operands, mask, plan, specs)
+    # Mosaic multiplies and subtracts apart; XLA, which runs the repair and the gradient, may not.
+    plan = replace(plan, dialect=replace(plan.dialect, contracts=False))
     out_type = operands.query.dtype
     kernel_type = jnp.dtype(jnp.float32) if out_type == jnp.float16 else out_type
     (b, t), e = operands.query.shape[:2], operands.value.shape[-1]

@@ -36,7 +36,7 @@ class Dialect:
       sum_by_product: P's row sums come out of the matrix unit, as a product with ones.
       running_maximum: where nothing is put back after the rounding, scores are stored minus the
         running maximum instead of their tile's, which saves rescaling what the tile adds.
-      contracts: the compiler may round product·gain − maximum once, to something above 0.
+      contracts: the compiler may round product·gain − maximum only once.
     """
 
     base_two: bool = False
@@ -314,8 +314,10 @@ def scores(
     if numerics.follows_maximum:
         base = jnp.maximum(base, state.m)
     stored = z - base
+    # Contracted into one rounding with the product before it, the largest score is not its own
+    # maximum; where scores are huge, every probability of the row would vanish.
     if numerics.dialect.contracts:
-        stored = jnp.minimum(stored, jnp.zeros_like(stored))
+        stored = jnp.where(z >= base, jnp.zeros_like(stored), stored)
     if late and store != stat:
         if store == jnp.float16:  # what is below its range has no weight: clamp it
             stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
@@ -472,8 +474,8 @@ def finish(
     Arguments:
       value_gain: [] what `key_tile` multiplied the values by, or None.
     """
-    none = (state.m == lowest(state.m.dtype)) & ~jnp.isnan(state.l)
-    some = (state.l != 0) & ~none
+    seen = state.m != lowest(state.m.dtype)
+    some = (state.l != 0) & (seen | (state.l != state.l))  # NaN is something
     l = jnp.where(some, state.l, jnp.ones_like(state.l))  # noqa: E741
     out = jnp.where(some, state.o / l.astype(state.o.dtype), jnp.zeros_like(state.o))
     if value_gain is not None:

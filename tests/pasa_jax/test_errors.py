@@ -149,12 +149,12 @@ WRONG = {
     "implementation": (
         (Q, K, V),
         {"implementation": "xla"},
-        "`implementation` must be one of 'lax', 'reference'; got 'xla'.",
+        "`implementation` must be one of 'pallas_tpu', 'lax', 'reference'; got 'xla'.",
     ),
     "implementation in a sequence": (
         (Q, K, V),
         {"implementation": ("lax", "cudnn")},
-        "`implementation` must be one of 'lax', 'reference'; got 'cudnn'.",
+        "`implementation` must be one of 'pallas_tpu', 'lax', 'reference'; got 'cudnn'.",
     ),
     "unsupported": (
         (Q, K, V),

@@ -13,7 +13,8 @@ R, N, D, E = 16, 32, 8, 4
 
 # What a kernel generator must be able to lower; a new name here is new work there.
 ORDINARY = {
-    "abs", "add", "and", "broadcast_in_dim", "clamp", "convert_element_type", "div",
+    "abs", "add", "and",
+        "or", "broadcast_in_dim", "clamp", "convert_element_type", "div",
     "dot_general", "eq", "exp", "ge", "gt", "log", "lt", "max", "min", "mul", "ne", "neg",
     "reduce_max", "reduce_sum", "reshape", "select_n", "square", "sub", "tanh",
 }  # fmt: skip
