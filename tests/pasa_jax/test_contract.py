@@ -102,7 +102,7 @@ def test_float64(x64):
     case = CASES["causal"]
     arrays = {k: v.astype(jnp.float64) for k, v in case.arrays("float32").items()}
     true_out, true_lse = exact(arrays, case.keywords)
-    for implementation in BACKENDS:
+    for implementation in ("lax", "reference"):
         out, lse = dot_product_attention(
             **arrays, **case.keywords, implementation=implementation, return_residual=True
         )

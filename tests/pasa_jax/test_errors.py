@@ -181,12 +181,18 @@ def test_float64_precision_is_for_float64_inputs():
         dot_product_attention(Q, K, V, precision="float64")
 
 
+NO_TPU = {"pallas_tpu": "its schedule would have to be for a TPU, and is for cpu"}
+
+
 def test_implementation_as_in_tokamax():
     assert explain(Q, K, V).implementation == "lax"
     assert explain(Q, K, V, implementation=("reference", "lax")).implementation == "reference"
     mean = explain(Q, K, V, implementation=("reference", "lax"), shift="mean")
     assert mean.implementation == "lax"
-    assert mean.why_not == {"reference": "it computes the plain formula, without the shift 'mean'"}
+    assert mean.why_not == {
+        **NO_TPU,
+        "reference": "it computes the plain formula, without the shift 'mean'",
+    }
     with pytest.raises(BackendUnsupported):
         dot_product_attention(Q, K, V, implementation=["reference"], precision="float16")
 
@@ -197,7 +203,7 @@ def test_explain_says_what_would_run():
     assert (told.implementation, told.shift, told.guarded) == ("lax", "reference", True)
     assert told.schedule.block_kv == 100  # the whole sequence, shorter than the default block
     assert told.precision == Precision.named("float16")
-    assert told.why_not == {"reference": "'lax' comes before it"}
+    assert told.why_not == {**NO_TPU, "reference": "'lax' comes before it"}
     behind = explain(x, x, x, schedule=Schedule.for_target("ascend_910b", head_dim=64))
     assert behind.shift == "none or mean"
     assert "ascend_910b rounds the product to float16 first" in behind.reason
