@@ -1,9 +1,10 @@
 """The forward pass as a Pallas kernel for TPUs (Mosaic).
 
 A program of the grid (batch, key head, query tile) folds the key tiles of its head, which lie in
-VMEM whole, with the tile functions and the walk of `pasa_jax`. Ordinary data pays for nothing
-else: the guard against overflow and the care for keys that are not finite are left to the lax
-walk, which runs again, for the whole call, where a row of the kernel's result is not finite.
+VMEM whole, with the tile functions and the walk of `pasa_jax`. The guard against overflow and the
+care for keys that are not finite are left to the lax walk, which runs again, for the whole call,
+where a result of the kernel is not finite or the size of queries and keys says that a product may
+have left float32. Ordinary data pays for finding the largest key, and for nothing else.
 """
 
 from __future__ import annotations
@@ -58,7 +59,6 @@ def adapt(plan: Plan) -> Plan:
 
 def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or why the kernel cannot run the call."""
-    target = find_target(plan.schedule.target)
     precision = adapt(plan).precision
     stored = (precision.scores, precision.probabilities)
     if str(operands.query.dtype) == "float64":
@@ -73,7 +73,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     tiled = (mask.array, mask.query_segments, operands.bias)
     if specs.key_tiles > 1 and specs.block_kv % LANES and any(x is not None for x in tiled):
         return f"block_kv must be a multiple of {LANES} beside a bias, an array or segments"
-    limit = int(target.memories["VMEM"] * _VMEM_SHARE)
+    limit = _vmem(plan)
     if specs.bytes > limit:
         return f"a head's keys and values and a tile want {specs.bytes} bytes of VMEM's {limit}"
     return None
@@ -84,13 +84,12 @@ class Specs:
     """Grid, blocks and memory of one call, derived from its schedule.
 
     Arguments:
-      batch, heads, groups: B, K and G.
+      heads, groups: K and G.
       block_q: positions of a query tile: the whole of T, or a multiple of 128, the lanes in which
         row statistics leave the kernel.
       block_kv, key_tiles: keys of a tile, and how many tiles a head has.
     """
 
-    batch: int
     heads: int
     groups: int
     block_q: int
@@ -101,7 +100,7 @@ class Specs:
 
     @staticmethod
     def of(o: Operands, mask: Mask, plan: Plan) -> Specs:
-        (batch, length, heads, size), kv_heads = o.query.shape, o.key.shape[2]
+        (_, length, heads, size), kv_heads = o.query.shape, o.key.shape[2]
         groups, e = heads // kv_heads, o.value.shape[3]
         block_q = -(-max(1, plan.schedule.block_q // groups) // LANES) * LANES
         block_q = length if length <= block_q else block_q
@@ -118,7 +117,6 @@ class Specs:
         scores = plan.schedule.unroll * _padded(rows, block_kv) * (4 + 4)
         state = 3 * _padded(rows, e) * 4 + 4 * _padded(rows, 1) * 4
         return Specs(
-            batch,
             kv_heads,
             groups,
             block_q,
@@ -127,6 +125,11 @@ class Specs:
             key_tiles,
             2 * sum(wide) + scores + state,  # blocks are double-buffered
         )
+
+
+def _vmem(plan: Plan) -> int:
+    """Bytes of VMEM that a program may use."""
+    return int(find_target(plan.schedule.target).memories["VMEM"] * _VMEM_SHARE)
 
 
 def _padded(rows: int, columns: int) -> int:
@@ -200,8 +203,7 @@ def _kappa(o: Operands, mask: Mask, plan: Plan) -> Array:
         assert found.kappa is not None
         return found.kappa
 
-    index = jnp.arange(len(o.key), dtype=jnp.int32), jnp.arange(heads, dtype=jnp.int32)
-    kappa = jax.vmap(jax.vmap(of, (None, 0)), (0, None))(*index)
+    kappa = _lax.heads_at_once(of, len(o.key), heads)
     return to_bits(jnp.repeat(kappa[:, :, :, None], 16, axis=3))
 
 
@@ -219,11 +221,10 @@ def _in_specs(x: Inputs, specs: Specs) -> Inputs:
             lambda b, h, i: (b * several[0], h * several[1], 0, i * several[3], 0),
         )
 
-    def scalars(x: Array | None) -> pl.BlockSpec | None:
-        return None if x is None else pl.BlockSpec(memory_space=pltpu.SMEM)
-
     def only(x: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
         return None if x is None else spec
+
+    scalars = partial(only, spec=pl.BlockSpec(memory_space=pltpu.SMEM))
 
     return Inputs(
         query=pl.BlockSpec(
@@ -377,10 +378,7 @@ def _kernel(
     # carry NaN on; a maximum need not.)
     zero = jnp.sum(jnp.sum(out * 0, axis=0, keepdims=True), axis=1, keepdims=True)
     lse = lse + zero + jnp.where(walk.in_range(query, largest_key[0]), 0.0, jnp.nan)
-    if plan.promises_finite:  # a mean of values, rounded up, must not leave the type
-        largest = float(jnp.finfo(out_type).max)
-        out = jnp.clip(out, -largest, largest)
-    rounded = out.astype(outs.out.dtype)
+    rounded, remainder = walk.store(out, outs.out.dtype, out_type)
     tiled = (specs.groups, specs.block_q)
 
     def column(x: Array) -> Array:
@@ -391,8 +389,7 @@ def _kernel(
     if outs.m is not None:
         outs.m[0, 0] = column(found.m)
         outs.l[0, 0] = column(found.l)
-        remainder = out - rounded.astype(out.dtype)
-        outs.remainder[0, 0] = remainder.astype(outs.remainder.dtype).reshape(*tiled, -1)
+        outs.remainder[0, 0] = remainder.reshape(*tiled, -1)
 
 
 def forward(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
@@ -441,7 +438,6 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Re
         key_segments=None if mask.key_segments is None else (),
         array=None if mask.array is None else (),
     )
-    vmem = find_target(plan.schedule.target).memories["VMEM"]
     outs = pl.pallas_call(
         partial(_kernel, mask=static_mask, plan=plan, specs=specs, out_type=out_type),
         grid=(b, specs.heads, specs.query_tiles),
@@ -451,7 +447,7 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Re
         scratch_shapes=[pltpu.SMEM((1,), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=int(vmem * _VMEM_SHARE),
+            vmem_limit_bytes=_vmem(plan),
         ),
         name="pasa_tpu",
     )(inputs)

@@ -93,8 +93,7 @@ def over_heads(
         return program(HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan), b, h)
 
     if plan.schedule.batch_heads:
-        index = (jnp.arange(batch, dtype=jnp.int32), jnp.arange(kv_heads, dtype=jnp.int32))
-        placed, d_bias = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(*index)
+        placed, d_bias = heads_at_once(one, batch, kv_heads)
         placed = jax.tree.map(
             lambda x: jnp.moveaxis(x, 1, 2).reshape(batch, x.shape[2], -1, *x.shape[4:]), placed
         )
@@ -123,6 +122,12 @@ def over_heads(
     if bias_shape is not None and operands.bias is not None:
         d_bias = jnp.zeros(operands.bias.shape, bias_shape.dtype)
     return lax.fori_loop(0, batch * kv_heads, body, varying((buffers, d_bias), (operands, mask)))
+
+
+def heads_at_once(one: Callable[[Array, Array], Any], batch: int, kv_heads: int) -> Any:
+    """``one(b, h)`` of every key head, stacked [B, K, …]."""
+    index = (jnp.arange(batch, dtype=jnp.int32), jnp.arange(kv_heads, dtype=jnp.int32))
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(*index)
 
 
 def _fold_bias(d_bias: Array, bias: Array | None) -> Array:
@@ -283,17 +288,13 @@ def _forward_head(walk: HeadWalk) -> Result:
         query = walk.query(start)
         state, _ = walk.absorb(start, query, walk.begin())
         found = walk.close(start, query, state)
-        out = found.out
-        if walk.plan.promises_finite:  # a mean of values, rounded up, must not leave the type
-            largest = float(jnp.finfo(out_type).max)
-            out = jnp.clip(out, -largest, largest)
-        rounded = out.astype(out_type)
+        rounded, remainder = walk.store(found.out, out_type, out_type)
         new = Result(
             out=rounded,
             lse=found.lse.astype(result.lse.dtype),
             m=found.m.astype(result.m.dtype),
             l=found.l.astype(result.l.dtype),
-            remainder=(out - rounded.astype(out.dtype)).astype(out_type),
+            remainder=remainder,
         )
         return Result(*(walk.put_rows(a, b, start) for a, b in zip(result, new, strict=True)))
 

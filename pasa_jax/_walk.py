@@ -185,6 +185,14 @@ class Walk(ABC):
             lse = jnp.where(used, lse, jnp.full_like(lse, tile.lowest(lse.dtype)))
         return Rows(out, lse, state.m, state.l)
 
+    def store(self, out: Array, dtype: jnp.dtype, type_of_values: jnp.dtype) -> tuple[Array, Array]:
+        """``out`` rounded to ``dtype``, and what rounding took off it."""
+        if self.plan.promises_finite:  # a mean of values, rounded up, must not leave their type
+            largest = float(jnp.finfo(type_of_values).max)
+            out = jnp.clip(out, -largest, largest)
+        rounded = out.astype(dtype)
+        return rounded, (out - rounded.astype(out.dtype)).astype(dtype)
+
 
 def _loop(lo: Index, hi: Index, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """`lax.fori_loop`, without a loop where there is but one turn: a kernel is faster so."""
