@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._float16 import from_bits, to_bits
 from pasa_jax import _lax
 from pasa_jax import _tile as tile
-from pasa_jax._operands import Operands, Result
+from pasa_jax._operands import Keep, Operands, Result
 from pasa_jax._prepare import Plan, prepare
 from pasa_jax._walk import Walk
 from pasa_jax.mask import Index, Mask
@@ -35,6 +35,10 @@ Ref = Any
 LANES = 128
 # What a program may use of VMEM: the rest is the compiler's (spills, operands of the products).
 _VMEM_SHARE = 0.75
+# Key tiles that the bodies of one kernel may spell out: each costs compile time.
+_STRAIGHT_TILES = 40
+# Rows of a tile of the lax walk that repairs a call.
+_REPAIR_ROWS = 128
 # Bound on a product that leaves float32 room for a key from which its mean has been taken.
 _LARGEST_PRODUCT = 2.0**126
 
@@ -46,13 +50,15 @@ def adapt(plan: Plan) -> Plan:
     """
     if plan.precision.scores == "float16" and not plan.explicit_precision:
         plan = replace(plan, precision=Precision.named("float32"))
-    vector_types = find_target(plan.schedule.target).vector_types
-    narrow = plan.precision.scores == "bfloat16" and "bfloat16" in vector_types
+    target = find_target(plan.schedule.target)
+    narrow = plan.precision.scores == "bfloat16" and "bfloat16" in target.vector_types
     dialect = tile.Dialect(
         base_two=True,
         exponential="bfloat16" if narrow else None,
         running_maximum=True,
-        sum_by_product=plan.precision.probabilities == "bfloat16",
+        # Columns that a 256 wide matrix unit would leave idle; a 128 wide one has none to spare.
+        sum_by_product=target.matrix_columns == 2 * LANES
+        and plan.precision.probabilities == "bfloat16",
     )
     return replace(plan, dialect=dialect)
 
@@ -154,13 +160,14 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The kernel's outputs; the last three are for the gradient."""
+    """The kernel's outputs, as far as they are wanted."""
 
-    out: Any  # [B, K, G, T, E]
-    lse: Any  # [B, K, G, 1, T], NaN in tiles where something is not finite
+    out: Any  # [B, K, G, T, E], float32 for float16
+    flag: Any  # [B, K, query tiles, 1, 128], NaN where something is not finite
+    lse: Any = None  # [B, K, G, 1, T]
     m: Any = None
     l: Any = None  # noqa: E741
-    remainder: Any = None  # as out
+    remainder: Any = None  # as out; None for float16
 
 
 def _grouped(x: Array, heads: int) -> Array:
@@ -254,14 +261,25 @@ class RefWalk(Walk):
 
     refs: Inputs
     head: Index
+    largest_key: Ref  # [1, D] the largest magnitude in each channel of the keys that `key` gave
 
-    def key_start(self, j: Array) -> Array:
+    def key_start(self, j: Index) -> Index:
         return j * self.block_kv
 
-    def keys_at(self, j: Array) -> Any:
+    def keys_at(self, j: Index) -> Any:
         """The slice of tile j; a Python one where there is only one tile."""
         whole = self.mask.key_length <= self.block_kv
         return slice(None) if whole else pl.ds(self.key_start(j), self.block_kv)
+
+    def static_starts(self, query_tiles: int) -> list[int] | None:
+        """Where each query tile starts, if each is worth a body of its own, in which the tiles to
+        visit are known; None where all of them can share one, or there would be too many.
+        """
+        starts = [i * self.block_q for i in range(query_tiles)]
+        ranges = [self.key_range(start) for start in starts]
+        if not all(isinstance(x, int) for r in ranges for x in r) or len(set(ranges)) == 1:
+            return None
+        return starts if sum(r.hi - r.lo for r in ranges) <= _STRAIGHT_TILES else None
 
     def query(self, start: Index) -> tile.QueryTile:
         q = from_bits(self.refs.query[0, 0])
@@ -271,43 +289,40 @@ class RefWalk(Walk):
         scale = self.refs.scale[0].astype(self.numerics.product)
         return tile.query_tile(q, scale, None, self.numerics)
 
-    def key(self, j: Array) -> tile.KeyTile:
+    def key(self, j: Index) -> tile.KeyTile:
         at = self.keys_at(j)
         k, v = (from_bits(x[0, 0, at]) for x in (self.refs.key, self.refs.value))
         kappa = None if self.refs.kappa is None else from_bits(self.refs.kappa[0, 0, j])
-        return tile.key_tile(k, v, self._usable(j), self.numerics, kappa=kappa)
+        usable = self._usable(j)
+        in_use = k if usable is None else tile.zero_unusable(k, usable)
+        self.largest_key[...] = jnp.maximum(self.largest_key[...], self.largest(in_use))
+        return tile.key_tile(k, v, usable, self.numerics, kappa=kappa)
 
-    def _usable(self, j: Array) -> Array | None:
+    def _usable(self, j: Index) -> Array | None:
         """[n, 1] bool: False beyond the last key; None where no tile reaches beyond it."""
         if self.mask.key_length % self.block_kv == 0:
             return None
         row = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (self.block_kv, 1), 0)
         return row < self.mask.key_length
 
-    def largest_key(self, key_tiles: int) -> Array:
-        """[] the largest magnitude in the head's keys."""
+    def largest(self, x: Array) -> Array:
+        """[1, D] the largest magnitude in each channel of x [L, D]."""
+        if str(x.dtype) not in find_target(self.plan.schedule.target).vector_types:
+            x = x.astype(jnp.float32)
+        return jnp.max(jnp.abs(x), axis=0, keepdims=True).astype(jnp.float32)
 
-        def fold(j: Array, largest: Array) -> Array:
-            k = from_bits(self.refs.key[0, 0, self.keys_at(j)]).astype(jnp.float32)
-            usable = self._usable(j)
-            k = k if usable is None else tile.zero_unusable(k, usable)
-            return jnp.maximum(largest, jnp.max(jnp.abs(k), axis=0, keepdims=True))
+    def in_range(self, query: tile.QueryTile) -> Array:
+        """[1, 1] bool: whether no product with the keys seen so far, shifted or not, and no sum in
+        it can have left float32.
+        """
+        products = self.largest(query.q) * self.largest_key[...]
+        bound = jnp.sum(products * jnp.maximum(jnp.abs(query.gain), 1), axis=1, keepdims=True)
+        return bound < _LARGEST_PRODUCT
 
-        zero = jnp.zeros((1, self.refs.key.shape[-1]), jnp.float32)
-        largest = lax.fori_loop(0, key_tiles, lambda j, x: fold(j.astype(jnp.int32), x), zero)
-        return jnp.max(largest)
-
-    def in_range(self, query: tile.QueryTile, largest_key: Array) -> Array:
-        """[1, 1] bool: whether no sum of products with keys, shifted ones too, can overflow."""
-        by_channel = jnp.max(jnp.abs(query.q.astype(jnp.float32)), axis=0, keepdims=True)
-        largest = jnp.max(by_channel, axis=1, keepdims=True) * query.q.shape[1]
-        gain = jnp.maximum(jnp.abs(query.gain), 1)
-        return largest * largest_key * gain < _LARGEST_PRODUCT
-
-    def bias(self, start: Index, j: Array) -> Array | None:
+    def bias(self, start: Index, j: Index) -> Array | None:
         return None if self.refs.bias is None else self._tile_of(self.refs.bias, j)
 
-    def array(self, start: Index, j: Array) -> Array | None:
+    def array(self, start: Index, j: Index) -> Array | None:
         seen = None
         if self.refs.query_segments is not None:
             q = self.refs.query_segments[0]
@@ -330,7 +345,7 @@ class RefWalk(Walk):
     def _shape(self) -> tuple[int, int, int]:
         return self.groups, self.block_q, self.block_kv
 
-    def _tile_of(self, ref: Ref, j: Array) -> Array:
+    def _tile_of(self, ref: Ref, j: Index) -> Array:
         """[R, n] of a block [1, 1, G|1, block_q|1, S|1]."""
         x = ref[0, 0, :, :, self.keys_at(j)] if ref.shape[-1] > 1 else ref[0, 0]
         return self._rows(jnp.broadcast_to(x, self._shape))
@@ -362,74 +377,84 @@ def _kernel(
         value_size=refs.value.shape[-1],
         refs=refs,
         head=h,
+        largest_key=largest_key,
     )
+    starts = walk.static_starts(specs.query_tiles)
+    if starts is None:
+        _query_tile(walk, i * specs.block_q, outs, out_type)
+    for c, start in enumerate(starts or ()):
+        pl.when(i == c)(partial(_query_tile, walk, start, outs, out_type))
 
-    @pl.when(i == 0)
-    def _() -> None:
-        largest_key[0] = walk.largest_key(specs.key_tiles)
 
-    start = i * specs.block_q
+def _query_tile(walk: RefWalk, start: Index, outs: Outputs, out_type: jnp.dtype) -> None:
+    walk.largest_key[...] = jnp.zeros_like(walk.largest_key)
     query = walk.query(start)
     state, _ = walk.absorb(start, query, walk.begin())
     found = walk.close(start, query, state)
-
-    out, lse = found.out, found.lse
     # 0, or NaN where something in the tile is not finite or a product may have left float32. (Sums
     # carry NaN on; a maximum need not.)
-    zero = jnp.sum(jnp.sum(out * 0, axis=0, keepdims=True), axis=1, keepdims=True)
-    lse = lse + zero + jnp.where(walk.in_range(query, largest_key[0]), 0.0, jnp.nan)
-    rounded, remainder = walk.store(out, outs.out.dtype, out_type)
-    tiled = (specs.groups, specs.block_q)
+    zero = jnp.sum(jnp.sum(found.out * 0, axis=0, keepdims=True), axis=1, keepdims=True)
+    zero = zero + jnp.where(walk.in_range(query), 0.0, jnp.nan)
+    outs.flag[0, 0, 0] = jnp.broadcast_to(zero, (1, LANES))
 
-    def column(x: Array) -> Array:
-        return x.reshape(specs.groups, 1, specs.block_q)
+    out, remainder = found.out, None
+    if out_type != jnp.float16:  # which leaves in float32, and is rounded outside
+        out, remainder = walk.rounded(out, out_type)
+    for ref, x in ((outs.out, out), (outs.remainder, remainder)):
+        if ref is not None:
+            ref[0, 0] = x.reshape(walk.groups, walk.block_q, -1)
+    for ref, x in ((outs.lse, found.lse), (outs.m, found.m), (outs.l, found.l)):
+        if ref is not None:
+            ref[0, 0] = x.reshape(walk.groups, 1, walk.block_q)
 
-    outs.out[0, 0] = rounded.reshape(*tiled, -1)
-    outs.lse[0, 0] = column(lse)
-    if outs.m is not None:
-        outs.m[0, 0] = column(found.m)
-        outs.l[0, 0] = column(found.l)
-        outs.remainder[0, 0] = remainder.reshape(*tiled, -1)
 
-
-def forward(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
+def forward(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
     """Attention of all heads; the lax walk repairs what the kernel found not to be finite."""
-    found = kernel(operands, mask, plan, residuals=residuals)
-    # A loop, not a cond: under vmap a cond would always compute both sides.
-    bad = jnp.any(jnp.isnan(found.lse))
+    found, bad = kernel(operands, mask, plan, keep=keep)
+    # Seldom run: small to compile and in memory matter more than fast.
+    schedule = replace(plan.schedule, block_q=_REPAIR_ROWS, unroll=1, batch_heads=False)
 
     def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:
         del carry
-        careful = _lax.forward(operands, mask, plan, residuals=residuals)
+        careful = _lax.forward(operands, mask, replace(plan, schedule=schedule), keep=keep)
         return _lax.varying((jnp.zeros_like(bad), careful), (operands, mask))
 
+    # A loop, not a cond: under vmap a cond would always compute both sides.
     return lax.while_loop(lambda carry: carry[0], again, (bad, found))[1]
 
 
-def kernel(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
-    """What the kernel alone gives: the log-sum-exp is NaN in tiles that are not finite."""
+def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[Result, Array]:
+    """What the kernel alone gives, and [] bool: whether something in it is not finite."""
     specs = Specs.of(operands, mask, plan)
     inputs = _inputs(operands, mask, plan, specs)
     # Mosaic multiplies and subtracts apart; XLA, which runs the repair and the gradient, may not.
-    plan = replace(plan, dialect=replace(plan.dialect, contracts=False))
+    kernel_plan = replace(plan, dialect=replace(plan.dialect, contracts=False))
     out_type = operands.query.dtype
-    kernel_type = jnp.dtype(jnp.float32) if out_type == jnp.float16 else out_type
+    half = out_type == jnp.float16
+    kernel_type = jnp.dtype(jnp.float32) if half else out_type
     (b, t), e = operands.query.shape[:2], operands.value.shape[-1]
     heads = (b, specs.heads, specs.groups)
     varies = jax.typeof(_lax.varying(jnp.zeros(()), (operands, mask))).manual_axis_type
 
-    wide = jax.ShapeDtypeStruct((*heads, t, e), kernel_type, manual_axis_type=varies)
-    column = jax.ShapeDtypeStruct((*heads, 1, t), jnp.float32, manual_axis_type=varies)
+    def shape(*axes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(axes, dtype, manual_axis_type=varies)
+
+    wide = shape(*heads, t, e, dtype=kernel_type)
+    column = shape(*heads, 1, t)
+    flag = shape(b, specs.heads, specs.query_tiles, 1, LANES)
     wide_block = pl.BlockSpec(
         (1, 1, specs.groups, specs.block_q, e), lambda b, h, i: (b, h, 0, i, 0)
     )
     column_block = pl.BlockSpec(
         (1, 1, specs.groups, 1, specs.block_q), lambda b, h, i: (b, h, 0, 0, i)
     )
-    shapes, blocks = Outputs(wide, column), Outputs(wide_block, column_block)
-    if residuals:
-        shapes = Outputs(wide, column, column, column, wide)
-        blocks = Outputs(wide_block, column_block, column_block, column_block, wide_block)
+    flag_block = pl.BlockSpec((1, 1, 1, 1, LANES), lambda b, h, i: (b, h, i, 0, 0))
+
+    def wanted(wide: Any, flag: Any, column: Any) -> Outputs:
+        if keep == "residuals":
+            return Outputs(wide, flag, column, column, column, None if half else wide)
+        return Outputs(wide, flag, column if keep == "lse" else None)
+
     static_mask = replace(
         mask,
         query_lengths=None,
@@ -439,12 +464,12 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Re
         array=None if mask.array is None else (),
     )
     outs = pl.pallas_call(
-        partial(_kernel, mask=static_mask, plan=plan, specs=specs, out_type=out_type),
+        partial(_kernel, mask=static_mask, plan=kernel_plan, specs=specs, out_type=out_type),
         grid=(b, specs.heads, specs.query_tiles),
         in_specs=(_in_specs(inputs, specs),),
-        out_specs=blocks,
-        out_shape=shapes,
-        scratch_shapes=[pltpu.SMEM((1,), jnp.float32)],
+        out_specs=wanted(wide_block, flag_block, column_block),
+        out_shape=wanted(wide, flag, column),
+        scratch_shapes=[pltpu.VMEM((1, operands.key.shape[-1]), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_vmem(plan),
@@ -452,13 +477,14 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Re
         name="pasa_tpu",
     )(inputs)
 
-    def rows(x: Array) -> Array:  # [B, K, G, T, E] -> [B, T, N, E]
-        return jnp.swapaxes(x.reshape(b, -1, *x.shape[3:]), 1, 2).astype(out_type)
+    def rows(x: Array | None) -> Array | None:  # [B, K, G, T, E] -> [B, T, N, E]
+        return None if x is None else jnp.swapaxes(x.reshape(b, -1, *x.shape[3:]), 1, 2)
 
-    def statistics(x: Array) -> Array:  # [B, K, G, 1, T] -> [B, T, N]
-        return jnp.swapaxes(x.reshape(b, -1, t), 1, 2)
+    def statistics(x: Array | None) -> Array | None:  # [B, K, G, 1, T] -> [B, T, N]
+        return None if x is None else jnp.swapaxes(x.reshape(b, -1, t), 1, 2)
 
-    out, lse = rows(outs.out), statistics(outs.lse)
-    if not residuals:
-        return Result(out, lse, lse, lse, out)
-    return Result(out, lse, statistics(outs.m), statistics(outs.l), rows(outs.remainder))
+    out, remainder = rows(outs.out), rows(outs.remainder)
+    if half:
+        out, remainder = tile.rounded(out, out_type, clip=plan.promises_finite)
+    found = Result(out, statistics(outs.lse), statistics(outs.m), statistics(outs.l), remainder)
+    return found.only(keep), jnp.any(jnp.isnan(outs.flag))

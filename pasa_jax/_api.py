@@ -135,8 +135,13 @@ def dot_product_attention(
     if call.empty:
         out, lse = _empty(call.operands)
     else:
-        anywhere = implementation is None
-        out, lse = BACKENDS[name].run(call.operands, call.mask, call.plan, anywhere=anywhere)
+        out, lse = BACKENDS[name].run(
+            call.operands,
+            call.mask,
+            call.plan,
+            lse=return_residual,
+            anywhere=implementation is None,
+        )
     results: list[Any] = [call.unbatch(out)]
     if return_residual:
         results.append(call.unbatch(lse))

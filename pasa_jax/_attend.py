@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 
 from pasa_jax import _lax
-from pasa_jax._operands import Operands, Result
+from pasa_jax._operands import Keep, Operands, Result
 from pasa_jax._prepare import Plan
 from pasa_jax.mask import Mask
 
@@ -17,38 +17,39 @@ Array = jax.Array
 
 
 class Forward(Protocol):
-    """A forward pass; without ``residuals``, only out and lse of its result are looked at."""
+    """A forward pass, which gives the parts of a result that ``keep`` names."""
 
-    def __call__(
-        self, operands: Operands, mask: Mask, plan: Plan, *, residuals: bool
-    ) -> Result: ...
+    def __call__(self, operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result: ...
 
 
 @dataclass(frozen=True)
 class Core:
-    """The static part of the call: which forward pass, with which plan."""
+    """The static part of the call: which forward pass, with which plan, and whether with lse."""
 
     forward: Forward
     plan: Plan
+    lse: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(core: Core, operands: Operands, mask: Mask) -> tuple[Array, Array]:
+def attend(core: Core, operands: Operands, mask: Mask) -> tuple[Array, Array | None]:
     """Output [B, T, N, E] and log-sum-exp [B, T, N], both differentiable in reverse mode.
 
     The backward pass recomputes the scores from O(T + S) residuals, whatever computed the
     forward pass.
     """
-    result = core.forward(operands, mask, core.plan, residuals=False)
+    result = core.forward(operands, mask, core.plan, keep="lse" if core.lse else "out")
     return result.out, result.lse
 
 
-def _forward(core: Core, operands: Operands, mask: Mask) -> tuple[tuple[Array, Array], Any]:
-    result = core.forward(operands, mask, core.plan, residuals=True)
-    return (result.out, result.lse), (operands, mask, result)
+def _forward(core: Core, operands: Operands, mask: Mask) -> tuple[Any, Any]:
+    result = core.forward(operands, mask, core.plan, keep="residuals")
+    return (result.out, result.lse if core.lse else None), (operands, mask, result)
 
 
-def _backward(core: Core, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Operands, None]:
+def _backward(
+    core: Core, residuals: Any, cotangents: tuple[Array, Array | None]
+) -> tuple[Operands, None]:
     operands, mask, result = residuals
     found = _lax.backward(operands, mask, core.plan, result, *cotangents)
     return jax.tree.map(_reduced, found, operands), None

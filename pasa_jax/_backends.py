@@ -15,13 +15,14 @@ import jax
 from pasa_jax import _lax, reference
 from pasa_jax._attend import Core, Forward, attend
 from pasa_jax._errors import BackendUnsupported, check_choice
-from pasa_jax._operands import Operands, Result
+from pasa_jax._operands import Keep, Operands, Result
 from pasa_jax._prepare import Plan
 from pasa_jax.mask import Mask
 from pasa_jax.target import find_target
 
 Array = jax.Array
 Implementation = str | Sequence[str] | None
+Outputs = tuple[Array, Array | None]
 
 
 def _as_it_is(plan: Plan) -> Plan:
@@ -34,27 +35,27 @@ class Backend:
 
     Arguments:
       supports: None, or why it cannot run the call.
-      attend: output and log-sum-exp of an adapted plan.
+      attend: output of an adapted plan, and log-sum-exp where the last argument asks for it.
       adapt: the plan that it follows: the types that its machine has, the forms that it likes.
       elsewhere: how to compute where the call is lowered for another platform than its own; None:
         it runs on every platform.
     """
 
     supports: Callable[[Operands, Mask, Plan], str | None]
-    attend: Callable[[Operands, Mask, Plan], tuple[Array, Array]]
+    attend: Callable[[Operands, Mask, Plan, bool], Outputs]
     adapt: Callable[[Plan], Plan] = _as_it_is
-    elsewhere: Callable[[Operands, Mask, Plan], tuple[Array, Array]] | None = None
+    elsewhere: Callable[[Operands, Mask, Plan, bool], Outputs] | None = None
 
     def run(
-        self, operands: Operands, mask: Mask, plan: Plan, *, anywhere: bool
-    ) -> tuple[Array, Array]:
+        self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
+    ) -> Outputs:
         """Output and log-sum-exp; with ``anywhere``, on whatever platform this is lowered for."""
         use = self.elsewhere if anywhere and self.elsewhere is not None else self.attend
-        return use(operands, mask, self.adapt(plan))
+        return use(operands, mask, self.adapt(plan), lse)
 
 
-def _attend_lax(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
-    return attend(Core(_lax.forward, plan), operands, mask)
+def _attend_lax(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Outputs:
+    return attend(Core(_lax.forward, plan, lse), operands, mask)
 
 
 def _supports_tpu(operands: Operands, mask: Mask, plan: Plan) -> str | None:
@@ -72,21 +73,21 @@ def _adapt_tpu(plan: Plan) -> Plan:
     return tpu.adapt(plan)
 
 
-def _attend_tpu(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
+def _attend_tpu(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Outputs:
     from pallas_kernels import tpu
 
-    return attend(Core(tpu.forward, plan), operands, mask)
+    return attend(Core(tpu.forward, plan, lse), operands, mask)
 
 
-def _attend_tpu_or_lax(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
-    return attend(Core(_tpu_or_lax, plan), operands, mask)
+def _attend_tpu_or_lax(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Outputs:
+    return attend(Core(_tpu_or_lax, plan, lse), operands, mask)
 
 
-def _tpu_or_lax(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
+def _tpu_or_lax(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
     from pallas_kernels import tpu
 
     def on(forward: Forward) -> Callable[[Operands, Mask], Result]:
-        return lambda operands, mask: forward(operands, mask, plan, residuals=residuals)
+        return lambda operands, mask: forward(operands, mask, plan, keep=keep)
 
     return jax.lax.platform_dependent(operands, mask, tpu=on(tpu.forward), default=on(_lax.forward))
 

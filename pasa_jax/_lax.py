@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pasa_jax import _tile as tile
-from pasa_jax._operands import Operands, Result, heads_of
+from pasa_jax._operands import Keep, Operands, Result, heads_of
 from pasa_jax._prepare import HeadFacts, Plan, prepare
 from pasa_jax._walk import Walk
-from pasa_jax.mask import Index, Mask, slice_tile
+from pasa_jax.mask import Index, Mask, minimum, slice_tile
 
 Array = jax.Array
 
@@ -29,20 +29,25 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     return None
 
 
-def forward(operands: Operands, mask: Mask, plan: Plan, *, residuals: bool) -> Result:
-    """Attention of all heads. What the gradient needs comes with it, asked for or not."""
-    del residuals
-    return over_heads(operands, mask, plan, lambda walk, b, h: (_forward_head(walk), None))[0]
+def forward(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
+    """Attention of all heads."""
+    found, _ = over_heads(operands, mask, plan, lambda walk, b, h: (_forward_head(walk), None))
+    return found.only(keep)
 
 
 def backward(
-    operands: Operands, mask: Mask, plan: Plan, result: Result, d_out: Array, d_lse: Array
+    operands: Operands,
+    mask: Mask,
+    plan: Plan,
+    result: Result,
+    d_out: Array,
+    d_lse: Array | None,
 ) -> Operands:
     """Cotangents of the operands, tile by tile from the row statistics in ``result``.
 
     Arguments:
       d_out: [B, T, N, E] cotangent of the output.
-      d_lse: [B, T, N] cotangent of the log-sum-exp.
+      d_lse: [B, T, N] cotangent of the log-sum-exp, or None.
     """
     groups = operands.query.shape[2] // operands.key.shape[2]
 
@@ -50,7 +55,10 @@ def backward(
         def of_head(x: Array) -> Array:
             return heads_of(x, b, h, groups)
 
-        return _backward_head(walk, Result(*map(of_head, result)), of_head(d_out), of_head(d_lse))
+        residuals = Result(*map(of_head, result))
+        return _backward_head(
+            walk, residuals, of_head(d_out), None if d_lse is None else of_head(d_lse)
+        )
 
     (d_q, d_k, d_v, d_scale, d_sinks), d_bias = over_heads(operands, mask, plan, program)
     if operands.bias is not None and d_bias is not None:
@@ -224,11 +232,11 @@ class HeadWalk(Walk):
 
     # Tiles.
 
-    def query_start(self, i: Array) -> Array:
-        return jnp.minimum(i.astype(jnp.int32) * self.block_q, len(self.head.query) - self.block_q)
+    def query_start(self, i: Array) -> Index:
+        return minimum(i.astype(jnp.int32) * self.block_q, len(self.head.query) - self.block_q)
 
-    def key_start(self, j: Array) -> Array:
-        return jnp.minimum(j.astype(jnp.int32) * self.block_kv, len(self.head.key) - self.block_kv)
+    def key_start(self, j: Index) -> Index:
+        return minimum(j * self.block_kv, len(self.head.key) - self.block_kv)
 
     def query(self, start: Index) -> tile.QueryTile:
         guard = self.facts.guard
@@ -239,7 +247,7 @@ class HeadWalk(Walk):
             q = tile.zero_unusable(q, self.in_use(start))
         return tile.query_tile(q, self.plan.gain(self.head.scale), guard, self.numerics)
 
-    def raw_keys(self, j: Array) -> tuple[Array, Array, Array]:
+    def raw_keys(self, j: Index) -> tuple[Array, Array, Array]:
         """Keys, values and which of them are usable [n, 1], of key tile j."""
         at, n = self.key_start(j), self.block_kv
         k, v, usable = (
@@ -248,7 +256,7 @@ class HeadWalk(Walk):
         )
         return k, v, usable[:, None]
 
-    def key(self, j: Array, *, for_gradient: bool = False) -> tile.KeyTile:
+    def key(self, j: Index, *, for_gradient: bool = False) -> tile.KeyTile:
         k, v, usable = self.raw_keys(j)
         extra: dict[str, Any] = {}
         if self.facts.kappa is not None:
@@ -262,11 +270,11 @@ class HeadWalk(Walk):
         extra["value_gain"] = None if for_gradient else self.value_gain
         return tile.key_tile(k, v, usable, self.numerics, **extra)
 
-    def array(self, start: Index, j: Array) -> Array | None:
+    def array(self, start: Index, j: Index) -> Array | None:
         at, n = self.key_start(j), self.block_kv
         return self.mask.tile_array(start, self.block_q, at, n, self.groups)
 
-    def bias(self, start: Index, j: Array) -> Array | None:
+    def bias(self, start: Index, j: Index) -> Array | None:
         if self.head.bias is None:
             return None
         x = slice_tile(self.head.bias, start, self.block_q, self.key_start(j), self.block_kv)
@@ -288,7 +296,7 @@ def _forward_head(walk: HeadWalk) -> Result:
         query = walk.query(start)
         state, _ = walk.absorb(start, query, walk.begin())
         found = walk.close(start, query, state)
-        rounded, remainder = walk.store(found.out, out_type, out_type)
+        rounded, remainder = walk.rounded(found.out, out_type)
         new = Result(
             out=rounded,
             lse=found.lse.astype(result.lse.dtype),
@@ -306,7 +314,7 @@ def _forward_head(walk: HeadWalk) -> Result:
 
 
 def _backward_head(
-    walk: HeadWalk, result: Result, d_out: Array, d_lse: Array
+    walk: HeadWalk, result: Result, d_out: Array, d_lse: Array | None
 ) -> tuple[tuple[Array, ...], Array | None]:
     numerics, head = walk.numerics, walk.head
     wide = numerics.product
@@ -323,12 +331,13 @@ def _backward_head(
         )
         d_o = d_o.astype(wide)
         delta = jnp.sum(d_o * (out.astype(wide) + rest.astype(wide)), axis=1, keepdims=True)
-        delta = delta - tile.zero_unusable(walk.rows(d_lse, start).astype(wide), live)
+        if d_lse is not None:
+            delta = delta - tile.zero_unusable(walk.rows(d_lse, start).astype(wide), live)
 
         # A reference that lags takes the final maximum here: any reference gives the same scores.
         state = tile.State(m.astype(stat), l.astype(stat), d_o, jnp.zeros_like(l, stat))
 
-        def step(j: Array, seen: Array | None, carry: Any) -> Any:
+        def step(j: Index, seen: Array | None, carry: Any) -> Any:
             d_q, d_k, d_v, d_bias = carry
             key = walk.key(j, for_gradient=True)
             bias = walk.bias(start, j)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from jax import lax
@@ -10,6 +10,8 @@ from jax import lax
 from pasa_jax.mask import Index, pick
 
 Array = jax.Array
+# What of a result is wanted: the output, its log-sum-exp too, or all that a gradient needs.
+Keep = Literal["out", "lse", "residuals"]
 
 
 class Operands(NamedTuple):
@@ -52,9 +54,15 @@ class Result(NamedTuple):
     """What a forward pass gives. For one head the axes are [T, G, …]."""
 
     out: Array  # [B, T, N, E] in the inputs' type
-    lse: Array  # [B, T, N] log-sum-exp, float32 (float64 for float64 inputs)
+    lse: Array | None = None  # [B, T, N] log-sum-exp, float32 (float64 for float64 inputs)
     # For the gradient: the parts of the log-sum-exp (their sum has lost the digits that matter
     # where scores are large), and what rounding took off the output, in the output's type.
-    m: Array  # [B, T, N] in units of the guard
-    l: Array  # noqa: E741  [B, T, N]
-    remainder: Array  # [B, T, N, E]
+    m: Array | None = None  # [B, T, N] in units of the guard
+    l: Array | None = None  # noqa: E741  [B, T, N]
+    remainder: Array | None = None  # [B, T, N, E]
+
+    def only(self, keep: Keep) -> Result:
+        """The parts that ``keep`` names."""
+        if keep == "residuals":
+            return self
+        return Result(self.out, self.lse if keep == "lse" else None)

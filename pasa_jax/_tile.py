@@ -321,7 +321,8 @@ def scores(
     if late and store != stat:
         if store == jnp.float16:  # what is below its range has no weight: clamp it
             stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
-        stored = stored.astype(store).astype(stat)
+        exponential = numerics.dialect.exponential
+        stored = stored.astype(store).astype(exponential or stat)
     return Scores(stored, base, offset, slope if with_slope else None)
 
 
@@ -484,6 +485,19 @@ def finish(
     m = _tempered(state.m, temper) * l.dtype.type(1 / numerics.unit)
     lse = jnp.clip(m, floor, -floor) + jnp.log(l)
     return out, jnp.where(some, lse, jnp.full_like(lse, floor))
+
+
+def rounded(out: Array, dtype: jnp.dtype, *, clip: bool) -> tuple[Array, Array]:
+    """``out`` rounded to ``dtype``, and what rounding took off it.
+
+    Arguments:
+      clip: a mean of values, rounded up, must not leave their type.
+    """
+    if clip:
+        largest = float(jnp.finfo(dtype).max)
+        out = jnp.clip(out, -largest, largest)
+    narrow = out.astype(dtype)
+    return narrow, (out - narrow.astype(out.dtype)).astype(dtype)
 
 
 def sink_weight(

@@ -18,10 +18,10 @@ from jax import lax
 
 from pasa_jax import _tile as tile
 from pasa_jax._prepare import Plan
-from pasa_jax.mask import Index, KeyRange, Mask, div
+from pasa_jax.mask import Index, KeyRange, Mask, div, where
 
 Array = jax.Array
-Step = Callable[[Array, Array | None, Any], Any]
+Step = Callable[[Index, Array | None, Any], Any]
 
 
 class Rows(NamedTuple):
@@ -60,19 +60,19 @@ class Walk(ABC):
         """The rows of the query tile at ``start``."""
 
     @abstractmethod
-    def key(self, j: Array) -> tile.KeyTile:
+    def key(self, j: Index) -> tile.KeyTile:
         """Key tile j, values multiplied by ``value_gain``."""
 
     @abstractmethod
-    def key_start(self, j: Array) -> Array:
+    def key_start(self, j: Index) -> Index:
         """The key at which tile j starts."""
 
     @abstractmethod
-    def bias(self, start: Index, j: Array) -> Array | None:
+    def bias(self, start: Index, j: Index) -> Array | None:
         """[R, n] bias of a tile."""
 
     @abstractmethod
-    def array(self, start: Index, j: Array) -> Array | None:
+    def array(self, start: Index, j: Index) -> Array | None:
         """[R, n] bool of the mask's segments and array, or None."""
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Walk(ABC):
         lengths, row = self.mask.query_lengths, self.positions(start)
         return jnp.ones_like(row, bool) if lengths is None else row < lengths
 
-    def seen(self, start: Index, j: Array) -> Array:
+    def seen(self, start: Index, j: Index) -> Array:
         """[R, n] bool: the mask of one tile, the keys of another tile left out."""
         n = self.block_kv
         columns = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (1, n), 1)
@@ -116,41 +116,30 @@ class Walk(ABC):
 
     def over_keys(self, start: Index, body: Step, carry: Any) -> Any:
         """Folds ``body(j, mask tile or None, carry)`` over the key tiles that ``start``'s see."""
-        carry = self.typed(carry)
+        carry, unroll = self.typed(carry), self.plan.schedule.unroll
         r = self.key_range(start)
 
-        def partial(t: Array, carry: Any) -> Any:
-            j = r.lo + t.astype(jnp.int32)
-            j = jnp.where(j < r.full_lo, j, j - r.full_lo + r.full_hi)
+        def partial(j: Index, carry: Any) -> Any:
             seen = self.seen(start, j)
             if not self.mask.data_dependent:
                 return body(j, seen, carry)
             return lax.cond(jnp.any(seen), lambda c: body(j, seen, c), lambda c: c, carry)
 
-        if not self.mask.data_dependent:
-            carry = self._over_full(r.full_lo, r.full_hi, body, carry)
-        if self.mask.any_partial(self.block_kv):
-            count = r.full_lo - r.lo + r.hi - r.full_hi
-            carry = lax.fori_loop(0, count, partial, carry)
-        return carry
+        def full(j: Index, carry: Any) -> Any:
+            return body(j, None, carry)
 
-    def _over_full(self, lo: Index, hi: Index, body: Step, carry: Any) -> Any:
-        """Tiles [lo, hi), ``unroll`` of them a step: their products overlap others' softmax."""
-        unroll = self.plan.schedule.unroll
+        def cut(t: Index, carry: Any) -> Any:  # the cut tiles of both ends, in one loop
+            j = r.lo + t
+            return partial(where(j < r.full_lo, j, j - r.full_lo + r.full_hi), carry)
 
-        def steps(t: Array, carry: Any) -> Any:
-            for u in range(unroll):
-                carry = body(lo + t.astype(jnp.int32) * unroll + u, None, carry)
+        if all(isinstance(x, int) for x in r) and r.hi - r.lo <= unroll:
+            for j in range(r.lo, r.hi):
+                carry = (full if r.full_lo <= j < r.full_hi else partial)(j, carry)
             return carry
-
-        def one(j: Array, carry: Any) -> Any:
-            return body(j.astype(jnp.int32), None, carry)
-
-        if unroll == 1:
-            return _loop(lo, hi, one, carry)
-        whole = div(hi - lo, unroll)
-        carry = _loop(0, whole, steps, carry)
-        return _loop(lo + whole * unroll, hi, one, carry)
+        carry = _loop(r.full_lo, r.full_hi, full, carry, unroll)
+        if self.mask.any_partial(self.block_kv):
+            carry = _loop(0, r.full_lo - r.lo + r.hi - r.full_hi, cut, carry)
+        return carry
 
     # One query tile.
 
@@ -164,7 +153,7 @@ class Walk(ABC):
     ) -> tuple[tile.State, Array]:
         """``carry`` after the key tiles that the rows see."""
 
-        def step(j: Array, seen: Array | None, carry: tuple[tile.State, Array]) -> Any:
+        def step(j: Index, seen: Array | None, carry: tuple[tile.State, Array]) -> Any:
             state, count = carry[0], carry[1] + 1
             key = self.key(j)
             s = tile.scores(query, key, state, seen, self.bias(start, j), self.numerics)
@@ -185,17 +174,28 @@ class Walk(ABC):
             lse = jnp.where(used, lse, jnp.full_like(lse, tile.lowest(lse.dtype)))
         return Rows(out, lse, state.m, state.l)
 
-    def store(self, out: Array, dtype: jnp.dtype, type_of_values: jnp.dtype) -> tuple[Array, Array]:
+    def rounded(self, out: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
         """``out`` rounded to ``dtype``, and what rounding took off it."""
-        if self.plan.promises_finite:  # a mean of values, rounded up, must not leave their type
-            largest = float(jnp.finfo(type_of_values).max)
-            out = jnp.clip(out, -largest, largest)
-        rounded = out.astype(dtype)
-        return rounded, (out - rounded.astype(out.dtype)).astype(dtype)
+        return tile.rounded(out, dtype, clip=self.plan.promises_finite)
 
 
-def _loop(lo: Index, hi: Index, body: Callable[[Array, Any], Any], carry: Any) -> Any:
-    """`lax.fori_loop`, without a loop where there is but one turn: a kernel is faster so."""
-    if isinstance(lo, int) and isinstance(hi, int) and hi - lo <= 1:
-        return body(jnp.int32(lo), carry) if hi > lo else carry
-    return lax.fori_loop(lo, hi, body, carry)
+def _loop(
+    lo: Index, hi: Index, body: Callable[[Index, Any], Any], carry: Any, unroll: int = 1
+) -> Any:
+    """Folds ``body(j, carry)`` over [lo, hi), ``unroll`` turns a step, so that a compiler may
+    overlap the products of one tile with the softmax of another. Nothing loops but for more turns
+    than that: what stands in one straight line is scheduled best.
+    """
+    if isinstance(lo, int) and isinstance(hi, int) and hi - lo <= unroll:
+        for j in range(lo, hi):
+            carry = body(j, carry)
+        return carry
+
+    def step(t: Array, carry: Any) -> Any:
+        for u in range(unroll):
+            carry = body(lo + t.astype(jnp.int32) * unroll + u, carry)
+        return carry
+
+    whole = div(hi - lo, unroll)
+    carry = lax.fori_loop(0, whole, step, carry)
+    return carry if unroll == 1 else _loop(lo + whole * unroll, hi, body, carry)

@@ -106,19 +106,19 @@ class Mask:
         left, right = self._reach()
         place = self._offset()
         if left is not None:
-            lo = _max(0, start + place - left)
-            full_lo = _max(0, stop - 1 + place - left)
+            lo = maximum(0, start + place - left)
+            full_lo = maximum(0, stop - 1 + place - left)
         if right is not None:
-            hi = _min(keys, _max(0, stop + place + right))
-            full_hi = _min(keys, _max(0, start + 1 + place + right))
+            hi = minimum(keys, maximum(0, stop + place + right))
+            full_hi = minimum(keys, maximum(0, start + 1 + place + right))
         if self.query_lengths is not None:  # rows of padding see nothing
-            hi = _where(start < self.query_lengths, hi, 0)
+            hi = where(start < self.query_lengths, hi, 0)
         lo, hi = div(lo, block_kv), div(hi + block_kv - 1, block_kv)
-        lo = _min(lo, hi)
+        lo = minimum(lo, hi)
         if self.data_dependent:
             return KeyRange(lo, lo, lo, hi)
-        full_lo = _min(_max(div(full_lo + block_kv - 1, block_kv), lo), hi)
-        full_hi = _min(_max(div(full_hi, block_kv), full_lo), hi)
+        full_lo = minimum(maximum(div(full_lo + block_kv - 1, block_kv), lo), hi)
+        full_hi = minimum(maximum(div(full_hi, block_kv), full_lo), hi)
         return KeyRange(lo, full_lo, full_hi, hi)
 
     def tile(self, i: int, j: int, schedule: Schedule) -> TileKind:
@@ -139,7 +139,9 @@ class Mask:
 
     def visible(self, rows: Array, columns: Array) -> Array:
         """[R, n] bool of lengths, causality and window, at the positions [R, 1] and [1, n]."""
-        seen = columns < self._valid_keys()
+        seen = jnp.ones((1, 1), bool)
+        if self.key_lengths is not None or self.key_length % columns.shape[1]:
+            seen = columns < self._valid_keys()
         left, right = self._reach()
         at = rows + self._offset()
         if left is not None:
@@ -218,11 +220,11 @@ def slice_tile(x: Array, row: Index, rows: int, column: Index, columns: int) -> 
 # Arithmetic on indices that stays in Python where it can.
 
 
-def _max(a: Index, b: Index) -> Index:
+def maximum(a: Index, b: Index) -> Index:
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
 
 
-def _min(a: Index, b: Index) -> Index:
+def minimum(a: Index, b: Index) -> Index:
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
 
 
@@ -235,5 +237,7 @@ def div(a: Index, b: int) -> Index:
     return lax.div(a, jnp.int32(b))
 
 
-def _where(condition: Array, a: Index, b: Index) -> Array:
+def where(condition: bool | Array, a: Index, b: Index) -> Index:
+    if isinstance(condition, bool):
+        return a if condition else b
     return jnp.where(condition, jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32))

@@ -26,8 +26,9 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     return None
 
 
-def attend(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
+def attend(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> tuple[Array, Array]:
     """Output [B, T, N, E] and log-sum-exp [B, T, N] of softmax(scale·Q·Kᵀ + bias)·V."""
+    del lse  # it costs nothing here
     wide = wide_type(operands.query.dtype)
     highest = jax.lax.Precision.HIGHEST
     batch, length, heads, size = operands.query.shape
@@ -62,14 +63,14 @@ def attend(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
     some = total != 0
     total = jnp.where(some, total, jnp.ones_like(total))
     out = jnp.einsum("bkgts,bske->btkge", (p / total).reshape(grouped), value, precision=highest)
-    lse = jnp.where(some, m + jnp.log(total), lowest(wide))[..., 0]
-    out, lse = out.reshape(batch, length, heads, -1), jnp.swapaxes(lse, 1, 2)
+    logs = jnp.where(some, m + jnp.log(total), lowest(wide))[..., 0]
+    out, logs = out.reshape(batch, length, heads, -1), jnp.swapaxes(logs, 1, 2)
     valid = mask.row_valid()
     if valid is not None:
         out = jnp.where(valid[..., None, None], out, jnp.zeros_like(out))
-        lse = jnp.where(valid[..., None], lse, lowest(wide))
+        logs = jnp.where(valid[..., None], logs, lowest(wide))
     largest = float(jnp.finfo(operands.query.dtype).max)
-    return jnp.clip(out, -largest, largest).astype(operands.query.dtype), lse
+    return jnp.clip(out, -largest, largest).astype(operands.query.dtype), logs
 
 
 def _seen(mask: Mask, batch: int, heads: int) -> Array:

@@ -26,6 +26,7 @@ class Target:
       accumulator_reachable: whether vector code reads the float32 score tile before rounding.
       vector_bytes: bytes that one vector instruction works on.
       vector_types: the types of its vector arithmetic, exponentials included.
+      matrix_columns: columns of a product that the matrix unit computes at once.
       memories: on-chip memories in bytes, each as one core (or one thread block) may use it.
       device_kinds: substrings of ``jax.Device.device_kind`` that name this chip, lower case.
       source: where the figures stand.
@@ -40,13 +41,14 @@ class Target:
     source: str
     device_kinds: tuple[str, ...] = ()
     vector_types: tuple[str, ...] = ("float32",)
+    matrix_columns: int = 128
 
 
 _F32 = ("float32",)
 _BOTH = ("float32", "float16")
 _TPU_SOURCE = (
-    "jax/_src/pallas/mosaic/tpu_info.py (VMEM, SMEM, lanes x sublanes; bfloat16 vectors since "
-    "v6e); Mosaic offers float32 "
+    "jax/_src/pallas/mosaic/tpu_info.py (VMEM, SMEM, lanes x sublanes; bfloat16 vectors and a "
+    "256 x 256 matrix unit since v6e); Mosaic offers float32 "
     "results of bfloat16 and float32 products and refuses float16 (measured by compiling)"
 )
 _GPU_SOURCE = (
@@ -58,7 +60,7 @@ _ASCEND_SOURCE = (
 )
 
 
-def _tpu(name: str, vmem: int, *device_kinds: str, bfloat16: bool = False) -> Target:
+def _tpu(name: str, vmem: int, *device_kinds: str, second: bool = False) -> Target:
     return Target(
         name=name,
         kind="tpu",
@@ -68,7 +70,8 @@ def _tpu(name: str, vmem: int, *device_kinds: str, bfloat16: bool = False) -> Ta
         memories={"VMEM": vmem, "SMEM": MIB},
         source=_TPU_SOURCE,
         device_kinds=device_kinds,
-        vector_types=("float32", "bfloat16") if bfloat16 else ("float32",),
+        vector_types=("float32", "bfloat16") if second else ("float32",),
+        matrix_columns=256 if second else 128,
     )
 
 
@@ -114,8 +117,8 @@ TARGETS: dict[str, Target] = {
         ),
         _tpu("tpu_v5e", 128 * MIB, "tpu v5 lite", "tpu v5e"),
         _tpu("tpu_v5p", 64 * MIB, "tpu v5p", "tpu v5"),
-        _tpu("tpu_v6e", 128 * MIB, "tpu v6 lite", "tpu v6e", bfloat16=True),
-        _tpu("tpu_7x", 64 * MIB, "tpu7x", "tpu 7x", bfloat16=True),
+        _tpu("tpu_v6e", 128 * MIB, "tpu v6 lite", "tpu v6e", second=True),
+        _tpu("tpu_7x", 64 * MIB, "tpu7x", "tpu 7x", second=True),
         _gpu("a100", 163 * KIB, "a100"),
         _gpu("h100", 227 * KIB, "h100"),
         _gpu("h200", 227 * KIB, "h200"),
