@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._float16 import from_bits, to_bits
+from pallas_kernels._repair import repaired
 from pasa_jax import _lax
 from pasa_jax import _tile as tile
 from pasa_jax._operands import Keep, Operands, Result
@@ -37,8 +38,6 @@ LANES = 128
 _VMEM_SHARE = 0.75
 # Key tiles that the bodies of one kernel may spell out: each costs compile time.
 _STRAIGHT_TILES = 40
-# Rows of a tile of the lax walk that repairs a call.
-_REPAIR_ROWS = 128
 # Bound on a product that leaves float32 room for a key from which its mean has been taken.
 _LARGEST_PRODUCT = 2.0**126
 
@@ -410,17 +409,7 @@ def _query_tile(walk: RefWalk, start: Index, outs: Outputs, out_type: jnp.dtype)
 
 def forward(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
     """Attention of all heads; the lax walk repairs what the kernel found not to be finite."""
-    found, bad = kernel(operands, mask, plan, keep=keep)
-    # Seldom run: small to compile and in memory matter more than fast.
-    schedule = replace(plan.schedule, block_q=_REPAIR_ROWS, unroll=1, batch_heads=False)
-
-    def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:
-        del carry
-        careful = _lax.forward(operands, mask, replace(plan, schedule=schedule), keep=keep)
-        return _lax.varying((jnp.zeros_like(bad), careful), (operands, mask))
-
-    # A loop, not a cond: under vmap a cond would always compute both sides.
-    return lax.while_loop(lambda carry: carry[0], again, (bad, found))[1]
+    return repaired(kernel, operands, mask, plan, keep)
 
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[Result, Array]:

@@ -368,6 +368,9 @@ def _precision(precision: str | Precision | None, dtype: str) -> Precision:
         raise wrong(
             "precision", "be float64 for float64 inputs and only for them", resolved, way_out
         )
+    if resolved.products == "float16" and dtype != "float16":
+        allowed = 'have products="float32" for inputs that are not float16'
+        raise wrong("precision", allowed, resolved, "Cast query, key and value to float16.")
     return resolved
 
 

@@ -7,8 +7,11 @@ imported when first used.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 
@@ -58,42 +61,47 @@ def _attend_lax(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Output
     return attend(Core(_lax.forward, plan, lse), operands, mask)
 
 
-def _supports_tpu(operands: Operands, mask: Mask, plan: Plan) -> str | None:
-    target = find_target(plan.schedule.target)
-    if target.kind != "tpu":
-        return f"its schedule would have to be for a TPU, and is for {target.name}"
-    from pallas_kernels import tpu
-
-    return tpu.supports(operands, mask, plan)
+def _kernels(kind: str) -> Any:
+    """The module whose kernels run on chips of a kind, imported when first used."""
+    return importlib.import_module(f"pallas_kernels.{kind}")
 
 
-def _adapt_tpu(plan: Plan) -> Plan:
-    from pallas_kernels import tpu
+def _pallas(kind: str, platform: str) -> Backend:
+    """The Pallas kernels for chips of ``kind``, which JAX calls ``platform`` when it compiles."""
 
-    return tpu.adapt(plan)
+    def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
+        target = find_target(plan.schedule.target)
+        if target.kind != kind:
+            wanted = kind.upper()
+            return f"its schedule would have to be for a {wanted}, and is for {target.name}"
+        return _kernels(kind).supports(operands, mask, plan)
+
+    def alone(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Outputs:
+        return attend(Core(_kernels(kind).forward, plan, lse), operands, mask)
+
+    on_or_lax = partial(_on_or_lax, kind, platform)
+
+    def or_lax(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Outputs:
+        return attend(Core(on_or_lax, plan, lse), operands, mask)
+
+    return Backend(supports, alone, lambda plan: _kernels(kind).adapt(plan), or_lax)
 
 
-def _attend_tpu(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Outputs:
-    from pallas_kernels import tpu
-
-    return attend(Core(tpu.forward, plan, lse), operands, mask)
-
-
-def _attend_tpu_or_lax(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Outputs:
-    return attend(Core(_tpu_or_lax, plan, lse), operands, mask)
-
-
-def _tpu_or_lax(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
-    from pallas_kernels import tpu
+def _on_or_lax(
+    kind: str, platform: str, operands: Operands, mask: Mask, plan: Plan, *, keep: Keep
+) -> Result:
+    """The kernel where this is lowered for ``platform``, the lax walk elsewhere."""
 
     def on(forward: Forward) -> Callable[[Operands, Mask], Result]:
         return lambda operands, mask: forward(operands, mask, plan, keep=keep)
 
-    return jax.lax.platform_dependent(operands, mask, tpu=on(tpu.forward), default=on(_lax.forward))
+    choices = {platform: on(_kernels(kind).forward)}
+    return jax.lax.platform_dependent(operands, mask, **choices, default=on(_lax.forward))
 
 
 BACKENDS: dict[str, Backend] = {
-    "pallas_tpu": Backend(_supports_tpu, _attend_tpu, _adapt_tpu, _attend_tpu_or_lax),
+    "pallas_tpu": _pallas("tpu", "tpu"),
+    "pallas_gpu": _pallas("gpu", "cuda"),
     "lax": Backend(_lax.supports, _attend_lax),
     "reference": Backend(reference.supports, reference.attend),
 }

@@ -7,7 +7,7 @@ never repeated.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -94,8 +94,10 @@ def over_heads(
     Returns:
       The arrays as [B, L, K·g, …] and the bias's gradient.
     """
-    batch, _, kv_heads, _ = operands.key.shape
+    batch, keys, kv_heads, _ = operands.key.shape
     groups = operands.query.shape[2] // kv_heads
+    # Slices of tiles larger than the problem, which a kernel would mask, do not exist.
+    plan = replace(plan, schedule=plan.schedule.fitted(plan.schedule.block_q, keys))
 
     def one(b: Index, h: Index) -> tuple[Any, Array | None]:
         return program(HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan), b, h)

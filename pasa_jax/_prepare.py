@@ -59,13 +59,14 @@ class Plan:
         """The shift after the static part of `auto`'s choice (section 6)."""
         if self.shift != "auto":
             return self.shift
-        if self.precision.scores in ("float32", "float64"):
+        if self.precision.scores in ("float32", "float64") and self.precision.products != "float16":
             return "none"
         return "reference" if self.reachable else "mean"
 
     @property
     def reachable(self) -> bool:
-        return find_target(self.schedule.target).accumulator_reachable
+        target = find_target(self.schedule.target)
+        return target.accumulator_reachable and self.precision.products == "float32"
 
     @property
     def promises_finite(self) -> bool:
@@ -84,6 +85,9 @@ class Plan:
             return self.shift, "it was asked for"
         if self.resolved == "none":
             return "none", f"scores are stored in {scores}"
+        if self.precision.products == "float16":
+            why = "products are added up in float16, so each key head decides:"
+            return "none or mean", f"{why} mean where the offset exceeds what varies around it"
         if self.resolved == "reference":
             return "reference", f"{target} sees the float32 product before it is rounded"
         why = f"{target} rounds the product to {scores} first, so each key head decides:"
@@ -167,8 +171,10 @@ def prepare(q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan) 
     usable = finite & mask.visible_keys()
     key_gain = value_gain = None
     if plan.promises_finite and k.dtype != jnp.float16:
-        key_gain, value_gain = (_range_gain(x, usable) for x in (k, v))
+        key_gain, value_gain = (_range_gain(x, usable, _SUMMABLE_LOG2) for x in (k, v))
         k = k * key_gain.astype(k.dtype)
+    if plan.precision.products == "float16":  # P is at most 1: a block's P·V stays below 2^15
+        value_gain = _range_gain(v, usable, 15 - (plan.schedule.block_kv - 1).bit_length())
     kappa = chosen = None
     if plan.needs_kappa():
         n = plan.schedule.block_kv
@@ -180,11 +186,11 @@ def prepare(q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan) 
     return HeadFacts(usable, kappa, chosen, guard, key_gain, value_gain)
 
 
-def _range_gain(x: Array, usable: Array) -> Array:
-    """The power of two, at most 1, that brings the usable rows of x to 2^94 or below."""
+def _range_gain(x: Array, usable: Array, log2: int) -> Array:
+    """The power of two, at most 1, that brings the usable rows of x to 2^log2 or below."""
     wide = wide_type(x.dtype)
     top = jnp.max(jnp.where(usable[:, None], jnp.abs(x), jnp.zeros_like(x)), initial=0)
-    excess = jnp.maximum(jnp.frexp(top.astype(wide))[1] - _SUMMABLE_LOG2, 0)
+    excess = jnp.maximum(jnp.frexp(top.astype(wide))[1] - log2, 0)
     return jnp.ldexp(jnp.ones((), wide), -excess)
 
 
@@ -254,13 +260,14 @@ def _guard(
 ) -> Guard | None:
     """The powers of two of eq. 12, or None where nothing can leave its range."""
     late = plan.resolved == "reference" and plan.reachable  # stores S' ≤ 0, clamped
-    stores16 = plan.precision.scores == "float16" and not late
+    narrow = (plan.precision.scores, plan.precision.products)
+    stores16 = "float16" in narrow and not late
     products_fit = q.dtype == jnp.float16
     if not plan.promises_finite or (products_fit and not stores16):
         return None
     of_q, of_scale = log2_norm(q), jnp.log2(jnp.abs(scale.astype(jnp.float32)))
     of_k, of_shifted = key_norms(k, usable, kappa, plan)
-    excess = of_q + of_shifted + of_scale - _LIMIT_LOG2[plan.precision.scores]
+    excess = of_q + of_shifted + of_scale - _LIMIT_LOG2["float16" if stores16 else plan.precision.scores]
     if not products_fit:
         range_log2 = _LIMIT_LOG2["float64" if q.dtype == jnp.float64 else "float32"]
         whole = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0)

@@ -12,6 +12,7 @@ Scores are kept divided by 2^e, e one number per row from the guard (eq. 12), 0 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +33,9 @@ class Dialect:
 
     Arguments:
       base_two: scores, m and offsets are in units of ln 2, and exponentials are powers of two.
-      exponential: the type in which a tile's exponentials are computed; None: the statistics'.
+      exponential: the type in which a tile's exponentials are computed, unless the precision
+        says; None: the statistics'.
+      exp2: the power of two of a tile.
       sum_by_product: P's row sums come out of the matrix unit, as a product with ones.
       running_maximum: where nothing is put back after the rounding, scores are stored minus the
         running maximum instead of their tile's, which saves rescaling what the tile adds.
@@ -41,6 +44,7 @@ class Dialect:
 
     base_two: bool = False
     exponential: str | None = None
+    exp2: Callable[[Array], Array] = jnp.exp2
     sum_by_product: bool = False
     running_maximum: bool = False
     contracts: bool = True
@@ -77,13 +81,22 @@ class Numerics:
         return jnp.dtype("float64" if wide else "float32")
 
     @property
+    def accumulated(self) -> jnp.dtype:
+        """The type in which q·k and P·V are added up."""
+        return jnp.dtype("float16") if self.precision.products == "float16" else self.product
+
+    @property
+    def exponential(self) -> str | None:
+        return self.precision.exponential or self.dialect.exponential
+
+    @property
     def unit(self) -> float:
         """What natural scores are multiplied by: log2 e where they are in units of ln 2."""
         return math.log2(math.e) if self.dialect.base_two else 1.0
 
     def exp(self, x: Array) -> Array:
         """e^x for x in the unit of the scores."""
-        return jnp.exp2(x) if self.dialect.base_two else jnp.exp(x)
+        return self.dialect.exp2(x) if self.dialect.base_two else jnp.exp(x)
 
     @property
     def follows_maximum(self) -> bool:
@@ -98,6 +111,7 @@ class QueryTile(NamedTuple):
     q: Array  # [R, D]
     gain: Array  # [R|1, 1] factor of the product, applied before rounding
     temper: Array | None  # [R, 1] 2^e of the guard, or None: 1
+    rest: Array | None = None  # [1, 1] factor applied after rounding, or None: 1
 
 
 class Guard(NamedTuple):
@@ -190,6 +204,10 @@ def query_tile(q: Array, scale: Array, guard: Guard | None, numerics: Numerics) 
     """
     dtype = numerics.product
     gain = jnp.full((1, 1), scale.astype(dtype) * dtype.type(numerics.unit))
+    rest = None
+    if not numerics.reachable and numerics.dialect.base_two:
+        power = _power_of_two(gain)  # log2 e is left for later: q would be rounded
+        gain, rest = power, gain / power
     if guard is not None and q.dtype == jnp.float16:  # its products fit float32: divide them
         gain = gain * guard.down * guard.rest
     elif guard is not None:  # the product itself could overflow: divide q, which is exact
@@ -198,7 +216,14 @@ def query_tile(q: Array, scale: Array, guard: Guard | None, numerics: Numerics) 
         q = (q.astype(dtype) * gain).astype(q.dtype)
         gain = jnp.ones_like(gain)
     temper = None if guard is None else guard.temper.astype(numerics.statistics)
-    return QueryTile(q, gain, temper)
+    return QueryTile(q, gain, temper, rest)
+
+
+def _power_of_two(x: Array) -> Array:
+    """The largest power of two in x (float32), with its sign; 1 for 0."""
+    bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(1 << 23))
+    power = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(power == 0, jnp.ones_like(power), power)
 
 
 def key_tile(
@@ -286,7 +311,8 @@ def scores(
         mask = seen if mask is None else mask & seen
         bias = _divided(bias.astype(stat) * stat.type(numerics.unit), query.temper)
     late = numerics.shift == "reference" and numerics.reachable
-    product = _dot(query.q, key.k, (1, 1), numerics.product) * query.gain
+    product = _dot(query.q, key.k, (1, 1), numerics.accumulated)
+    product = product.astype(numerics.product) * query.gain
     offset = None
     if late:
         z = product.astype(stat)
@@ -294,6 +320,7 @@ def scores(
         z, offset = _lagging_reference(query, key, product, state, mask, numerics)
     else:
         z = product.astype(store).astype(stat)
+        z = z if query.rest is None else z * query.rest.astype(stat)
         if key.weights is not None:  # s̄' over the columns that M mixed, before the mask
             offset = _dot(z, key.weights, (1, 0), numerics.product).astype(stat)
             if key.usable is not None:
@@ -321,15 +348,17 @@ def scores(
     if late and store != stat:
         if store == jnp.float16:  # what is below its range has no weight: clamp it
             stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
-        exponential = numerics.dialect.exponential
-        stored = stored.astype(store).astype(exponential or stat)
+        stored = stored.astype(store).astype(numerics.exponential or stat)
     return Scores(stored, base, offset, slope if with_slope else None)
 
 
 def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Array:
     """c = q·κ/α, [R, 1], the offset of `mean` (eq. 7): one more column of the product."""
     assert key.kappa is not None
-    product = _dot(query.q, key.kappa, (1, 1), numerics.product)[:, :1] * query.gain
+    product = _dot(query.q, key.kappa, (1, 1), numerics.product) * query.gain
+    product = product if query.rest is None else product * query.rest
+    if len(key.kappa) > 1:  # rows for a matrix unit that takes no single one: all equal
+        product = jnp.max(product, axis=1, keepdims=True)
     return product.astype(numerics.statistics)
 
 
@@ -358,7 +387,8 @@ def _lagging_reference(
     high = r.astype(query.q.dtype)
     low = (r - high.astype(stat)).astype(query.q.dtype)
     r = high.astype(stat) + low.astype(stat)
-    product = _dot(query.q, key.raw, (1, 1), numerics.product) - r.astype(numerics.product)
+    product = _dot(query.q, key.raw, (1, 1), numerics.accumulated).astype(numerics.product)
+    product = product - r.astype(numerics.product)
     return product.astype(store).astype(stat), r
 
 
@@ -374,8 +404,8 @@ def _soft_cap(s: Array, temper: Array | None, numerics: Numerics) -> tuple[Array
 def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Array:
     """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1."""
     exponent = _tempered(s.stored, query.temper)
-    if numerics.dialect.exponential is not None:
-        exponent = exponent.astype(numerics.dialect.exponential)
+    if numerics.exponential is not None:
+        exponent = exponent.astype(numerics.exponential)
     p = numerics.exp(exponent)
     return p.astype(jnp.dtype(numerics.precision.probabilities))
 
@@ -433,7 +463,7 @@ def _sum_and_product(p: Array, v: Array, numerics: Numerics) -> tuple[Array, Arr
     size = v.shape[1]
     if not numerics.dialect.sum_by_product or size % _LANES:
         l_loc = jnp.sum(p.astype(numerics.statistics), axis=1, keepdims=True)
-        return l_loc, _dot(p, v, (1, 0), numerics.product)
+        return l_loc, _dot(p, v, (1, 0), numerics.accumulated)
     ones = jnp.ones((v.shape[0], _LANES), v.dtype)
     both = _dot(p, jnp.concatenate([v, ones], axis=1), (1, 0), numerics.product)
     return both[:, size : size + 1].astype(numerics.statistics), both[:, :size]

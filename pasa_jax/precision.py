@@ -19,6 +19,12 @@ class Precision:
         them. Where it differs from the type of ``value``, that product takes both in float32.
       statistics: row maxima, sums, offsets, and the arithmetic of the softmax.
       accumulator: the output before it is normalised.
+      products: what a matrix unit adds up in. ``"float16"`` is twice as fast on some GPUs; it
+        takes float16 inputs, and no shift can then see a float32 product: as on a chip that
+        rounds first.
+      exponential: the type in which a tile's exponentials are computed; None: the statistics'.
+        ``"float16"`` is twice as fast on GPUs, with a relative error of up to 2^-9.9 (PTX ISA,
+        ex2.approx.f16x2) in each probability.
 
     The named settings (`Precision.named`) are ``"float16"``, ``"bfloat16"`` and ``"float32"``
     (scores and probabilities of that type, the rest float32), ``"float64"``, and ``"paper"``
@@ -29,10 +35,15 @@ class Precision:
     probabilities: str = "float32"
     statistics: str = "float32"
     accumulator: str = "float32"
+    products: str = "float32"
+    exponential: str | None = None
 
     def __post_init__(self) -> None:
         for field in ("scores", "probabilities", "statistics", "accumulator"):
             check_choice(f"precision.{field}", getattr(self, field), FLOATS)
+        check_choice("precision.products", self.products, ("float16", "float32"))
+        if self.exponential is not None:
+            check_choice("precision.exponential", self.exponential, FLOATS)
         if "bfloat16" in (self.statistics, self.accumulator):
             raise wrong(
                 "precision.statistics and precision.accumulator",

@@ -26,6 +26,7 @@ class Schedule:
         products of one with the softmax of another.
       batch_heads: walk all heads at once (accelerators) or one after another (CPU: a head's
         tiles then stay in the cache).
+      warps, stages: of one program on a GPU: threads by 32, and tiles that are loaded ahead.
       target: name of the chip whose arithmetic is followed; see `pasa_jax.target.TARGETS`.
     """
 
@@ -33,10 +34,12 @@ class Schedule:
     block_kv: int = 512
     unroll: int = 1
     batch_heads: bool = False
+    warps: int = 4
+    stages: int = 2
     target: str = "cpu"
 
     def __post_init__(self) -> None:
-        for field in ("block_q", "block_kv", "unroll"):
+        for field in ("block_q", "block_kv", "unroll", "warps", "stages"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise wrong(f"schedule.{field}", "be a positive int", repr(value))

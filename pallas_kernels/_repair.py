@@ -1,0 +1,44 @@
+"""What a kernel got wrong, computed again by the lax walk, which has the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax import _lax
+from pasa_jax._operands import Keep, Operands, Result
+from pasa_jax._prepare import Plan
+from pasa_jax.mask import Mask
+
+Array = jax.Array
+
+_ROWS = 128
+
+
+def repaired(
+    kernel: Callable[..., tuple[Result, Array]],
+    operands: Operands,
+    mask: Mask,
+    plan: Plan,
+    keep: Keep,
+) -> Result:
+    """What ``kernel`` gives, or the lax walk's result where it says that something is wrong.
+
+    Arguments:
+      kernel: gives a result and [] bool, whether something in it is not finite or not certain.
+    """
+    found, bad = kernel(operands, mask, plan, keep=keep)
+    # Seldom run: small to compile and in memory matter more than fast.
+    schedule = replace(plan.schedule, block_q=_ROWS, unroll=1, batch_heads=False)
+
+    def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:
+        del carry
+        careful = _lax.forward(operands, mask, replace(plan, schedule=schedule), keep=keep)
+        return _lax.varying((jnp.zeros_like(bad), careful), (operands, mask))
+
+    # A loop, not a cond: under vmap a cond would always compute both sides.
+    return lax.while_loop(lambda carry: carry[0], again, (bad, found))[1]
