@@ -53,7 +53,7 @@ def adapt(plan: Plan) -> Plan:
     schedule = replace(
         schedule, block_q=_side(schedule.block_q), block_kv=_side(schedule.block_kv)
     )
-    dialect = tile.Dialect(base_two=True, exp2=_exp2, running_maximum=True)
+    dialect = tile.Dialect(base_two=True, running_maximum=True)
     return replace(plan, schedule=schedule, dialect=dialect)
 
 
@@ -162,7 +162,7 @@ class Outputs(NamedTuple):
     """The kernel's outputs, as far as they are wanted."""
 
     out: Any  # [B, T, N, E]                                        inside: [T, E]
-    flag: Any  # [B, N, query tiles], NaN where something is wrong  [query tiles]
+    flag: Any  # [B, N, query tiles], 0 where all is well          [query tiles]
     lse: Any = None  # [B, T, N]                                    [T]
     m: Any = None
     l: Any = None  # noqa: E741
@@ -322,9 +322,8 @@ class PointerWalk(Walk):
             q = tile.zero_unusable(q, self.in_use(start))
         guard = None
         if self.refs.guard is not None:
-            guard = tile.Guard(
-                *(self.column(x, *self.rows_at(start))[:, None] for x in self.refs.guard)
-            )
+            down, rest, temper = (self.column(x, *self.rows_at(start)) for x in self.refs.guard)
+            guard = tile.Guard(down[:, None], rest[:, None], temper)
         scale = self.refs.scale[0].astype(self.numerics.product)
         return tile.query_tile(q, scale, guard, self.numerics)
 
@@ -363,7 +362,7 @@ class PointerWalk(Walk):
     def sinks(self) -> Array | None:
         if self.refs.sinks is None:
             return None
-        return jnp.full((self.block_q, 1), self.refs.sinks[...])
+        return jnp.full((self.block_q,), self.refs.sinks[...])
 
     def in_range(self, query: tile.QueryTile, m: Array, l: Array) -> Array:  # noqa: E741
         """[] bool: whether neither products nor the rounding of scores can have gone astray."""
@@ -407,8 +406,8 @@ def _kernel(
     state, _ = walk.absorb(start, query, walk.begin())
     found = walk.close(start, query, state)
     fine = walk.in_range(query, found.m, found.l)
-    # NaN and infinities are carried on by a sum.
-    outs.flag[i] = jnp.sum(found.out * 0) + jnp.where(fine, 0.0, jnp.nan).astype(jnp.float32)
+    # 0; or NaN, which a sum carries on, where something is not finite; or 1.
+    outs.flag[i] = jnp.sum(found.out * 0) + (~fine).astype(jnp.float32)
 
     rounded, remainder = walk.rounded(found.out, out_type)
     t, e = mask.query_length, specs.value_size
@@ -422,7 +421,7 @@ def _kernel(
     for ref, x in ((outs.lse, found.lse), (outs.m, found.m), (outs.l, found.l)):
         if ref is not None:
             view = ref.at[pl.ds(start, specs.block_q)]
-            plgpu.store(view, x.reshape(-1), mask=in_rows)
+            plgpu.store(view, x, mask=in_rows)
 
 
 def forward(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
@@ -434,8 +433,10 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
     """What the kernel alone gives, and [] bool: whether something in it may not be right."""
     specs = Specs.of(operands, plan)
     inputs = _inputs(operands, mask, plan)
-    # The contraction is harmless below `_LARGEST_SCORE`, beyond which the kernel is not believed.
-    kernel_plan = replace(plan, dialect=replace(plan.dialect, contracts=False))
+    # What is Triton's alone; XLA, which runs the repair and the gradient, knows none of it. (The
+    # contraction is harmless below `_LARGEST_SCORE`, beyond which the kernel is not believed.)
+    dialect = replace(plan.dialect, contracts=False, flat=True, exp2=_exp2)
+    kernel_plan = replace(plan, dialect=dialect)
     (b, t, n, _), e = operands.query.shape, operands.value.shape[-1]
     out_type = operands.query.dtype
     varies = jax.typeof(_lax.varying(jnp.zeros(()), (operands, mask))).manual_axis_type
@@ -478,5 +479,5 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
         name="pasa_gpu",
     )(inputs)
     found = Result(outs.out, outs.lse, outs.m, outs.l, outs.remainder)
-    return found.only(keep), jnp.any(jnp.isnan(outs.flag))
+    return found.only(keep), jnp.any(outs.flag != 0)
 

@@ -400,7 +400,7 @@ def _schedule(schedule: Schedule | None, q: Array, k: Array, v: Array) -> Schedu
     else:
         raise wrong("schedule", "be a pasa_jax.Schedule or None", repr(schedule))
     # A block longer than the sequence has the sequence's length: its mean is over real keys.
-    return replace(schedule, block_kv=max(1, min(schedule.block_kv, k.shape[1])))
+    return schedule.fitted(schedule.block_q, k.shape[1])
 
 
 def _check_shift(plan: Plan) -> None:

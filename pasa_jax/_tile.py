@@ -2,8 +2,8 @@
 
 Every walker calls or traces exactly these: the lax loops, the Pallas kernels, the AscendC
 generator. They use ordinary primitives alone (no control flow, no gather), and everything that is
-one number per query row has shape [R, 1]. Shapes: R rows, n keys, D and E head sizes. The
-equations are those of docs/algorithm.md.
+one number per query row has shape [R, 1] (or [R], where the dialect is flat). Shapes: R rows,
+n keys, D and E head sizes. The equations are those of docs/algorithm.md.
 
 Scores are kept divided by 2^e, e one number per row from the guard (eq. 12), 0 in ordinary data.
 ``temper`` = 2^e puts it back in the exponent, so m and every offset are in the divided unit too.
@@ -40,6 +40,7 @@ class Dialect:
       running_maximum: where nothing is put back after the rounding, scores are stored minus the
         running maximum instead of their tile's, which saves rescaling what the tile adds.
       contracts: the compiler may round product·gain − maximum only once.
+      flat: columns have shape [R], for a compiler that would hold [R, 1] as a whole tile.
     """
 
     base_two: bool = False
@@ -48,6 +49,7 @@ class Dialect:
     sum_by_product: bool = False
     running_maximum: bool = False
     contracts: bool = True
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ class Numerics:
     def exp(self, x: Array) -> Array:
         """e^x for x in the unit of the scores."""
         return self.dialect.exp2(x) if self.dialect.base_two else jnp.exp(x)
+
+    def over_row(self, reduce: Callable[..., Array], x: Array) -> Array:
+        """The column that ``reduce`` makes of x [R, n]."""
+        return reduce(x, axis=1, keepdims=not self.dialect.flat)
 
     @property
     def follows_maximum(self) -> bool:
@@ -158,13 +164,22 @@ def wide_type(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def _tempered(x: Array, temper: Array | None) -> Array:
-    """x·2^e."""
-    return x if temper is None else x * temper.astype(x.dtype)
+    """x·2^e, for a column or a tile x."""
+    if temper is None:
+        return x
+    return x * (_beside(temper) if x.ndim == 2 else temper).astype(x.dtype)
 
 
 def _divided(x: Array, temper: Array | None) -> Array:
-    """x/2^e."""
-    return x if temper is None else x / temper.astype(x.dtype)
+    """x/2^e, for a column or a tile x."""
+    if temper is None:
+        return x
+    return x / (_beside(temper) if x.ndim == 2 else temper).astype(x.dtype)
+
+
+def _beside(column: Array) -> Array:
+    """A column as [R, 1], to stand beside a tile."""
+    return column if column.ndim == 2 else column[:, None]
 
 
 def lowest(dtype: jnp.dtype) -> float:
@@ -185,7 +200,7 @@ def _dot(a: Array, b: Array, contract: tuple[int, int], dtype: jnp.dtype) -> Arr
 def initial_state(rows: int, value_size: int, numerics: Numerics) -> State:
     """The state before any key (eq. 10)."""
     stat = numerics.statistics
-    column = (rows, 1)
+    column = (rows,) if numerics.dialect.flat else (rows, 1)
     return State(
         m=jnp.full(column, lowest(stat), stat),
         l=jnp.zeros(column, stat),
@@ -329,7 +344,7 @@ def scores(
             offset = _kappa_product(query, key, numerics)
     slope = None
     if numerics.logits_soft_cap is not None:  # needs S itself: put the offset back first
-        whole = z if offset is None else z + offset * stat.type(numerics.inva)
+        whole = z if offset is None else z + _beside(offset) * stat.type(numerics.inva)
         z, slope = _soft_cap(whole, query.temper, numerics)
         offset = None
     if bias is not None:
@@ -337,14 +352,14 @@ def scores(
     if mask is not None:
         z = jnp.where(mask, z, jnp.full_like(z, lowest(stat)))
         slope = None if slope is None else jnp.where(mask, slope, jnp.zeros_like(slope))
-    base = jnp.max(z, axis=1, keepdims=True)
+    base = numerics.over_row(jnp.max, z)
     if numerics.follows_maximum:
         base = jnp.maximum(base, state.m)
-    stored = z - base
+    stored = z - _beside(base)
     # Contracted into one rounding with the product before it, the largest score is not its own
     # maximum; where scores are huge, every probability of the row would vanish.
     if numerics.dialect.contracts:
-        stored = jnp.where(z >= base, jnp.zeros_like(stored), stored)
+        stored = jnp.where(z >= _beside(base), jnp.zeros_like(stored), stored)
     if late and store != stat:
         if store == jnp.float16:  # what is below its range has no weight: clamp it
             stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
@@ -358,7 +373,7 @@ def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Array:
     product = _dot(query.q, key.kappa, (1, 1), numerics.product) * query.gain
     product = product if query.rest is None else product * query.rest
     if len(key.kappa) > 1:  # rows for a matrix unit that takes no single one: all equal
-        product = jnp.max(product, axis=1, keepdims=True)
+        product = numerics.over_row(jnp.max, product)
     return product.astype(numerics.statistics)
 
 
@@ -396,7 +411,7 @@ def _soft_cap(s: Array, temper: Array | None, numerics: Numerics) -> tuple[Array
     """cap·tanh(s/cap) and its derivative 1 − tanh²; the cap is divided by 2^e as s is."""
     assert numerics.logits_soft_cap is not None
     cap = jnp.asarray(numerics.logits_soft_cap * numerics.unit, numerics.statistics)
-    cap = _divided(cap, temper)
+    cap = cap if temper is None else cap / _beside(temper).astype(cap.dtype)
     tanh = jnp.tanh(s / cap)
     return cap * tanh, 1 - tanh * tanh
 
@@ -430,7 +445,7 @@ def update(
     pv = pv.astype(acc)
     if numerics.follows_maximum:  # a row that has seen no key yet is wiped by its first one
         keep = numerics.exp(_tempered(state.m - s.base, query.temper))
-        return State(s.base, keep * state.l + l_loc, keep.astype(acc) * state.o + pv, state.f)
+        return State(s.base, keep * state.l + l_loc, _beside(keep.astype(acc)) * state.o + pv, state.f)
     f = state.f
     previous, current = state.m.astype(wide), s.base.astype(wide)
     # What is stored has the statistics' type; a sum of two stored numbers is used as it comes.
@@ -453,7 +468,7 @@ def update(
     return State(
         m=m,
         l=keep * state.l + take * l_loc,
-        o=keep.astype(acc) * state.o + take.astype(acc) * pv,
+        o=_beside(keep.astype(acc)) * state.o + _beside(take.astype(acc)) * pv,
         f=f,
     )
 
@@ -462,7 +477,7 @@ def _sum_and_product(p: Array, v: Array, numerics: Numerics) -> tuple[Array, Arr
     """P's row sums [R, 1] and P·V [R, E]."""
     size = v.shape[1]
     if not numerics.dialect.sum_by_product or size % _LANES:
-        l_loc = jnp.sum(p.astype(numerics.statistics), axis=1, keepdims=True)
+        l_loc = numerics.over_row(jnp.sum, p.astype(numerics.statistics))
         return l_loc, _dot(p, v, (1, 0), numerics.accumulated)
     ones = jnp.ones((v.shape[0], _LANES), v.dtype)
     both = _dot(p, jnp.concatenate([v, ones], axis=1), (1, 0), numerics.product)
@@ -484,7 +499,7 @@ def merge(a: State, b: State, numerics: Numerics, temper: Array | None = None) -
     """The state over the keys of both settled states, for split keys and rings (eq. 13)."""
     m = jnp.maximum(a.m, b.m)
     of_a, of_b = (numerics.exp(_tempered(x.m - m, temper)) for x in (a, b))
-    return State(m, of_a * a.l + of_b * b.l, of_a * a.o + of_b * b.o, a.f)
+    return State(m, of_a * a.l + of_b * b.l, _beside(of_a) * a.o + _beside(of_b) * b.o, a.f)
 
 
 def add_sink(state: State, sink: Array, numerics: Numerics, temper: Array | None) -> State:
@@ -508,7 +523,8 @@ def finish(
     seen = state.m != lowest(state.m.dtype)
     some = (state.l != 0) & (seen | (state.l != state.l))  # NaN is something
     l = jnp.where(some, state.l, jnp.ones_like(state.l))  # noqa: E741
-    out = jnp.where(some, state.o / l.astype(state.o.dtype), jnp.zeros_like(state.o))
+    out = state.o / _beside(l.astype(state.o.dtype))
+    out = jnp.where(_beside(some), out, jnp.zeros_like(out))
     if value_gain is not None:
         out = out / value_gain.astype(out.dtype)
     floor = lowest(state.m.dtype)

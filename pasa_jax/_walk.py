@@ -171,7 +171,7 @@ class Walk(ABC):
         if self.mask.query_lengths is not None:
             used = self.in_use(start)
             out = tile.zero_unusable(out, used)
-            lse = jnp.where(used, lse, jnp.full_like(lse, tile.lowest(lse.dtype)))
+            lse = jnp.where(used.reshape(lse.shape), lse, tile.lowest(lse.dtype))
         return Rows(out, lse, state.m, state.l)
 
     def rounded(self, out: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
