@@ -1,4 +1,4 @@
-"""What a kernel got wrong, computed again by the lax walk, which has the guard."""
+"""What both kernels need around them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ Array = jax.Array
 _ROWS = 128
 
 
+def narrowed(x: Array | None) -> Array | None:
+    """float64 as float32, the widest type that kernels have; scores have no more either."""
+    return x.astype(jnp.float32) if x is not None and x.dtype == jnp.float64 else x
+
+
 def repaired(
     kernel: Callable[..., tuple[Result, Array]],
     operands: Operands,
@@ -26,7 +31,8 @@ def repaired(
     plan: Plan,
     keep: Keep,
 ) -> Result:
-    """What ``kernel`` gives, or the lax walk's result where it says that something is wrong.
+    """What ``kernel`` gives, or where it says that something is wrong, what the lax walk gives,
+    which has the guard.
 
     Arguments:
       kernel: gives a result and [] bool, whether something in it is not finite or not certain.

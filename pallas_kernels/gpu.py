@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels._repair import repaired
+from pallas_kernels._repair import narrowed, repaired
 from pasa_jax import _lax
 from pasa_jax import _tile as tile
 from pasa_jax._operands import Keep, Operands, Result
@@ -175,8 +175,8 @@ def _inputs(o: Operands, mask: Mask, plan: Plan) -> Inputs:
         key=o.key,
         value=o.value,
         scale=o.scale.astype(jnp.float32).reshape(1),
-        bias=o.bias,
-        sinks=o.sinks,
+        bias=narrowed(o.bias),
+        sinks=narrowed(o.sinks),
         array=None if mask.array is None else mask.array.astype(jnp.int8),
         query_segments=mask.query_segments,
         key_segments=mask.key_segments,
@@ -466,7 +466,7 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
         key_segments=None if mask.key_segments is None else (),
         array=None if mask.array is None else (),
     )
-    outs = pl.pallas_call(
+    call = pl.pallas_call(
         partial(_kernel, mask=static_mask, plan=kernel_plan, specs=specs, out_type=out_type),
         grid=(specs.query_tiles, n, b),
         in_specs=(_specs(inputs, specs),),
@@ -477,7 +477,9 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
         ),
         interpret=INTERPRET,
         name="pasa_gpu",
-    )(inputs)
+    )
+    with jax.enable_x64(False):  # neither compiler takes 64-bit loop counters
+        outs = call(inputs)
     found = Result(outs.out, outs.lse, outs.m, outs.l, outs.remainder)
     return found.only(keep), jnp.any(outs.flag != 0)
 

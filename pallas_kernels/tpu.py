@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._float16 import from_bits, to_bits
-from pallas_kernels._repair import repaired
+from pallas_kernels._repair import narrowed, repaired
 from pasa_jax import _lax
 from pasa_jax import _tile as tile
 from pasa_jax._operands import Keep, Operands, Result
@@ -28,16 +28,17 @@ from pasa_jax._prepare import Plan, prepare
 from pasa_jax._walk import Walk
 from pasa_jax.mask import Index, Mask
 from pasa_jax.precision import Precision
-from pasa_jax.target import find_target
+from pasa_jax.target import MIB, find_target
 
 Array = jax.Array
 Ref = Any
 
 LANES = 128
-# What a program may use of VMEM: the rest is the compiler's (spills, operands of the products).
+# What a program may use of VMEM: the rest is XLA's, which keeps arrays of its own there. It is
+# asked for no more than the call needs, and some for what the compiler spills.
 _VMEM_SHARE = 0.75
-# Key tiles that the bodies of one kernel may spell out: each costs compile time.
-_STRAIGHT_TILES = 40
+# Scores in the tiles that the bodies of one kernel may spell out: they cost compile time.
+_STRAIGHT_SCORES = 12 * 1024 * 1024
 # Bound on a product that leaves float32 room for a key from which its mean has been taken.
 _LARGEST_PRODUCT = 2.0**126
 
@@ -188,8 +189,8 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         value=to_bits(jnp.swapaxes(o.value, 1, 2)),
         scale=o.scale.astype(jnp.float32).reshape(1),
         kappa=_kappa(o, mask, plan) if plan.needs_kappa() else None,
-        bias=per_head(o.bias),
-        sinks=o.sinks,
+        bias=per_head(narrowed(o.bias)),
+        sinks=narrowed(o.sinks),
         array=per_head(None if mask.array is None else mask.array.astype(jnp.int8)),
         query_segments=None if mask.query_segments is None else mask.query_segments[..., None],
         key_segments=None if mask.key_segments is None else mask.key_segments[:, None],
@@ -278,7 +279,8 @@ class RefWalk(Walk):
         ranges = [self.key_range(start) for start in starts]
         if not all(isinstance(x, int) for r in ranges for x in r) or len(set(ranges)) == 1:
             return None
-        return starts if sum(r.hi - r.lo for r in ranges) <= _STRAIGHT_TILES else None
+        scores = sum(r.hi - r.lo for r in ranges) * self.groups * self.block_q * self.block_kv
+        return starts if scores <= _STRAIGHT_SCORES else None
 
     def query(self, start: Index) -> tile.QueryTile:
         q = from_bits(self.refs.query[0, 0])
@@ -452,7 +454,7 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
         key_segments=None if mask.key_segments is None else (),
         array=None if mask.array is None else (),
     )
-    outs = pl.pallas_call(
+    call = pl.pallas_call(
         partial(_kernel, mask=static_mask, plan=kernel_plan, specs=specs, out_type=out_type),
         grid=(b, specs.heads, specs.query_tiles),
         in_specs=(_in_specs(inputs, specs),),
@@ -461,10 +463,12 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
         scratch_shapes=[pltpu.VMEM((1, operands.key.shape[-1]), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_vmem(plan),
+            vmem_limit_bytes=min(_vmem(plan), specs.bytes + specs.bytes // 4 + 8 * MIB),
         ),
         name="pasa_tpu",
-    )(inputs)
+    )
+    with jax.enable_x64(False):  # neither compiler takes 64-bit loop counters
+        outs = call(inputs)
 
     def rows(x: Array | None) -> Array | None:  # [B, K, G, T, E] -> [B, T, N, E]
         return None if x is None else jnp.swapaxes(x.reshape(b, -1, *x.shape[3:]), 1, 2)

@@ -124,6 +124,7 @@ TARGETS: dict[str, Target] = {
         _gpu("h200", 227 * KIB, "h200"),
         _gpu("b200", 227 * KIB, "b200"),
         _gpu("rtx4090", 99 * KIB, "rtx 4090"),
+        _gpu("rtx5090", 99 * KIB, "rtx 5090"),
         # 2201: L0C leaves through Fixpipe to global memory only; the vector cores see it rounded.
         _ascend(
             "ascend_910b",
