@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import jax
@@ -24,6 +25,20 @@ def narrowed(x: Array | None) -> Array | None:
     return x.astype(jnp.float32) if x is not None and x.dtype == jnp.float64 else x
 
 
+_flags: list[Array] | None = None
+
+
+@contextlib.contextmanager
+def without_repair() -> Iterator[list[Array]]:
+    """While a call is traced: nothing is repaired, and what would have asked for it is listed."""
+    global _flags
+    _flags = []
+    try:
+        yield _flags
+    finally:
+        _flags = None
+
+
 def repaired(
     kernel: Callable[..., tuple[Result, Array]],
     operands: Operands,
@@ -38,6 +53,9 @@ def repaired(
       kernel: gives a result and [] bool, whether something in it is not finite or not certain.
     """
     found, bad = kernel(operands, mask, plan, keep=keep)
+    if _flags is not None:
+        _flags.append(bad)
+        return found
     # Seldom run: small to compile and in memory matter more than fast.
     schedule = replace(plan.schedule, block_q=_ROWS, unroll=1, batch_heads=False)
 

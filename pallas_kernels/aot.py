@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._repair import without_repair
 from pasa_jax import Precision, Schedule, dot_product_attention
 from pasa_jax._errors import check_choice
 from pasa_jax.target import KIB, find_target
@@ -144,6 +145,7 @@ def attention(
     precision: dict[str, str] | str | None = None,
     gradient: bool = False,
     head_major: bool = False,
+    repair: bool = True,
     **keywords: Any,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The public function on a kernel, and its arguments.
@@ -155,6 +157,8 @@ def attention(
       precision: as the public function takes it, or the fields of a `Precision`.
       gradient: compile the gradient of the output's sum instead.
       head_major: operands and output lie [B, N, T, D], as other Pallas kernels take them.
+      repair: with the lax walk that runs again where the kernel's result is not finite. (Compilers
+        count what hardly ever runs; without it, the test for it is still there.)
       keywords: of `dot_product_attention`.
     """
     kind = find_target(schedule["target"]).kind
@@ -166,10 +170,12 @@ def attention(
         return jnp.swapaxes(x, 1, 2) if head_major else x
 
     def attend(q: Any, k: Any, v: Any, further: dict[str, Any]) -> Any:
-        found = dot_product_attention(
-            turned(q), turned(k), turned(v), **further, **keywords, **options
-        )
-        return turned(found) if head_major else found
+        with contextlib.nullcontext() if repair else without_repair() as flags:
+            found = dot_product_attention(
+                turned(q), turned(k), turned(v), **further, **keywords, **options
+            )
+        found = turned(found) if head_major else found
+        return found if repair else (found, flags)
 
     def total(*args: Any) -> jax.Array:
         return jnp.sum(attend(*args).astype(jnp.float32))

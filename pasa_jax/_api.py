@@ -293,7 +293,7 @@ def _canonical(
     plan = Plan(
         shift=shift,
         precision=resolved,
-        schedule=_schedule(schedule, q, k, v),
+        schedule=_schedule(schedule, q, k, v, bool(is_causal)),
         logits_soft_cap=logits_soft_cap,
         beta=beta,
         paper_scale=static_scale,
@@ -389,11 +389,14 @@ def _scale(scale: ArrayLike | None, q: Array) -> tuple[Array, float | None]:
     return array.astype(wide), None
 
 
-def _schedule(schedule: Schedule | None, q: Array, k: Array, v: Array) -> Schedule:
+def _schedule(
+    schedule: Schedule | None, q: Array, k: Array, v: Array, is_causal: bool
+) -> Schedule:
     if schedule is None:
         device = jax.devices()[0]
         target = target_of_device(device.platform, device.device_kind)
         sizes = {"head_dim": q.shape[3], "value_head_dim": v.shape[3], "dtype": str(q.dtype)}
+        sizes |= {"length": k.shape[1], "is_causal": is_causal}
         schedule = Schedule.for_target(target, **sizes)
     elif isinstance(schedule, Schedule):
         schedule.check(head_dim=q.shape[3], value_head_dim=v.shape[3], dtype=str(q.dtype))

@@ -529,7 +529,7 @@ def finish(
         out = out / value_gain.astype(out.dtype)
     floor = lowest(state.m.dtype)
     m = _tempered(state.m, temper) * l.dtype.type(1 / numerics.unit)
-    lse = jnp.clip(m, floor, -floor) + jnp.log(l)
+    lse = jnp.clip(m, m.dtype.type(floor), m.dtype.type(-floor)) + jnp.log(l)
     return out, jnp.where(some, lse, jnp.full_like(lse, floor))
 
 
@@ -540,7 +540,7 @@ def rounded(out: Array, dtype: jnp.dtype, *, clip: bool) -> tuple[Array, Array]:
       clip: a mean of values, rounded up, must not leave their type.
     """
     if clip:
-        largest = float(jnp.finfo(dtype).max)
+        largest = out.dtype.type(jnp.finfo(dtype).max)
         out = jnp.clip(out, -largest, largest)
     narrow = out.astype(dtype)
     return narrow, (out - narrow.astype(out.dtype)).astype(dtype)

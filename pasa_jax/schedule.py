@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from pasa_jax._errors import ScheduleError, check_choice, wrong
 from pasa_jax.target import TARGETS, Target, find_target
 
+TUNED = Path(__file__).parent / "tuned"  # <target>.json: what `python -m pallas_kernels tune` found
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -52,21 +58,38 @@ class Schedule:
         head_dim: int = 128,
         value_head_dim: int | None = None,
         dtype: str = "float32",
+        length: int | None = None,
+        is_causal: bool = False,
     ) -> Schedule:
-        """The largest of the default tiles that fits ``target``'s memories.
+        """The schedule tuned for the most similar problem, if there is a table for ``target``;
+        else the largest of the default tiles that fits its memories.
+
+        Arguments:
+          head_dim, value_head_dim: D and E.
+          length: the number of keys; None: 2048.
 
         >>> Schedule.for_target("ascend_910b", dtype="float16").block_kv
         512
         """
         target = find_target(target) if isinstance(target, str) else target
-        candidates = _CANDIDATES[target.kind]
-        for block_q, block_kv in candidates:
-            schedule = Schedule(
+        defaults = [
+            Schedule(
                 block_q=block_q,
                 block_kv=block_kv,
+                unroll=4 if target.kind == "tpu" else 1,
                 batch_heads=target.kind != "cpu",
                 target=target.name,
             )
+            for block_q, block_kv in _CANDIDATES[target.kind]
+        ]
+
+        def unlike(x: Tuned) -> tuple[float, ...]:
+            sizes = (x.head_dim / head_dim, x.length / (length or 2048))
+            of_head, of_length = (abs(math.log2(ratio)) for ratio in sizes)
+            return (x.dtype != dtype, x.is_causal != is_causal, of_head + of_length)
+
+        tuned = sorted(tuned_for(target.name), key=unlike)
+        for schedule in [*(Schedule(**x.schedule) for x in tuned[:1]), *defaults]:
             if not schedule._overfull(head_dim, value_head_dim or head_dim, dtype):
                 return schedule
         schedule.check(head_dim=head_dim, value_head_dim=value_head_dim, dtype=dtype)
@@ -128,6 +151,34 @@ class Schedule:
             block_q=max(1, min(self.block_q, rows)),
             block_kv=max(1, min(self.block_kv, keys)),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The fastest schedule found for one problem, with one batch entry and as many keys as queries.
+
+    Arguments:
+      shape: the problem's name.
+      cost: cycles or microseconds, as the table says.
+      schedule: the fields of a `Schedule` that are not its defaults.
+    """
+
+    shape: str
+    length: int
+    head_dim: int
+    dtype: str
+    is_causal: bool
+    cost: int
+    schedule: dict[str, Any]
+
+
+@lru_cache
+def tuned_for(target: str) -> tuple[Tuned, ...]:
+    """What the table of ``target`` holds; nothing where there is none."""
+    path = TUNED / f"{target}.json"
+    if not path.exists():
+        return ()
+    return tuple(Tuned(**x) for x in json.loads(path.read_text())["schedules"])
 
 
 # From large to small. The CPU's 512 × 512 is the fastest measured (a float32 tile is 1 MiB, a
