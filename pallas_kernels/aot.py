@@ -63,16 +63,29 @@ class Gpu:
 
 _MIB, _GB = 1024 * KIB, 10**9
 GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", 8, 0, 108, 164 * KIB, 40 * _MIB, 80 * _GB, 2039 * _GB, 1.41),
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB", 8, 0, 108, 164 * KIB, 40 * _MIB, 80 * _GB, 2039 * _GB, 1.41
+    ),
     "rtx4090": Gpu(
         "NVIDIA GeForce RTX 4090", 8, 9, 128, 100 * KIB, 72 * _MIB, 24 * _GB, 1008 * _GB, 2.52
     ),
     "h100": Gpu(
         "NVIDIA H100 80GB HBM3", 9, 0, 132, 228 * KIB, 50 * _MIB, 80 * _GB, 3352 * _GB, 1.98, True
     ),
-    "b200": Gpu("NVIDIA B200", 10, 0, 148, 228 * KIB, 126 * _MIB, 180 * _GB, 8000 * _GB, 1.965, True),
+    "b200": Gpu(
+        "NVIDIA B200", 10, 0, 148, 228 * KIB, 126 * _MIB, 180 * _GB, 8000 * _GB, 1.965, True
+    ),
     "rtx5090": Gpu(
-        "NVIDIA GeForce RTX 5090", 12, 0, 170, 100 * KIB, 96 * _MIB, 32 * _GB, 1792 * _GB, 2.41, True
+        "NVIDIA GeForce RTX 5090",
+        12,
+        0,
+        170,
+        100 * KIB,
+        96 * _MIB,
+        32 * _GB,
+        1792 * _GB,
+        2.41,
+        True,
     ),
 }
 _GPU_CONFIG = """gpu_device_info {{
@@ -212,7 +225,9 @@ class Compiler:
         self._stop()
         shutil.rmtree(self._dump, ignore_errors=True)
 
-    def __call__(self, function: str, target: str, *, x64: bool = False, **arguments: Any) -> Report:
+    def __call__(
+        self, function: str, target: str, *, x64: bool = False, **arguments: Any
+    ) -> Report:
         """Compiles for ``target`` what ``function`` ("module:name") makes of the arguments.
 
         It is called with a maker of arguments and returns a function and what to call it with.
@@ -255,8 +270,7 @@ class Compiler:
 
 
 def _environment(dump: Path, estimates: bool) -> dict[str, str]:
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [path for path in sys.path if path]  # the worker imports what its caller can
     libtpu = [
         f"--xla_jf_dump_to={dump}/tpu",
         "--xla_jf_dump_llo_text=true",
@@ -283,7 +297,7 @@ def _environment(dump: Path, estimates: bool) -> dict[str, str]:
 _PARTS = ("tpu", "cycles", "gpu")  # what is dumped where
 
 
-def device(target: str) -> jax.Device:
+def device(target: str) -> Any:
     """A device of the kind of ``target``, good for compiling only."""
     from jax.experimental import topologies
 
@@ -358,7 +372,14 @@ def _read_gpu(dump: Path, target: str) -> dict[str, Any]:
         if "entry pasa_gpu" not in text:
             continue
         found["instructions"] = dict(Counter(_PTX.findall(text)))
-        command = [_ptxas(), "-v", f"-arch={GPUS[target].architecture}", str(path), "-o", os.devnull]
+        command = [
+            _ptxas(),
+            "-v",
+            f"-arch={GPUS[target].architecture}",
+            str(path),
+            "-o",
+            os.devnull,
+        ]
         said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
         used = re.search(r"Used (\d+) registers", said)
         found["registers"] = int(used[1]) if used else 0

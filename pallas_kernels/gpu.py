@@ -29,7 +29,6 @@ from pasa_jax._operands import Keep, Operands, Result
 from pasa_jax._prepare import HeadFacts, Plan, prepare
 from pasa_jax._walk import Walk
 from pasa_jax.mask import Index, Mask
-from pasa_jax.target import find_target
 
 Array = jax.Array
 Ref = Any
@@ -50,9 +49,7 @@ def adapt(plan: Plan) -> Plan:
         plan = replace(plan, precision=replace(plan.precision, scores="float32"))
     schedule = plan.schedule
     # Problems smaller than a tile have cut it; a tile that is larger than they are is masked.
-    schedule = replace(
-        schedule, block_q=_side(schedule.block_q), block_kv=_side(schedule.block_kv)
-    )
+    schedule = replace(schedule, block_q=_side(schedule.block_q), block_kv=_side(schedule.block_kv))
     dialect = tile.Dialect(base_two=True, running_maximum=True)
     return replace(plan, schedule=schedule, dialect=dialect)
 
@@ -230,7 +227,7 @@ def _specs(x: Inputs, specs: Specs) -> Inputs:
     """
     groups = x.query.shape[2] // x.key.shape[2]
 
-    def at(array: Array | None, *axes: str) -> pl.BlockSpec | None:
+    def at(array: Array | None, *axes: str) -> Any:
         """``axes``: "b" batch, "n" or "k" heads, or one of those that `Specs.padded` knows."""
         if array is None:
             return None
@@ -330,9 +327,7 @@ class PointerWalk(Walk):
     def key(self, j: Index) -> tile.KeyTile:
         specs, size = self.specs, (0, self.specs.padded_size, self.specs.size)
         k = self.load(self.refs.key, self.keys_at(j), size)
-        v = self.load(
-            self.refs.value, self.keys_at(j), (0, specs.padded_value, specs.value_size)
-        )
+        v = self.load(self.refs.value, self.keys_at(j), (0, specs.padded_value, specs.value_size))
         if self.value_gain is not None:
             v = v * self.value_gain.astype(v.dtype)
         kappa = None
@@ -482,4 +477,3 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
         outs = call(inputs)
     found = Result(outs.out, outs.lse, outs.m, outs.l, outs.remainder)
     return found.only(keep), jnp.any(outs.flag != 0)
-

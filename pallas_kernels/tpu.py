@@ -398,7 +398,7 @@ def _query_tile(walk: RefWalk, start: Index, outs: Outputs, out_type: jnp.dtype)
     zero = zero + jnp.where(walk.in_range(query), 0.0, jnp.nan)
     outs.flag[0, 0, 0] = jnp.broadcast_to(zero, (1, LANES))
 
-    out, remainder = found.out, None
+    out, remainder = found.out, found.out
     if out_type != jnp.float16:  # which leaves in float32, and is rounded outside
         out, remainder = walk.rounded(out, out_type)
     for ref, x in ((outs.out, out), (outs.remainder, remainder)):
@@ -470,7 +470,7 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
     with jax.enable_x64(False):  # neither compiler takes 64-bit loop counters
         outs = call(inputs)
 
-    def rows(x: Array | None) -> Array | None:  # [B, K, G, T, E] -> [B, T, N, E]
+    def rows(x: Array | None) -> Any:  # [B, K, G, T, E] -> [B, T, N, E]
         return None if x is None else jnp.swapaxes(x.reshape(b, -1, *x.shape[3:]), 1, 2)
 
     def statistics(x: Array | None) -> Array | None:  # [B, K, G, 1, T] -> [B, T, N]

@@ -131,7 +131,12 @@ class Time:
 
         def attend(x: jax.Array) -> jax.Array:
             return dot_product_attention(
-                x, x, x, is_causal=shape.is_causal, schedule=schedule, implementation=f"pallas_{kind}"
+                x,
+                x,
+                x,
+                is_causal=shape.is_causal,
+                schedule=schedule,
+                implementation=f"pallas_{kind}",
             )
 
         call = jax.jit(attend)
@@ -178,7 +183,9 @@ def tune(target: str, output: Path = TUNED, only: str = "", say: Any = print) ->
     """
     cost = meter(target)
     path = output / f"{target}.json"
-    known = {x["shape"]: x for x in json.loads(path.read_text())["schedules"]} if path.exists() else {}
+    known = (
+        {x["shape"]: x for x in json.loads(path.read_text())["schedules"]} if path.exists() else {}
+    )
     for shape in shapes(find_target(target).kind):
         if only not in shape.name:
             continue

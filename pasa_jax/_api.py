@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -389,9 +389,7 @@ def _scale(scale: ArrayLike | None, q: Array) -> tuple[Array, float | None]:
     return array.astype(wide), None
 
 
-def _schedule(
-    schedule: Schedule | None, q: Array, k: Array, v: Array, is_causal: bool
-) -> Schedule:
+def _schedule(schedule: Schedule | None, q: Array, k: Array, v: Array, is_causal: bool) -> Schedule:
     if schedule is None:
         device = jax.devices()[0]
         target = target_of_device(device.platform, device.device_kind)

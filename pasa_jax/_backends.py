@@ -25,7 +25,7 @@ from pasa_jax.target import find_target
 
 Array = jax.Array
 Implementation = str | Sequence[str] | None
-Outputs = tuple[Array, Array | None]
+Outputs = tuple[Array, Any]
 
 
 def _as_it_is(plan: Plan) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax import lax
@@ -51,15 +51,15 @@ def heads_of(x: Array, b: Index, h: Index, groups: int) -> Array:
 
 
 class Result(NamedTuple):
-    """What a forward pass gives. For one head the axes are [T, G, …]."""
+    """What a forward pass gives, None where it was not asked for. For one head: [T, G, …]."""
 
     out: Array  # [B, T, N, E] in the inputs' type
-    lse: Array | None = None  # [B, T, N] log-sum-exp, float32 (float64 for float64 inputs)
+    lse: Any = None  # [B, T, N] log-sum-exp, float32 (float64 for float64 inputs)
     # For the gradient: the parts of the log-sum-exp (their sum has lost the digits that matter
     # where scores are large), and what rounding took off the output, in the output's type.
-    m: Array | None = None  # [B, T, N] in units of the guard
-    l: Array | None = None  # noqa: E741  [B, T, N]
-    remainder: Array | None = None  # [B, T, N, E]
+    m: Any = None  # [B, T, N] in units of the guard
+    l: Any = None  # noqa: E741  [B, T, N]
+    remainder: Any = None  # [B, T, N, E]
 
     def only(self, keep: Keep) -> Result:
         """The parts that ``keep`` names."""

@@ -267,7 +267,9 @@ def _guard(
         return None
     of_q, of_scale = log2_norm(q), jnp.log2(jnp.abs(scale.astype(jnp.float32)))
     of_k, of_shifted = key_norms(k, usable, kappa, plan)
-    excess = of_q + of_shifted + of_scale - _LIMIT_LOG2["float16" if stores16 else plan.precision.scores]
+    excess = (
+        of_q + of_shifted + of_scale - _LIMIT_LOG2["float16" if stores16 else plan.precision.scores]
+    )
     if not products_fit:
         range_log2 = _LIMIT_LOG2["float64" if q.dtype == jnp.float64 else "float32"]
         whole = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0)

@@ -445,7 +445,9 @@ def update(
     pv = pv.astype(acc)
     if numerics.follows_maximum:  # a row that has seen no key yet is wiped by its first one
         keep = numerics.exp(_tempered(state.m - s.base, query.temper))
-        return State(s.base, keep * state.l + l_loc, _beside(keep.astype(acc)) * state.o + pv, state.f)
+        return State(
+            s.base, keep * state.l + l_loc, _beside(keep.astype(acc)) * state.o + pv, state.f
+        )
     f = state.f
     previous, current = state.m.astype(wide), s.base.astype(wide)
     # What is stored has the statistics' type; a sum of two stored numbers is used as it comes.

@@ -77,6 +77,7 @@ class Schedule:
                 block_q=block_q,
                 block_kv=block_kv,
                 unroll=4 if target.kind == "tpu" else 1,
+                warps=4 if max(head_dim, value_head_dim or 0) <= 64 else 8,
                 batch_heads=target.kind != "cpu",
                 target=target.name,
             )
@@ -100,19 +101,21 @@ class Schedule:
     ) -> dict[str, int]:
         """Bytes that one tile step needs in each on-chip memory of the target.
 
-        Key and value tiles are counted twice (one is loaded while the other is used). On an NPU
+        Key and value tiles are counted as often as there are stages (one is loaded while another
+        is used); a GPU's registers are those of the schedule's warps. On an NPU
         the products run in sub-tiles of 128 × 128 × 128, of which one is loaded ahead, and the two
         vector cores share the rows.
         """
         item, e = _ITEMSIZE[dtype], value_head_dim or head_dim
-        q, kv = self.block_q * head_dim * item, 2 * self.block_kv * (head_dim + e) * item
+        q = self.block_q * head_dim * item
+        kv = self.stages * self.block_kv * (head_dim + e) * item
         scores = self.block_q * self.block_kv
         out, rows = self.block_q * e * 4, 4 * self.block_q * 4
         kind = find_target(self.target).kind
         if kind == "tpu":
             return {"VMEM": q + kv + scores * (4 + item) + out + rows}
         if kind == "gpu":
-            return {"shared": q + kv, "registers": scores * 4 + out + rows}
+            return {"shared": q + kv, "registers": scores * (4 + item) + out + rows}
         if kind == "npu":
             sub, half = 128, (self.block_q + 1) // 2
             slab = 32 * 1024  # the vector core works through its rows in slabs of this size
@@ -137,7 +140,10 @@ class Schedule:
             )
 
     def _overfull(self, head_dim: int, e: int, dtype: str) -> tuple[str, int, int] | None:
-        there = find_target(self.target).memories
+        target = find_target(self.target)
+        there = dict(target.memories)
+        if target.kind == "gpu":  # a thread has 255, of which some hold addresses and indices
+            there["registers"] = min(there["registers"], self.warps * 32 * 220 * 4)
         wanted = self.footprint(head_dim=head_dim, value_head_dim=e, dtype=dtype)
         for memory, size in wanted.items():
             if size > there[memory]:
@@ -186,6 +192,6 @@ def tuned_for(target: str) -> tuple[Tuned, ...]:
 _CANDIDATES: dict[str, tuple[tuple[int, int], ...]] = {
     "cpu": ((512, 512),),
     "tpu": ((1024, 1024), (512, 512), (256, 256), (128, 128)),
-    "gpu": ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 16)),
+    "gpu": ((128, 64), (64, 64), (64, 32), (32, 32), (16, 16)),
     "npu": ((128, 512), (128, 256), (128, 128), (64, 128)),
 }

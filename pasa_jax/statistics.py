@@ -90,7 +90,7 @@ def _head(walk: HeadWalk) -> Statistics:
         raw, fresh = walk.rows(walk.head.query, start), walk.fresh(start, i)
         state = tile.initial_state(len(raw), 1, numerics)
 
-        def step(j: Array, seen: Array | None, e: _Extremes) -> _Extremes:
+        def step(j: Index, seen: Array | None, e: _Extremes) -> _Extremes:
             k, _, usable = walk.raw_keys(j)
             s = tile.plain_scores(raw, tile.zero_unusable(k, usable), walk.head.scale, numerics)
             s = jnp.where(jnp.isnan(s), jnp.inf, s).astype(jnp.float32)

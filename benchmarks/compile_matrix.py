@@ -1,0 +1,164 @@
+"""Compiles the Pallas kernels for real chips, on a machine that has none: `make test-aot`.
+
+A row is one way of calling `pasa_jax.dot_product_attention`, a column a chip and a type. Fails
+where a compiler refuses (too much on-chip memory among the reasons), where anything is computed in
+float64 under x64, where more registers are spilt than is stated below, and where a GPU kernel does
+not use the matrix instructions that it is for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pallas_kernels.aot import GPUS, TPU_TOPOLOGIES, Compiler, Report
+from pasa_jax import Schedule
+from pasa_jax.target import find_target
+
+# Spills that pass: on a TPU per instruction word of the kernel (whole tiles stream through the
+# registers, to which VMEM is near), on a GPU bytes per thread.
+TPU_SPILLS_PER_BUNDLE = 1.5
+GPU_SPILL_BYTES = 64
+_LENGTHS = {"query_seq_lengths": ((1,), "int32"), "key_value_seq_lengths": ((1,), "int32")}
+CALLS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "bottom right, odd lengths": {
+        "queries": 1000,
+        "keys": 1500,
+        "is_causal": True,
+        "causal_alignment": "bottom_right",
+    },
+    "window": {"local_window_size": 100},
+    "lengths": {"arrays": _LENGTHS},
+    "segments": {"arrays": {"segment_ids": ((1, 1024), "int32")}},
+    "bias": {"arrays": {"bias": ((1, 8, 1024, 1024), "float32")}},
+    "bias, broadcast": {"arrays": {"bias": ((1, 8, 1, 1024), "float32")}},
+    "mask": {"arrays": {"mask": ((1, 1, 1024, 1024), "bool")}},
+    "soft cap": {"logits_soft_cap": 30.0},
+    "sinks": {"arrays": {"sinks": ((8,), "float32")}},
+    "8 query heads a key head": {"heads": 32, "kv_heads": 4, "is_causal": True},
+    "decode": {"queries": 1, "keys": 4096, "heads": 32, "kv_heads": 8},
+    "short": {"queries": 5, "keys": 7},
+    "log-sum-exp": {"return_residual": True, "repair": True},
+    "gradient": {"gradient": True, "is_causal": True, "repair": True},
+    "under x64": {"x64": True, "is_causal": True, "repair": True},
+    "whole call, bias": {"arrays": {"bias": ((1, 8, 1024, 1024), "float32")}, "repair": True},
+    **{f"head size {d}": {"head_dim": d, "is_causal": True} for d in (64, 80, 96, 192, 256)},
+    **{f"shift {s}": {"shift": s} for s in ("none", "mean", "mean_past", "reference")},
+}
+_HALF = {"scores": "float16", "probabilities": "float16", "products": "float16"}
+GPU_CALLS: dict[str, dict[str, Any]] = {
+    "float16 products, mean": {"precision": _HALF, "shift": "mean", "is_causal": True},
+    "float16 products, auto": {"precision": _HALF},
+    "float16 exponentials": {
+        "precision": {"probabilities": "float16", "exponential": "float16"},
+        "is_causal": True,
+    },
+}
+TYPES = {"tpu": ("bfloat16", "float32", "float16"), "gpu": ("float16", "bfloat16")}
+QUICK = ("causal", "head size 64", "shift mean")
+# What must stand in the PTX of a call, by architecture's matrix instruction.
+HALF_PRODUCTS = ("f16.f16.f16.f16", "m64n64k16.f16.f16.f16", "m64n128k16.f16.f16.f16", "kind::f16")
+
+
+def compiled(compiler: Compiler, call: dict[str, Any], dtype: str, target: str) -> Report:
+    """One cell of the matrix."""
+    call = {"queries": 1024, "repair": False, **call}
+    sizes = {
+        "head_dim": call.get("head_dim", 128),
+        "length": call.get("keys", call["queries"]),
+        "is_causal": call.get("is_causal", False),
+    }
+    schedule = Schedule.for_target(target, dtype=dtype, **sizes)
+    return compiler(
+        "pallas_kernels.aot:attention", target, dtype=dtype, schedule=vars(schedule), **call
+    )
+
+
+def complaint(name: str, report: Report) -> str:
+    """Why a cell fails, or ""."""
+    if report.error:
+        return report.error
+    if report.float64 and name == "under x64":
+        return "something is computed in float64"
+    if find_target(report.target).kind == "tpu":
+        bound = TPU_SPILLS_PER_BUNDLE * max(report.bundles, 1)
+        return f"{report.spills} spills" if report.spills > bound else ""
+    if name.startswith("float16 products"):
+        counted = " ".join(report.instructions)
+        if not any(x in counted for x in HALF_PRODUCTS):
+            return f"no float16 accumulation among {counted}"
+    if name == "float16 exponentials" and "ex2.approx.f16x2" not in report.instructions:
+        return "no exponential of two halves at once"
+    return f"{report.spills} bytes spilt" if report.spills > GPU_SPILL_BYTES else ""
+
+
+def cell(report: Report, why: str) -> str:
+    if why:
+        return "FAILED"
+    if find_target(report.target).kind == "gpu":
+        return f"{report.registers} / {report.spills} / {report.shared // 1024}"
+    return f"{report.total_cycles or 'ok'}"
+
+
+def main(
+    target: Annotated[list[str] | None, typer.Option(help="Chips; default all.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few calls only.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
+) -> None:
+    """Compiles every call for every chip and type, and prints what came of it."""
+    console = Console(width=240)
+    failures, found = [], []
+    with Compiler() as compiler:
+        for kind, known in (("tpu", tuple(TPU_TOPOLOGIES)), ("gpu", tuple(GPUS))):
+            columns = [(t, d) for t in known if target is None or t in target for d in TYPES[kind]]
+            calls = {**CALLS, **(GPU_CALLS if kind == "gpu" else {})}
+            table = Table("call", *(f"{t} {d}" for t, d in columns))
+            for name, call in calls.items() if columns else ():
+                if quick and name not in QUICK:
+                    continue
+                cells = []
+                for t, dtype in columns:
+                    if name in GPU_CALLS and dtype != "float16":
+                        cells.append("")
+                        continue
+                    report = compiled(compiler, call, dtype, t)
+                    why = complaint(name, report)
+                    cells.append(cell(report, why))
+                    found.append({"call": name, "dtype": dtype, **vars(report), "why": why})
+                    if why:
+                        failures.append(f"{name}, {dtype}, {t}: {why}")
+                        console.print(failures[-1], style="red")
+                table.add_row(name, *cells)
+                console.print(f"{kind}: {name}: {cells}", style="dim", highlight=False)
+            if columns:
+                title = (
+                    "estimated cycles" if kind == "tpu" else "registers / bytes spilt / KiB shared"
+                )
+                console.print(f"{kind}, {title}")
+                console.print(table)
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
+    }
+    console.print(f"{versions}: {len(failures)} of {len(found)} failed")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        date = datetime.now(UTC).date().isoformat()
+        output.write_text(
+            json.dumps({"date": date, "versions": versions, "cells": found}, indent=1)
+        )
+    if failures:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
