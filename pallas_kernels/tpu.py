@@ -44,21 +44,25 @@ _LARGEST_PRODUCT = 2.0**126
 
 
 def adapt(plan: Plan) -> Plan:
-    """``plan`` in the TPU's dialect. Mosaic has no float16: scores are then stored in float32.
+    """``plan`` in the TPU's dialect.
 
-    A precision that the caller named is never changed; `supports` refuses it.
+    Mosaic has no float16, and chips before v6e compute with no bfloat16: unless the caller named
+    a precision, scores are then stored in float32. (One that was named is never changed;
+    `supports` refuses it.)
     """
-    if plan.precision.scores == "float16" and not plan.explicit_precision:
-        plan = replace(plan, precision=Precision.named("float32"))
     target = find_target(plan.schedule.target)
+    precision = plan.precision
+    if not plan.explicit_precision and precision.scores not in target.vector_types:
+        probabilities = "float32" if precision.scores == "float16" else precision.probabilities
+        plan = replace(
+            plan, precision=replace(precision, scores="float32", probabilities=probabilities)
+        )
     narrow = plan.precision.scores == "bfloat16" and "bfloat16" in target.vector_types
     dialect = tile.Dialect(
         base_two=True,
         exponential="bfloat16" if narrow else None,
         running_maximum=True,
-        # Columns that a 256 wide matrix unit would leave idle; a 128 wide one has none to spare.
-        sum_by_product=target.matrix_columns == 2 * LANES
-        and plan.precision.probabilities == "bfloat16",
+        matrix_columns=target.matrix_columns if plan.precision.probabilities == "bfloat16" else 0,
     )
     return replace(plan, dialect=dialect)
 

@@ -24,7 +24,7 @@ from pasa_jax.precision import Precision
 
 Array = jax.Array
 
-_LANES = 128  # columns that a matrix unit computes at once, whether they are wanted or not
+_LANES = 128  # of a vector, and columns of the narrowest matrix unit
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Dialect:
       exponential: the type in which a tile's exponentials are computed, unless the precision
         says; None: the statistics'.
       exp2: the power of two of a tile.
-      sum_by_product: P's row sums come out of the matrix unit, as a product with ones.
+      matrix_columns: if P's row sums may come out of the matrix unit, as a product with ones in
+        columns that it would leave idle: how many it computes at once; else 0.
       running_maximum: where nothing is put back after the rounding, scores are stored minus the
         running maximum instead of their tile's, which saves rescaling what the tile adds.
       contracts: the compiler may round product·gain − maximum only once.
@@ -46,7 +47,7 @@ class Dialect:
     base_two: bool = False
     exponential: str | None = None
     exp2: Callable[[Array], Array] = jnp.exp2
-    sum_by_product: bool = False
+    matrix_columns: int = 0
     running_maximum: bool = False
     contracts: bool = True
     flat: bool = False
@@ -478,10 +479,12 @@ def update(
 def _sum_and_product(p: Array, v: Array, numerics: Numerics) -> tuple[Array, Array]:
     """P's row sums [R, 1] and P·V [R, E]."""
     size = v.shape[1]
-    if not numerics.dialect.sum_by_product or size % _LANES:
+    idle = -size % numerics.dialect.matrix_columns if numerics.dialect.matrix_columns else 0
+    if idle == 0:
         l_loc = numerics.over_row(jnp.sum, p.astype(numerics.statistics))
         return l_loc, _dot(p, v, (1, 0), numerics.accumulated)
-    ones = jnp.ones((v.shape[0], _LANES), v.dtype)
+    # As few of them as fill whole vectors.
+    ones = jnp.ones((v.shape[0], -size % _LANES or _LANES), v.dtype)
     both = _dot(p, jnp.concatenate([v, ones], axis=1), (1, 0), numerics.product)
     return both[:, size : size + 1].astype(numerics.statistics), both[:, :size]
 
