@@ -245,14 +245,15 @@ class Compiler:
     def _ask(self, job: dict[str, Any], estimates: bool) -> str:
         if self._worker is None or self._estimates != estimates:
             self._stop()
-            self._worker = subprocess.Popen(
-                [sys.executable, "-m", "pallas_kernels.aot", str(self._dump)],
-                env=_environment(self._dump, estimates),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=(self._dump / "stderr").open("w"),
-                text=True,
-            )
+            with (self._dump / "stderr").open("w") as stderr:
+                self._worker = subprocess.Popen(
+                    [sys.executable, "-m", "pallas_kernels.aot", str(self._dump)],
+                    env=_environment(self._dump, estimates),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    text=True,
+                )
             self._estimates = estimates
         assert self._worker.stdin is not None
         assert self._worker.stdout is not None
@@ -265,7 +266,8 @@ class Compiler:
     def _stop(self) -> None:
         if self._worker is not None:
             self._worker.kill()
-            self._worker.wait()
+            with contextlib.suppress(BrokenPipeError), self._worker:
+                pass  # closes the pipes and waits
             self._worker = None
 
 

@@ -27,7 +27,6 @@ from pasa_jax._operands import Keep, Operands, Result
 from pasa_jax._prepare import Plan, prepare
 from pasa_jax._walk import Walk
 from pasa_jax.mask import Index, Mask
-from pasa_jax.precision import Precision
 from pasa_jax.target import MIB, find_target
 
 Array = jax.Array

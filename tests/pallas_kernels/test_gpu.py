@@ -185,8 +185,3 @@ class TestChoice:
         arrays = CASES["causal"].arrays("bfloat16")
         with pytest.raises(ValueError, match='products="float32"'):
             dot_product_attention(**arrays, precision=HALF)
-
-
-def lowered(function, platform, *shape):
-    x = jax.ShapeDtypeStruct(shape, jnp.float16)
-    return jax.jit(function).trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()

@@ -215,33 +215,3 @@ class TestChoice:
         told = explain(x, x, x, schedule=Schedule.for_target("tpu_v6e"))
         assert told.implementation == "lax"
         assert "bytes of VMEM" in told.why_not["pallas_tpu"]
-
-
-def attend(q, k, v):
-    schedule = Schedule.for_target("tpu_v6e", dtype="bfloat16")
-    return dot_product_attention(q, k, v, is_causal=True, schedule=schedule)
-
-
-def lowered(function, platform, *shape):
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    return jax.jit(function).trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
-
-
-@pytest.mark.parametrize("platform", ["tpu", "cpu"])
-def test_one_function_is_lowered_for_either_platform(platform):
-    text = lowered(attend, platform, 1, 256, 2, 128)
-    assert ("tpu_custom_call" in text) == (platform == "tpu")
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        jax.vmap,
-        jax.checkpoint,
-        lambda f: jax.grad(lambda q, k, v: jnp.sum(f(q, k, v).astype(jnp.float32))),
-        lambda f: jax.vmap(jax.grad(lambda q, k, v: jnp.sum(f(q, k, v).astype(jnp.float32)))),
-    ],
-)
-def test_transforms_are_lowered(transform):
-    """The interpreter of jax 0.10 knows no vmapped grid, so these are lowered only."""
-    assert "tpu_custom_call" in lowered(transform(attend), "tpu", 2, 256, 2, 128)

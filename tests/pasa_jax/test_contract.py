@@ -44,7 +44,7 @@ def test_reference(name, dtype):
 
 
 def test_the_table_of_implementations_is_the_one_tested():
-    assert tuple(BACKENDS) == ("pallas_tpu", "lax", "reference")
+    assert tuple(BACKENDS) == ("pallas_tpu", "pallas_gpu", "lax", "reference")
 
 
 @pytest.mark.parametrize("shift", [s for s in SHIFTS if s != "paper"])

@@ -149,12 +149,12 @@ WRONG = {
     "implementation": (
         (Q, K, V),
         {"implementation": "xla"},
-        "`implementation` must be one of 'pallas_tpu', 'lax', 'reference'; got 'xla'.",
+        "`implementation` must be one of 'pallas_tpu', 'pallas_gpu', 'lax', 'reference'; got 'xla'.",
     ),
     "implementation in a sequence": (
         (Q, K, V),
         {"implementation": ("lax", "cudnn")},
-        "`implementation` must be one of 'pallas_tpu', 'lax', 'reference'; got 'cudnn'.",
+        "`implementation` must be one of 'pallas_tpu', 'pallas_gpu', 'lax', 'reference'; got 'cudnn'.",
     ),
     "unsupported": (
         (Q, K, V),
@@ -181,7 +181,10 @@ def test_float64_precision_is_for_float64_inputs():
         dot_product_attention(Q, K, V, precision="float64")
 
 
-NO_TPU = {"pallas_tpu": "its schedule would have to be for a TPU, and is for cpu"}
+NO_KERNEL = {
+    f"pallas_{kind}": f"its schedule would have to be for a {kind.upper()}, and is for cpu"
+    for kind in ("tpu", "gpu")
+}
 
 
 def test_implementation_as_in_tokamax():
@@ -190,7 +193,7 @@ def test_implementation_as_in_tokamax():
     mean = explain(Q, K, V, implementation=("reference", "lax"), shift="mean")
     assert mean.implementation == "lax"
     assert mean.why_not == {
-        **NO_TPU,
+        **NO_KERNEL,
         "reference": "it computes the plain formula, without the shift 'mean'",
     }
     with pytest.raises(BackendUnsupported):
@@ -203,7 +206,7 @@ def test_explain_says_what_would_run():
     assert (told.implementation, told.shift, told.guarded) == ("lax", "reference", True)
     assert told.schedule.block_kv == 100  # the whole sequence, shorter than the default block
     assert told.precision == Precision.named("float16")
-    assert told.why_not == {**NO_TPU, "reference": "'lax' comes before it"}
+    assert told.why_not == {**NO_KERNEL, "reference": "'lax' comes before it"}
     behind = explain(x, x, x, schedule=Schedule.for_target("ascend_910b", head_dim=64))
     assert behind.shift == "none or mean"
     assert "ascend_910b rounds the product to float16 first" in behind.reason
