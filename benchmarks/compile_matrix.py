@@ -64,8 +64,10 @@ GPU_CALLS: dict[str, dict[str, Any]] = {
     },
 }
 TYPES = {"tpu": ("bfloat16", "float32", "float16"), "gpu": ("float16", "bfloat16")}
-# Every chip compiles the first type, these all of them; the others differ little from these.
-EVERY_TYPE = ("tpu_v6e", "h100")
+# These chips compile every call in every type. The others differ little from them: they compile
+# the first type, and the calls that change the size or the arithmetic of a tile.
+THOROUGH = ("tpu_v6e", "h100")
+EVERYWHERE = ("full", "causal", "head size", "shift", "float16", "under x64", "gradient")
 QUICK = ("causal", "head size 64", "shift mean")
 # What must stand in the PTX of a call, by architecture's matrix instruction.
 HALF_PRODUCTS = ("f16.f16.f16.f16", "m64n64k16.f16.f16.f16", "m64n128k16.f16.f16.f16", "kind::f16")
@@ -114,7 +116,7 @@ def cell(report: Report, why: str) -> str:
 def main(
     target: Annotated[list[str] | None, typer.Option(help="Chips; default all.")] = None,
     quick: Annotated[bool, typer.Option(help="A few calls only.")] = False,
-    all_types: Annotated[bool, typer.Option(help="Every type on every chip.")] = False,
+    everything: Annotated[bool, typer.Option(help="Every call and type on every chip.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
 ) -> None:
     """Compiles every call for every chip and type, and prints what came of it."""
@@ -126,7 +128,7 @@ def main(
                 (t, d)
                 for t in known
                 if target is None or t in target
-                for d in (TYPES[kind] if t in EVERY_TYPE or all_types else TYPES[kind][:1])
+                for d in (TYPES[kind] if t in THOROUGH or everything else TYPES[kind][:1])
             ]
             calls = {**CALLS, **(GPU_CALLS if kind == "gpu" else {})}
             table = Table("call", *(f"{t} {d}" for t, d in columns))
@@ -135,7 +137,8 @@ def main(
                     continue
                 cells = []
                 for t, dtype in columns:
-                    if name in GPU_CALLS and dtype != "float16":
+                    needed = everything or t in THOROUGH or name.startswith(EVERYWHERE)
+                    if not needed or (name in GPU_CALLS and dtype != "float16"):
                         cells.append("")
                         continue
                     report = compiled(compiler, call, dtype, t)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -105,11 +106,11 @@ class Estimate:
             head_dim=shape.head_dim,
             dtype=shape.dtype,
             is_causal=shape.is_causal,
-            schedule=fields(schedule),
+            schedule=vars(schedule),
             head_major=True,
             repair=False,
         )
-        return report.total_cycles or float("inf")
+        return report.total_cycles or math.inf
 
     def close(self) -> None:
         self._compiler.__exit__()
@@ -143,7 +144,7 @@ class Time:
         try:
             call(x).block_until_ready()
         except jax.errors.JaxRuntimeError:  # more shared memory or registers than there are
-            return float("inf")
+            return math.inf
         seconds = []
         for _ in range(_ROUNDS):
             start = time.perf_counter()
@@ -161,13 +162,6 @@ def meter(target: str) -> Estimate | Time:
     if target_of_device(here.platform, here.device_kind).name == target:
         return Time(target)
     return Estimate(target)
-
-
-def fields(schedule: Schedule) -> dict[str, Any]:
-    """A schedule's fields that are not the defaults, and its target."""
-    default = Schedule()
-    found = {k: v for k, v in vars(schedule).items() if v != getattr(default, k)}
-    return {**found, "target": schedule.target}
 
 
 def tune(target: str, output: Path = TUNED, only: str = "", say: Any = print) -> Path:
@@ -192,8 +186,11 @@ def tune(target: str, output: Path = TUNED, only: str = "", say: Any = print) ->
         costs = {}
         for schedule in candidates(target, shape):
             costs[schedule] = cost(shape, schedule)
-            say(f"{target}: {shape.name}: {fields(schedule)}: {costs[schedule]:.0f} {cost.unit}")
+            say(f"{shape.name}: {schedule}: {costs[schedule]:.0f} {cost.unit}")
         best = min(costs, key=lambda schedule: costs[schedule])
+        if math.isinf(costs[best]):
+            say(f"{shape.name}: no schedule compiles")
+            continue
         found = Tuned(
             shape=shape.name,
             length=shape.length,
@@ -201,7 +198,7 @@ def tune(target: str, output: Path = TUNED, only: str = "", say: Any = print) ->
             dtype=shape.dtype,
             is_causal=shape.is_causal,
             cost=round(costs[best]),
-            schedule=fields(best),
+            schedule=vars(best),
         )
         known[shape.name] = vars(found)
     cost.close()

@@ -166,7 +166,7 @@ class Tuned:
     Arguments:
       shape: the problem's name.
       cost: cycles or microseconds, as the table says.
-      schedule: the fields of a `Schedule` that are not its defaults.
+      schedule: the fields of a `Schedule`.
     """
 
     shape: str
