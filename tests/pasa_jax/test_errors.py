@@ -13,6 +13,7 @@ def zeros(*shape, dtype="float32"):
 
 
 Q, K, V = zeros(2, 6, 4, 8), zeros(2, 5, 2, 8), zeros(2, 5, 2, 8)
+IMPLEMENTATIONS = "'pallas_tpu', 'pallas_gpu', 'lax', 'reference'"
 
 WRONG = {
     "rank": (
@@ -149,12 +150,12 @@ WRONG = {
     "implementation": (
         (Q, K, V),
         {"implementation": "xla"},
-        "`implementation` must be one of 'pallas_tpu', 'pallas_gpu', 'lax', 'reference'; got 'xla'.",
+        f"`implementation` must be one of {IMPLEMENTATIONS}; got 'xla'.",
     ),
     "implementation in a sequence": (
         (Q, K, V),
         {"implementation": ("lax", "cudnn")},
-        "`implementation` must be one of 'pallas_tpu', 'pallas_gpu', 'lax', 'reference'; got 'cudnn'.",
+        f"`implementation` must be one of {IMPLEMENTATIONS}; got 'cudnn'.",
     ),
     "unsupported": (
         (Q, K, V),
