@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._repair import without_repair
+from pallas_kernels._common import without_repair
 from pasa_jax import Precision, Schedule, dot_product_attention
 from pasa_jax._errors import check_choice
 from pasa_jax.target import KIB, find_target

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels._repair import narrowed, repaired
+from pallas_kernels._common import bound, narrowed, repaired, without_arrays
 from pasa_jax import _lax
 from pasa_jax import _tile as tile
 from pasa_jax._operands import Keep, Operands, Result
@@ -379,12 +379,7 @@ def _kernel(
     i = pl.program_id(0)
     outs = Outputs(*rest)
 
-    def length(ref: Ref | None) -> Array | None:
-        return None if ref is None else ref[...]
-
-    mask = replace(
-        mask, query_lengths=length(refs.query_lengths), key_lengths=length(refs.key_lengths)
-    )
+    mask = bound(mask, refs.query_lengths, refs.key_lengths)
     walk = PointerWalk(
         mask=mask,
         plan=plan,
@@ -392,7 +387,7 @@ def _kernel(
         groups=1,
         block_q=specs.block_q,
         value_size=specs.padded_value,
-        value_gain=length(refs.value_gain),
+        value_gain=None if refs.value_gain is None else refs.value_gain[...],
         refs=refs,
         specs=specs,
     )
@@ -453,16 +448,10 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
         pl.BlockSpec((None, None, specs.query_tiles), lambda i, n, b: (b, n, 0)),
         pl.BlockSpec((None, rows, None), lambda i, n, b: (b, 0, n)),
     )
-    static_mask = replace(
-        mask,
-        query_lengths=None,
-        key_lengths=None,
-        query_segments=None if mask.query_segments is None else (),
-        key_segments=None if mask.key_segments is None else (),
-        array=None if mask.array is None else (),
-    )
     call = pl.pallas_call(
-        partial(_kernel, mask=static_mask, plan=kernel_plan, specs=specs, out_type=out_type),
+        partial(
+            _kernel, mask=without_arrays(mask), plan=kernel_plan, specs=specs, out_type=out_type
+        ),
         grid=(specs.query_tiles, n, b),
         in_specs=(_specs(inputs, specs),),
         out_specs=blocks,

@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._common import bound, narrowed, repaired, without_arrays
 from pallas_kernels._float16 import from_bits, to_bits
-from pallas_kernels._repair import narrowed, repaired
 from pasa_jax import _lax
 from pasa_jax import _tile as tile
 from pasa_jax._operands import Keep, Operands, Result
@@ -365,13 +365,7 @@ def _kernel(
     *out_refs, largest_key = rest
     outs = Outputs(*out_refs)
 
-    def length(ref: Ref | None) -> Array | None:
-        return None if ref is None else ref[b]
-
-    # The walk asks only whether segments and array are there; it reads them from the refs.
-    mask = replace(
-        mask, query_lengths=length(refs.query_lengths), key_lengths=length(refs.key_lengths)
-    )
+    mask = bound(mask, refs.query_lengths, refs.key_lengths, b)
     walk = RefWalk(
         mask=mask,
         plan=plan,
@@ -449,23 +443,17 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
             return Outputs(wide, flag, column, column, column, None if half else wide)
         return Outputs(wide, flag, column if keep == "lse" else None)
 
-    static_mask = replace(
-        mask,
-        query_lengths=None,
-        key_lengths=None,
-        query_segments=None if mask.query_segments is None else (),
-        key_segments=None if mask.key_segments is None else (),
-        array=None if mask.array is None else (),
-    )
     call = pl.pallas_call(
-        partial(_kernel, mask=static_mask, plan=kernel_plan, specs=specs, out_type=out_type),
+        partial(
+            _kernel, mask=without_arrays(mask), plan=kernel_plan, specs=specs, out_type=out_type
+        ),
         grid=(b, specs.heads, specs.query_tiles),
         in_specs=(_in_specs(inputs, specs),),
         out_specs=wanted(wide_block, flag_block, column_block),
         out_shape=wanted(wide, flag, column),
         scratch_shapes=[pltpu.VMEM((1, operands.key.shape[-1]), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "parallel"),
             vmem_limit_bytes=min(_vmem(plan), specs.bytes + specs.bytes // 4 + 8 * MIB),
         ),
         name="pasa_tpu",

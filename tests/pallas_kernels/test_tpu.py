@@ -1,4 +1,4 @@
-"""The TPU kernel, executed by JAX's TPU interpreter: two cores, races, NaN-filled memory."""
+"""What is particular to the TPU kernel: tiles along lanes, float16 as bits, what it refuses."""
 
 import dataclasses
 
@@ -6,18 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._float16 import from_bits, to_bits
 from pasa_jax import Precision, Schedule, dot_product_attention, explain
 from pasa_jax._errors import BackendUnsupported
 from tests.cases import CASES, Case, exact
-from tests.pasa_jax.test_contract import BOUND, check
+from tests.pasa_jax.test_contract import check
 
 TILES = Schedule(block_q=32, block_kv=16, target="tpu_v6e")
 # Biases, arrays and segments are cut along the lanes, which takes tiles of 128 keys.
 BY_LANES = dataclasses.replace(TILES, block_kv=128)
-INTERPRETED = pytest.mark.usefixtures("interpreter")
+INTERPRETED = pytest.mark.usefixtures("tpu_interpreter")
 LARGE = {
     "many tiles": Case(b=1, t=300, s=400, n=4, k=2, keywords={"is_causal": True}),
     "many tiles, bias": Case(b=1, t=300, s=400, n=2, k=1, bias=(1, 2, 300, 400)),
@@ -36,43 +35,6 @@ LARGE = {
 }
 
 
-@pytest.fixture
-def interpreter():
-    params = pltpu.InterpretParams(
-        detect_races=True,
-        num_cores_or_threads=2,
-        uninitialized_memory="nan",
-        out_of_bounds_reads="raise",
-    )
-    with pltpu.force_tpu_interpret_mode(params):
-        yield
-    races = pytest.importorskip(
-        "jax._src.pallas.mosaic.interpret.interpret_pallas_call",
-        reason="this jax has moved the interpreter's race report: find it again",
-    ).races
-    assert races is None or not races.races_found
-
-
-def tiles(case):
-    by_lanes = case.bias or case.mask or "segment_ids" in case.keywords
-    return BY_LANES if by_lanes else TILES
-
-
-@INTERPRETED
-@pytest.mark.parametrize("name", CASES)
-def test_contract(name):
-    case = CASES[name]
-    check(case, "float32", 4e-6, implementation="pallas_tpu", schedule=tiles(case))
-
-
-@INTERPRETED
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["lengths, bottom right", "bias", "soft cap, causal, biased"])
-def test_contract_in_16_bits(name, dtype):
-    case = CASES[name]
-    check(case, dtype, BOUND[dtype], implementation="pallas_tpu", schedule=tiles(case))
-
-
 @INTERPRETED
 @pytest.mark.parametrize("name", LARGE)
 def test_many_tiles(name):
@@ -87,84 +49,11 @@ def test_tiles_of_one_step(unroll):
     check(CASES["causal"], "float32", 4e-6, implementation="pallas_tpu", schedule=schedule)
 
 
-@INTERPRETED
-@pytest.mark.parametrize("shift", ["none", "mean", "mean_past", "reference"])
-def test_every_shift(shift):
-    options = {"shift": shift, "implementation": "pallas_tpu", "schedule": TILES}
-    check(CASES["causal, fewer keys"], "bfloat16", BOUND["bfloat16"], **options)
-
-
 def test_float16_is_widened_bit_by_bit():
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     widened = np.asarray(from_bits(to_bits(jnp.asarray(every))))
     assert widened.dtype == np.float32
     np.testing.assert_array_equal(widened, every.astype(np.float32))
-
-
-def both(arrays, **options):
-    """Results of the kernel and of lax in float32 scores, from the same schedule."""
-    return [
-        np.asarray(
-            dot_product_attention(
-                **arrays, **options, schedule=TILES, precision="float32", implementation=name
-            ).astype(jnp.float32)
-        )
-        for name in ("pallas_tpu", "lax")
-    ]
-
-
-@INTERPRETED
-@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
-def test_what_a_masked_key_holds_does_not_matter(value):
-    arrays = CASES["full"].arrays("bfloat16")
-    options = {"key_value_seq_lengths": jnp.asarray([30, 50])}
-    clean, _ = both(arrays, **options)
-    for name in ("key", "value"):
-        arrays[name] = arrays[name].at[0, 30:].set(value)
-    found, by_lax = both(arrays, **options)
-    np.testing.assert_allclose(found, clean, atol=1e-2)
-    np.testing.assert_allclose(found, by_lax, atol=1e-2)
-
-
-@INTERPRETED
-def test_finite_inputs_give_finite_outputs_whatever_their_size():
-    arrays = {k: v * jnp.bfloat16(5e37) for k, v in CASES["full"].arrays("bfloat16").items()}
-    found, by_lax = both(arrays)
-    assert np.all(np.isfinite(found))
-    np.testing.assert_allclose(found, by_lax, rtol=1e-2)
-
-
-@INTERPRETED
-def test_a_row_that_sees_nan_says_so():
-    arrays = CASES["causal"].arrays("float32")
-    arrays["key"] = arrays["key"].at[0, 20, 0].set(jnp.nan)
-    found, by_lax = both(arrays, is_causal=True)
-    np.testing.assert_allclose(found, by_lax, atol=2e-6)
-    assert np.all(np.isnan(found[0, 20:, :2]))
-    assert np.all(np.isfinite(found[0, :20]))
-
-
-@INTERPRETED
-def test_gradients():
-    arrays = CASES["causal"].arrays("float32")
-
-    def loss(q, k, v, name):
-        out, lse = dot_product_attention(
-            q, k, v, is_causal=True, implementation=name, schedule=TILES, return_residual=True
-        )
-        return jnp.sum(out**2) + jnp.sum(jnp.sin(lse))
-
-    ours, by_lax = (
-        jax.jit(jax.grad(lambda *x: loss(*x, name), (0, 1, 2)))(*arrays.values())  # noqa: B023
-        for name in ("pallas_tpu", "lax")
-    )
-    for a, b in zip(ours, by_lax, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
-
-
-@INTERPRETED
-def test_under_x64(x64):
-    check(CASES["causal"], "float32", 4e-6, implementation="pallas_tpu", schedule=TILES)
 
 
 class TestChoice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from pasa_jax._prepare import Plan
 from pasa_jax.mask import Mask
 
 Array = jax.Array
+Ref = Any
 
 _ROWS = 128
 
@@ -23,6 +25,34 @@ _ROWS = 128
 def narrowed(x: Array | None) -> Array | None:
     """float64 as float32, the widest type that kernels have; scores have no more either."""
     return x.astype(jnp.float32) if x is not None and x.dtype == jnp.float64 else x
+
+
+def without_arrays(mask: Mask) -> Mask:
+    """The mask that a kernel is traced with: a walk asks it only whether segments and array are
+    there, and reads them from the refs; `bound` gives it its lengths.
+    """
+
+    def there(x: Array | None) -> Any:
+        return None if x is None else ()
+
+    return replace(
+        mask,
+        query_lengths=None,
+        key_lengths=None,
+        query_segments=there(mask.query_segments),
+        key_segments=there(mask.key_segments),
+        array=there(mask.array),
+    )
+
+
+def bound(mask: Mask, query_length: Ref | None, key_length: Ref | None, *at: Array) -> Mask:
+    """``mask`` with the lengths of a program's batch entry, in SMEM or behind a pointer."""
+    place = at or ...
+
+    def read(ref: Ref | None) -> Array | None:
+        return None if ref is None else ref[place]
+
+    return replace(mask, query_lengths=read(query_length), key_lengths=read(key_length))
 
 
 _flags: list[Array] | None = None
