@@ -123,7 +123,8 @@ class Walk(ABC):
             seen = self.seen(start, j)
             if not self.mask.data_dependent:
                 return body(j, seen, carry)
-            return lax.cond(jnp.any(seen), lambda c: body(j, seen, c), lambda c: c, carry)
+            some = jnp.max(seen.astype(jnp.int32)) > 0  # Triton has no other "any"
+            return lax.cond(some, lambda c: body(j, seen, c), lambda c: c, carry)
 
         def full(j: Index, carry: Any) -> Any:
             return body(j, None, carry)

@@ -107,15 +107,17 @@ class Schedule:
         vector cores share the rows.
         """
         item, e = _ITEMSIZE[dtype], value_head_dim or head_dim
+        kind = find_target(self.target).kind
+        if kind == "gpu":  # whose tiles have sides that are powers of two
+            head_dim, e = (1 << (n - 1).bit_length() for n in (head_dim, e))
         q = self.block_q * head_dim * item
         kv = self.stages * self.block_kv * (head_dim + e) * item
         scores = self.block_q * self.block_kv
         out, rows = self.block_q * e * 4, 4 * self.block_q * 4
-        kind = find_target(self.target).kind
-        if kind == "tpu":
-            return {"VMEM": q + kv + scores * (4 + item) + out + rows}
         if kind == "gpu":
             return {"shared": q + kv, "registers": scores * (4 + item) + out + rows}
+        if kind == "tpu":
+            return {"VMEM": q + kv + scores * (4 + item) + out + rows}
         if kind == "npu":
             sub, half = 128, (self.block_q + 1) // 2
             slab = 32 * 1024  # the vector core works through its rows in slabs of this size

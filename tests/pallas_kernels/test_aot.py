@@ -5,6 +5,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax import export
@@ -56,6 +57,28 @@ class TestLowering:
     def test_transforms(self, chip, transform):
         target, call = KERNELS[chip]
         assert call in lowered(transform(attend(target)), chip)
+
+    @pytest.mark.parametrize("chip", KERNELS)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"segment_ids": np.zeros((2, 256), np.int32)},
+            {"mask": np.ones((1, 1, 256, 256), bool)},
+            {"bias": np.zeros((1, 2, 1, 256), np.float32), "sinks": np.zeros(2, np.float32)},
+            {"key_value_seq_lengths": np.asarray([3, 256]), "local_window_size": 64},
+            {"logits_soft_cap": 30.0, "shift": "mean", "return_residual": True},
+        ],
+    )
+    def test_every_kind_of_mask(self, chip, options):
+        """What an interpreter takes, a compiler may not: Triton has no reduction by "or"."""
+        target, call = KERNELS[chip]
+        schedule = Schedule.for_target(target, dtype="bfloat16", length=256)
+        name = "pallas_tpu" if chip == "tpu" else "pallas_gpu"
+
+        def function(q, k, v):
+            return dot_product_attention(q, k, v, schedule=schedule, implementation=name, **options)
+
+        assert call in lowered(function, chip)
 
     @pytest.mark.parametrize("chip", KERNELS)
     def test_shard_map_with_types_of_varying_axes(self, chip):
