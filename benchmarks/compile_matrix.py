@@ -25,7 +25,7 @@ from pasa_jax.target import find_target
 # Spills that pass: on a TPU per instruction word of the kernel (whole tiles stream through the
 # registers, to which VMEM is near), on a GPU bytes per thread.
 TPU_SPILLS_PER_BUNDLE = 1.5
-GPU_SPILL_BYTES = 64
+GPU_SPILL_BYTES = 256
 _LENGTHS = {"query_seq_lengths": ((1,), "int32"), "key_value_seq_lengths": ((1,), "int32")}
 CALLS: dict[str, dict[str, Any]] = {
     "full": {},
