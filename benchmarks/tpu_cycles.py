@@ -177,7 +177,7 @@ def main(
                         if flash_report is not None:
                             ratio = report.total_cycles / flash_report.total_cycles
                         target = TARGETS.get((name, c))
-                        rows.append({**row, "ratio": ratio, "target": target, **asdict(report)})
+                        rows.append({**row, "ratio": ratio, "aim": target, **asdict(report)})
                         table.add_row(
                             c,
                             str(n),
