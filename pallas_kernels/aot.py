@@ -13,10 +13,12 @@ import importlib
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -209,11 +211,15 @@ def attention(
 class Compiler:
     """A process with the compilers in it; a crash of one costs a restart.
 
+    Arguments:
+      limit: seconds that one compilation may take. (Some take minutes and all of the memory.)
+
     >>> with Compiler() as compiler:  # doctest: +SKIP
     ...     compiler("pallas_kernels.aot:attention", "tpu_v6e", schedule={"target": "tpu_v6e"})
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float = 300) -> None:
+        self._limit = limit
         self._dump = Path(tempfile.mkdtemp(prefix="pasa_aot_"))
         self._worker: subprocess.Popen[str] | None = None
         self._estimates = True
@@ -239,10 +245,13 @@ class Compiler:
             if line:
                 return Report(**json.loads(line))
             self._stop()
+            if line is None:
+                return Report(target, error=f"not compiled within {self._limit:.0f} seconds")
         said = (self._dump / "stderr").read_text().strip().splitlines()
         return Report(target, error=f"the compiler crashed: {' '.join(said[-3:])}"[:500])
 
-    def _ask(self, job: dict[str, Any], estimates: bool) -> str:
+    def _ask(self, job: dict[str, Any], estimates: bool) -> str | None:
+        """The worker's answer; "" if it died, None if it took too long."""
         if self._worker is None or self._estimates != estimates:
             self._stop()
             with (self._dump / "stderr").open("w") as stderr:
@@ -261,7 +270,8 @@ class Compiler:
             print(json.dumps(job), file=self._worker.stdin, flush=True)
         except BrokenPipeError:
             return ""
-        return self._worker.stdout.readline()
+        ready, _, _ = select.select([self._worker.stdout], [], [], self._limit)
+        return self._worker.stdout.readline() if ready else None
 
     def _stop(self) -> None:
         if self._worker is not None:
@@ -402,7 +412,15 @@ def _ptxas() -> str:
     raise FileNotFoundError("ptxas is not installed: pip install pasa-jax[aot]")
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process when ``parent`` has gone, which may be in the middle of a compilation."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def _serve(dump: Path, jobs: Iterator[str]) -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the compilers print there
     for line in jobs:

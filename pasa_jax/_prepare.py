@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasa_jax._tile import Dialect, Guard, Numerics, wide_type
+from pasa_jax._tile import Dialect, Guard, Numerics, mean_key, wide_type
 from pasa_jax.mask import Mask
 from pasa_jax.precision import Precision
 from pasa_jax.schedule import Schedule
@@ -215,10 +215,9 @@ def _block_kappa(k: Array, usable: Array, n: int, *, past: bool) -> Array:
     the range of their type is not shifted.
     """
     wide = wide_type(k.dtype)
-    count = _per_block(usable, n, lambda x, axis: jnp.sum(x, axis, dtype=wide))
-    weights = usable.astype(wide) / _spread(jnp.maximum(count, 1), n, k.shape[0])
+    count = _per_block(usable[:, None], n, lambda x, axis: jnp.sum(x, axis, dtype=wide))
     clean = jnp.where(usable[:, None], k, jnp.zeros_like(k)).astype(wide)
-    kappa = _per_block(clean * weights[:, None], n, jnp.sum)
+    kappa = mean_key(_per_block(clean, n, jnp.sum), count, wide)
     if past:
         kappa = jnp.concatenate([clean[:1], kappa[:-1]])
     kappa = kappa.astype(k.dtype).astype(wide)

@@ -287,6 +287,11 @@ def key_tile(
     return KeyTile(shifted, v, row, kappa, weights, raw)
 
 
+def mean_key(total: Array, count: Array, dtype: jnp.dtype) -> Array:
+    """κ of a block (eq. 7) from the sum and the number of its usable keys, in the keys' type."""
+    return (total * (1 / jnp.maximum(count, 1))).astype(dtype)
+
+
 def zero_unusable(x: Array, usable: Array) -> Array:
     """Rows of x where ``usable`` [n, 1], zeros elsewhere."""
     return jnp.where(usable, x, jnp.zeros_like(x))

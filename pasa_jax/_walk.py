@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -119,7 +120,7 @@ class Walk(ABC):
         carry, unroll = self.typed(carry), self.plan.schedule.unroll
         r = self.key_range(start)
 
-        def partial(j: Index, carry: Any) -> Any:
+        def masked(j: Index, carry: Any) -> Any:
             seen = self.seen(start, j)
             if not self.mask.data_dependent:
                 return body(j, seen, carry)
@@ -131,11 +132,11 @@ class Walk(ABC):
 
         def cut(t: Index, carry: Any) -> Any:  # the cut tiles of both ends, in one loop
             j = r.lo + t
-            return partial(where(j < r.full_lo, j, j - r.full_lo + r.full_hi), carry)
+            return masked(where(j < r.full_lo, j, j - r.full_lo + r.full_hi), carry)
 
         if all(isinstance(x, int) for x in r) and r.hi - r.lo <= unroll:
             for j in range(r.lo, r.hi):
-                carry = (full if r.full_lo <= j < r.full_hi else partial)(j, carry)
+                carry = (full if r.full_lo <= j < r.full_hi else masked)(j, carry)
             return carry
         carry = _loop(r.full_lo, r.full_hi, full, carry, unroll)
         if self.mask.any_partial(self.block_kv):
@@ -154,13 +155,21 @@ class Walk(ABC):
     ) -> tuple[tile.State, Array]:
         """``carry`` after the key tiles that the rows see."""
 
-        def step(j: Index, seen: Array | None, carry: tuple[tile.State, Array]) -> Any:
-            state, count = carry[0], carry[1] + 1
-            key = self.key(j)
-            s = tile.scores(query, key, state, seen, self.bias(start, j), self.numerics)
-            return tile.update(state, s, query, key, count, self.numerics), count
+        return self.over_keys(start, partial(self.fold, start, query), carry)
 
-        return self.over_keys(start, step, carry)
+    def fold(
+        self,
+        start: Index,
+        query: tile.QueryTile,
+        j: Index,
+        seen: Array | None,
+        carry: tuple[tile.State, Array],
+    ) -> tuple[tile.State, Array]:
+        """``carry`` after key tile j, of which each row sees what ``seen`` says (None: all)."""
+        state, count = carry[0], carry[1] + 1
+        key = self.key(j)
+        s = tile.scores(query, key, state, seen, self.bias(start, j), self.numerics)
+        return tile.update(state, s, query, key, count, self.numerics), count
 
     def close(self, start: Index, query: tile.QueryTile, state: tile.State) -> Rows:
         """The results of a query tile that has seen all its keys."""

@@ -104,7 +104,7 @@ class Schedule:
         Key and value tiles are counted as often as there are stages (one is loaded while another
         is used); a GPU's registers are those of the schedule's warps. On an NPU
         the products run in sub-tiles of 128 × 128 × 128, of which one is loaded ahead, and the two
-        vector cores share the rows.
+        vector cores share the rows, of which each works on 16 at a time.
         """
         item, e = _ITEMSIZE[dtype], value_head_dim or head_dim
         kind = find_target(self.target).kind
@@ -119,14 +119,14 @@ class Schedule:
         if kind == "tpu":
             return {"VMEM": q + kv + scores * (4 + item) + out + rows}
         if kind == "npu":
-            sub, half = 128, (self.block_q + 1) // 2
-            slab = 32 * 1024  # the vector core works through its rows in slabs of this size
+            sub, half, slab = 128, (self.block_q + 1) // 2, 16
+            tiles = slab * self.block_kv * (4 * item + 4) + slab * e * (2 * 4 + item)
             return {
-                "L1": q + (self.block_kv + sub) * (head_dim + e) * item,
-                "L0A": 2 * sub * min(head_dim, sub) * item,
-                "L0B": 2 * sub * min(max(head_dim, e), sub) * item,
-                "L0C": sub * max(sub, e) * 4,
-                "UB": 3 * slab + half * e * (4 + item) + 4 * half * 4,
+                "L1": 4 * sub * (head_dim + sub) * item,
+                "L0A": 2 * sub * sub * item,
+                "L0B": 2 * sub * sub * item,
+                "L0C": 2 * sub * sub * 4,
+                "UB": half * e * 4 + tiles + 6 * 1024,  # and what is one number a row
             }
         return {}
 

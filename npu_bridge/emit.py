@@ -1,0 +1,199 @@
+"""A `Program` as files: the kernel's source, its tiling, and the projects around them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from npu_bridge.ir import ITEMSIZE, PRELUDE, Buffer, render
+from npu_bridge.kernel import DEPTH, FLAGS, Core, Program
+from npu_bridge.stages import KAPPA_ROWS, Kernel
+from pasa_jax.precision import Precision
+from pasa_jax.schedule import Schedule
+
+NAME = "pasa_attention"
+_POSITIONS = {"UB": "VECCALC", "L1": "A1", "L0A": "A2", "L0B": "B2", "L0C": "CO1"}
+_INPUTS = ("query", "key", "value", "bias", "lengths", "matrices", "weights")
+_OUTPUTS = ("output", "lse")
+_COMMENTS = {
+    "AIC": ("CubeCore", "The cube core: products, ahead of the vector cores."),
+    "AIV": ("VectorCore", "A vector core: half of the rows of each tile."),
+}
+
+
+def arguments(program: Program) -> list[str]:
+    """The kernel's array arguments, in order; workspace and tiling follow."""
+    return [name for name in (*_INPUTS, *_OUTPUTS) if name in program.globals]
+
+
+def files(program: Program) -> dict[str, str]:
+    """Path -> text of the direct-launch project."""
+    env = Environment(
+        loader=PackageLoader("npu_bridge"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    values = _values(program)
+    found = {
+        f"{NAME}.cpp": "kernel.cpp.j2",
+        "tiling.h": "tiling.h.j2",
+        "make_tiling.h": "make_tiling.h.j2",
+        "emulate.cpp": "emulate.cpp.j2",
+    }
+    texts = {path: env.get_template(template).render(values) for path, template in found.items()}
+    texts["kernel.json"] = describe(program.kernel)
+    return texts
+
+
+def write(program: Program, folder: Path) -> list[Path]:
+    """Writes the project; what stands there under the same names is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in files(program).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        written.append(path)
+    return written
+
+
+def describe(kernel: Kernel) -> str:
+    """What the kernel computes, as JSON: enough to compute it again."""
+    return json.dumps(asdict(kernel), indent=2, sort_keys=True) + "\n"
+
+
+def read_description(folder: Path) -> Kernel:
+    """The kernel that an emitted project says it is."""
+    found = json.loads((folder / "kernel.json").read_text())
+    found["precision"] = Precision(**found["precision"])
+    found["schedule"] = Schedule(**found["schedule"])
+    if found["window"] is not None:
+        found["window"] = tuple(found["window"])
+    return Kernel(**found)
+
+
+def _values(program: Program) -> dict[str, Any]:
+    k = program.kernel
+    array_arguments = arguments(program)
+    names = [*array_arguments, "workspace", "tiling"]
+    workspace = [g for g in program.globals.values() if g.name not in array_arguments]
+    return {
+        "name": NAME,
+        "title": _title(k),
+        "summary": summary(program),
+        "prelude": PRELUDE,
+        "flags": FLAGS,
+        "block_q": k.schedule.block_q,
+        "block_kv": k.schedule.block_kv,
+        "d": k.head_dim,
+        "e": k.value_head_dim,
+        "depth": DEPTH,
+        "scale": f"{k.head_dim**-0.5!r}f",
+        "paper": k.shift == "paper",
+        "parameters": ", ".join(f"GM_ADDR {n}" for n in names),
+        "arguments": ", ".join(names),
+        "globals": [
+            {
+                "name": g.name,
+                "dtype": g.dtype,
+                "source": g.name
+                if g.name in array_arguments
+                else f"workspace + this->tiling->{g.name}Offset",
+            }
+            for g in program.globals.values()
+        ],
+        "workspace": [
+            {
+                "name": g.name,
+                "note": g.note,
+                "itemsize": ITEMSIZE[g.dtype],
+                "count": _count(g.name, k),
+            }
+            for g in workspace
+        ],
+        "cores": [_core(core) for core in (program.cube, program.vector)],
+    }
+
+
+def _count(name: str, k: Kernel) -> str:
+    """Numbers that an array of the workspace has, in the names of make_tiling.h."""
+    return {
+        "scaledQuery": "queryRows * PASA_HEAD_DIM",
+        "shiftedKey": "kvEntries * keyBlocks * PASA_BLOCK_KV * PASA_HEAD_DIM",
+        "keyTail": "kvEntries * PASA_BLOCK_KV * PASA_HEAD_DIM",
+        "valueTail": "kvEntries * PASA_BLOCK_KV * PASA_VALUE_HEAD_DIM",
+        "kappa": f"kvEntries * keyBlocks * {KAPPA_ROWS} * PASA_HEAD_DIM",
+        "offsets": f"coreRows * {KAPPA_ROWS}",
+        "scores": "coreRows * PASA_BLOCK_KV",
+        "p": "coreRows * PASA_BLOCK_KV",
+        "update": "coreRows * PASA_VALUE_HEAD_DIM",
+    }[name]
+
+
+def _core(core: Core) -> dict[str, Any]:
+    name, comment = _COMMENTS[core.kind]
+    vector = core.kind == "AIV"
+    return {
+        "name": name,
+        "comment": comment,
+        "vector": vector,
+        "index": "GetBlockIdx() / 2" if vector else "GetBlockIdx()",
+        "body": render(core.body, 0),
+        "functions": [
+            {
+                "name": f.name,
+                "comment": f.comment,
+                "parameters": ", ".join(f"int32_t {p}" for p in f.parameters),
+                "lines": render(f.body, 0),
+                "buffers": [_declared(b) for b in core.scratch[f.name]],
+            }
+            for f in core.functions
+        ],
+        "counters": core.counters,
+        "buffers": [_declared(b) for m in core.memories.values() for b in m.buffers],
+    }
+
+
+def _declared(b: Buffer) -> str:
+    position = _POSITIONS[b.memory]
+    count = b.count * b.slots
+    note = f"  // {b.note}" if b.note else ""
+    made = f"LocalTensor<{b.dtype}>(TPosition::{position}, {b.address}, {count})"
+    return f"LocalTensor<{b.dtype}> {b.name} = {made};{note}"
+
+
+def _title(k: Kernel) -> str:
+    words = [f"Attention with the shift '{k.shift}'", f"{k.dtype}", f"D = {k.head_dim}"]
+    if k.is_causal:
+        words.append(f"causal ({k.causal_alignment})")
+    return ", ".join(words) + f", for {k.schedule.target}."
+
+
+def summary(program: Program) -> list[str]:
+    """The schedule and the buffer map, as lines."""
+    k, s = program.kernel, program.kernel.schedule
+    lines = [
+        f"Schedule: {s.block_q} queries x {s.block_kv} keys a tile, {program.rows} rows a slab of a "
+        "vector core.",
+        f"Types: scores {k.precision.scores}, probabilities {k.precision.probabilities}, "
+        f"statistics {k.precision.statistics}, output before it is normalised "
+        f"{k.precision.accumulator}.",
+        "",
+        "Buffers (bytes, address):",
+    ]
+    for core in (program.cube, program.vector):
+        for memory in core.memories.values():
+            lines.append(f"  {memory.name}: {memory.used} of {memory.capacity}")
+            for b in memory.buffers:
+                twice = f", {b.slots} slots" if b.slots > 1 else ""
+                lines.append(f"    {b.address:>6} {b.bytes:>6} {b.name}: {b.note}{twice}")
+            if memory.scratch:
+                lines.append(f"    {memory.kept:>6} {memory.scratch:>6} values of one slab")
+    return lines

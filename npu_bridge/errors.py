@@ -1,0 +1,15 @@
+"""What the bridge says no with."""
+
+from __future__ import annotations
+
+
+class LoweringError(NotImplementedError):
+    """A traced operation has no instruction here."""
+
+
+class PlanError(ValueError):
+    """A kernel does not fit the chip."""
+
+
+class EmulationError(RuntimeError):
+    """The host emulator could not run a kernel."""

@@ -1,0 +1,419 @@
+"""The tile functions traced, and cut where a matrix product stands between them.
+
+Nothing here computes attention: `pasa_jax`'s walk and tile functions are called with tracers of one
+slab of rows. What comes out is a step of the loop as products for the cube unit and stretches of
+equations for the vector unit, and the loop bounds as expressions of the kernel's numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+
+from npu_bridge.errors import LoweringError
+from npu_bridge.ir import C_TYPES, Node
+from npu_bridge.lowering import Equation, Lowering, Scalar, Var, flatten
+from pasa_jax import _tile as tile
+from pasa_jax._prepare import Plan
+from pasa_jax._walk import Walk
+from pasa_jax.mask import Index, Mask
+from pasa_jax.precision import Precision
+from pasa_jax.schedule import Schedule
+
+Array = jax.Array
+KAPPA_ROWS = 16  # rows of κ, all equal: the least that the cube unit multiplies
+_INT = jax.ShapeDtypeStruct((), jnp.int32)
+_MANY = 2**20  # blocks of keys that a static length stands for; the true one comes at run time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What one emitted kernel computes; batch, heads and lengths come at run time.
+
+    Arguments:
+      head_dim, value_head_dim: D and E.
+      dtype: of query, key, value and output, "float16" or "bfloat16".
+      shift: "none", "paper" or "mean".
+      is_causal, causal_alignment, window, logits_soft_cap: as `dot_product_attention` takes them.
+      bias: which of the axes [B, N, T, S] a bias has, as a string like "1NTS"; None: no bias.
+      lengths: whether each batch entry has a length of its own for its keys.
+      return_lse: whether the log-sum-exp is written too.
+    """
+
+    head_dim: int
+    value_head_dim: int
+    dtype: str
+    shift: str
+    precision: Precision
+    schedule: Schedule
+    is_causal: bool = False
+    causal_alignment: str = "top_left"
+    window: tuple[int, int] | None = None
+    logits_soft_cap: float | None = None
+    beta: float | None = None
+    bias: str | None = None
+    lengths: bool = False
+    return_lse: bool = False
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        # The vector unit multiplies and adds apart.
+        return Plan(
+            shift=self.shift,
+            precision=self.precision,
+            schedule=self.schedule,
+            logits_soft_cap=self.logits_soft_cap,
+            beta=self.beta,
+            paper_scale=self.head_dim**-0.5 if self.shift == "paper" else None,
+            explicit_precision=True,
+            dialect=tile.Dialect(contracts=False),
+        )
+
+    @functools.cached_property
+    def numerics(self) -> tile.Numerics:
+        return self.plan.numerics(self.schedule.block_kv)
+
+    def mask(self, queries: Index, keys: Index) -> Mask:
+        """The mask of one batch entry, its lengths known at run time only."""
+        return Mask(
+            query_length=queries,  # type: ignore[arg-type]  # used in sums alone
+            key_length=self.schedule.block_kv * _MANY,
+            is_causal=self.is_causal,
+            causal_alignment=self.causal_alignment,
+            window=self.window,
+            key_lengths=keys,  # type: ignore[arg-type]
+        )
+
+    @property
+    def masked(self) -> bool:
+        """Whether the place of a tile may decide what is seen in it, beyond the last key."""
+        return self.is_causal or self.window is not None
+
+    def walk(self, rows: int, queries: Index, keys: Index, **parts: Any) -> TracedWalk:
+        return TracedWalk(
+            mask=self.mask(queries, keys),
+            plan=self.plan,
+            numerics=self.numerics,
+            groups=1,
+            block_q=rows,
+            value_size=self.value_head_dim,
+            parts=parts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedWalk(Walk):
+    """One slab of rows of the kernel, made of tracers."""
+
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def query(self, start: Index) -> tile.QueryTile:
+        # As `tile.query_tile` leaves it: the factor is in the query already.
+        return tile.QueryTile(self.parts["query"], jnp.ones((1, 1), self.numerics.product), None)
+
+    def key(self, j: Index) -> tile.KeyTile:
+        p = self.parts
+        return tile.KeyTile(p["key"], p["value"], None, p.get("kappa"), p.get("weights"))
+
+    def key_start(self, j: Index) -> Index:
+        return j * self.block_kv
+
+    def bias(self, start: Index, j: Index) -> Array | None:
+        return self.parts.get("bias")
+
+    def array(self, start: Index, j: Index) -> Array | None:
+        return None
+
+    def sinks(self) -> Array | None:
+        return None
+
+
+# Traces.
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced function with named inputs and outputs."""
+
+    equations: list[Equation]
+    inputs: dict[str, Var]
+    outputs: dict[str, Any]  # Var or Scalar
+
+
+def trace(function: Callable[..., dict[str, Any]], shapes: dict[str, Any]) -> Trace:
+    """``function(**shapes)`` as equations."""
+    names = list(shapes)
+    out_names: list[str] = []
+
+    def called(*args: Any) -> list[Any]:
+        found = function(**dict(zip(names, args, strict=True)))
+        out_names[:] = [name for name, x in found.items() if x is not None]
+        return [x for x in found.values() if x is not None]
+
+    closed: ClosedJaxpr = jax.make_jaxpr(called)(*shapes.values())
+    inputs, equations, outputs = flatten(closed)
+    named = dict(zip(names, inputs, strict=True))
+    return Trace(equations, named, dict(zip(out_names, outputs, strict=True)))
+
+
+def key_range(kernel: Kernel) -> tuple[list[Node], dict[str, str]]:
+    """The key tiles that the queries from ``start`` on see, as the mask itself says it: statements
+    and the names of lo, full_lo, full_hi, hi. Numbers: start, queryLength, keys.
+    """
+    rows = kernel.schedule.block_q
+
+    def found(start: Array, queries: Array, keys: Array) -> dict[str, Any]:
+        mask = kernel.mask(queries, keys)
+        r = mask.key_range(start, start + rows, kernel.schedule.block_kv)
+        return {name: jnp.asarray(x, jnp.int32) for name, x in r._asdict().items()}
+
+    traced = trace(found, {"start": _INT, "queries": _INT, "keys": _INT})
+    numbers = {"queries": "queryLength"}
+    inputs = {v: Scalar(numbers.get(n, n)) for n, v in traced.inputs.items()}
+    low = Lowering(1, _no_memory, inputs, prefix="at")
+    low.lower(traced.equations)
+    values = {name: low.value(x) for name, x in traced.outputs.items()}
+    return low.body, {name: str(x.value) for name, x in values.items()}  # type: ignore[union-attr]
+
+
+def _no_memory(*_: Any) -> Any:
+    raise LoweringError("the bounds of the loop over keys are not numbers alone")
+
+
+def queries(kernel: Kernel, rows: int) -> Trace:
+    """The query rows with everything folded in that must be before the product."""
+
+    def scaled(query: Array, scale: Array) -> dict[str, Any]:
+        gain = kernel.plan.gain(scale)
+        return {"scaled": tile.query_tile(query, gain, None, kernel.numerics).q}
+
+    dtype = jnp.dtype(kernel.dtype)
+    query = jax.ShapeDtypeStruct((rows, kernel.head_dim), dtype)
+    return trace(scaled, {"query": query, "scale": jax.ShapeDtypeStruct((), jnp.float32)})
+
+
+def key_total(kernel: Kernel, rows: int) -> Trace:
+    """The sum of a slab of keys, added to ``total`` [1, D]."""
+
+    def found(key: Array, total: Array) -> dict[str, Any]:
+        wide = tile.wide_type(key.dtype)
+        return {"total": total + jnp.sum(key.astype(wide), axis=0, keepdims=True)}
+
+    key = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.dtype(kernel.dtype))
+    total = jax.ShapeDtypeStruct((1, kernel.head_dim), jnp.float32)
+    return trace(found, {"key": key, "total": total})
+
+
+def kappa(kernel: Kernel) -> Trace:
+    """κ of a block from the sum of its keys and their number."""
+
+    def found(total: Array, count: Array) -> dict[str, Any]:
+        return {"kappa": tile.mean_key(total, count, jnp.dtype(kernel.dtype))}
+
+    total = jax.ShapeDtypeStruct((1, kernel.head_dim), jnp.float32)
+    return trace(found, {"total": total, "count": jax.ShapeDtypeStruct((), jnp.float32)})
+
+
+def shifted_keys(kernel: Kernel, rows: int) -> Trace:
+    """K' of a slab of keys."""
+
+    def found(key: Array, kappa: Array) -> dict[str, Any]:
+        return {"shifted": tile.key_tile(key, key, None, kernel.numerics, kappa=kappa).k}
+
+    dtype = jnp.dtype(kernel.dtype)
+    key = jax.ShapeDtypeStruct((rows, kernel.head_dim), dtype)
+    return trace(found, {"key": key, "kappa": jax.ShapeDtypeStruct((1, kernel.head_dim), dtype)})
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product for the cube unit.
+
+    Arguments:
+      left: "query", or the name of the value that the vector unit hands over.
+      right: "key", "kappa" or "value".
+      dtype: the C++ type in which its result is handed over.
+    """
+
+    name: str
+    left: str
+    right: str
+    columns: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch for the vector unit."""
+
+    equations: list[Equation]
+    inputs: dict[str, Var]
+    outputs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One key tile: products and the vector stages between them.
+
+    Arguments:
+      products: by what they multiply with: "key", "kappa", "value".
+      softmax: from the scores to the probabilities, m, l and f.
+      accumulate: the output.
+      carried: columns that the second stage takes over from the first.
+    """
+
+    products: dict[str, Product]
+    softmax: Stage
+    accumulate: Stage
+    carried: tuple[str, ...]
+
+
+_PRODUCTS = {"key": "scores", "kappa": "offsets", "value": "update"}
+_INPUT_LEVEL = {"o": 2}
+
+
+def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
+    """The loop's body on one slab: `Walk.fold`, cut at its products."""
+    n, d, e = kernel.schedule.block_kv, kernel.head_dim, kernel.value_head_dim
+    dtype, stat = jnp.dtype(kernel.dtype), kernel.numerics.statistics
+    column = jax.ShapeDtypeStruct((rows, 1), stat)
+    shapes: dict[str, Any] = {
+        "query": jax.ShapeDtypeStruct((rows, d), dtype),
+        "key": jax.ShapeDtypeStruct((n, d), dtype),
+        "value": jax.ShapeDtypeStruct((n, e), dtype),
+        "m": column,
+        "l": column,
+        "o": jax.ShapeDtypeStruct((rows, e), jnp.dtype(kernel.precision.accumulator)),
+        "f": column,
+        **dict.fromkeys(("start", "queries", "keys", "j", "t"), _INT),
+    }
+    if kernel.shift == "mean":
+        shapes["kappa"] = jax.ShapeDtypeStruct((KAPPA_ROWS, d), dtype)
+    if kernel.shift == "paper":
+        shapes["weights"] = jax.ShapeDtypeStruct((n, 1), jnp.float32)
+    if kernel.bias is not None:
+        shapes["bias"] = jax.ShapeDtypeStruct((rows, n), dtype)
+
+    def fold(
+        m: Array, l: Array, o: Array, f: Array, start: Array, queries: Array, keys: Array,
+        j: Array, t: Array, **parts: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        walk = kernel.walk(rows, queries, keys, **parts)
+        seen = walk.seen(start, j) if masked else None
+        state = tile.State(m, l, o, f)
+        carry = (state, t.astype(jnp.float32))
+        new, _ = walk.fold(start, walk.query(start), j, seen, carry)
+        return new._asdict()
+
+    return _cut(trace(fold, shapes))
+
+
+def _cut(traced: Trace) -> Step:
+    names = {var: name for name, var in traced.inputs.items()}
+    level = {var: _INPUT_LEVEL.get(name, 1) for var, name in names.items()}
+    products: dict[str, Product] = {}
+    stages: dict[int, list[Equation]] = {1: [], 2: []}
+    handed: dict[Var, str] = {}  # what the vector unit gives the cube
+    results: dict[Var, str] = {}
+    alias: dict[Var, Var] = {}
+    equations = list(traced.equations)
+    for eqn in equations:
+        if eqn.primitive != "dot_general" or eqn.output.aval.shape[1] == 1:
+            continue
+        left, right = eqn.inputs
+        if names.get(right) not in _PRODUCTS:
+            raise LoweringError(
+                "the cube unit multiplies with keys, κ or values as they lie in memory; "
+                f"a product with something computed comes from {eqn.source}"
+            )
+        result, dtype = _rounded(eqn.output, equations)
+        alias[eqn.output] = result
+        name = _PRODUCTS[names[right]]
+        if left not in names:
+            handed[left] = "p"
+        given = names.get(left, "p")
+        products[names[right]] = Product(
+            name, given, names[right], result.aval.shape[1], C_TYPES[dtype]
+        )
+        results[result] = name
+        level[result] = 2 if left not in names else 1
+    for eqn in equations:
+        if eqn.output in alias or eqn.output in results:
+            continue
+        at = max([level.get(x, 1) for x in eqn.inputs], default=1)
+        level[eqn.output] = at
+        stages[at].append(eqn)
+    outputs = {n: x for n, x in traced.outputs.items() if x is not traced.inputs.get(n)}
+    made = {e.output: at for at, body in stages.items() for e in body}
+    carried: dict[str, Var] = {}
+    for eqn in stages[2]:
+        for x in eqn.inputs:
+            if made.get(x) == 1 and x not in carried.values():
+                if x.aval.shape[-1:] != (1,):
+                    raise LoweringError(f"only columns are kept for the output, not {x.aval}")
+                carried[f"keep{len(carried)}" if carried else "keep"] = x
+    for x in outputs.values():
+        if isinstance(x, Scalar):
+            raise LoweringError("a state of the softmax is a plain number")
+    first = {**{n: x for n, x in outputs.items() if n != "o"}, **carried}
+    first |= {name: var for var, name in handed.items()}
+    return Step(
+        products,
+        _stage(stages[1], {**names, **results}, first),
+        _stage(
+            stages[2],
+            {**names, **results, **{v: n for n, v in carried.items()}},
+            {"o": outputs["o"]},
+        ),
+        tuple(carried),
+    )
+
+
+def _stage(body: list[Equation], known: dict[Var, str], outputs: dict[str, Any]) -> Stage:
+    """A stage with what it reads from outside; equations that nothing needs are left out."""
+    needed = {x for x in outputs.values() if isinstance(x, Var)}
+    kept: list[Equation] = []
+    for eqn in reversed(body):
+        if eqn.output in needed:
+            kept.append(eqn)
+            needed.update(x for x in eqn.inputs if isinstance(x, Var))
+    inputs = {known[x]: x for x in needed if x in known}
+    return Stage(kept[::-1], dict(sorted(inputs.items())), outputs)
+
+
+def _rounded(var: Var, equations: list[Equation]) -> tuple[Var, str]:
+    """The variable and type in which a product leaves the cube unit: rounded on the way out if all
+    that is done with it is that.
+    """
+    uses = [e for e in equations if var in e.inputs]
+    if len(uses) == 1 and uses[0].primitive == "convert_element_type":
+        dtype = str(uses[0].output.aval.dtype)
+        if dtype in ("float16", "bfloat16"):
+            return uses[0].output, dtype
+    return var, str(var.aval.dtype)
+
+
+def close(kernel: Kernel, rows: int) -> Trace:
+    """The output and the log-sum-exp of a slab that has seen all its keys."""
+    stat = kernel.numerics.statistics
+    column = jax.ShapeDtypeStruct((rows, 1), stat)
+    o = jax.ShapeDtypeStruct(
+        (rows, kernel.value_head_dim), jnp.dtype(kernel.precision.accumulator)
+    )
+
+    def found(m: Array, l: Array, o: Array, f: Array) -> dict[str, Any]:
+        walk = kernel.walk(rows, 0, 0)
+        plain = tile.QueryTile(o, jnp.ones((1, 1)), None)
+        done = walk.close(0, plain, tile.State(m, l, o, f))
+        out, _ = walk.rounded(done.out, jnp.dtype(kernel.dtype))
+        return {"out": out, "lse": done.lse if kernel.return_lse else None}
+
+    traced = trace(found, {"m": column, "l": column, "o": o, "f": column})
+    kept = _stage(traced.equations, {v: n for n, v in traced.inputs.items()}, traced.outputs)
+    return replace(traced, equations=kept.equations)
