@@ -67,7 +67,8 @@ class Clocks {
     return (before == thread && past == sequence) || knows(thread, before, past);
   }
 
-  void check(size_t thread, uint32_t sequence, const Instruction& item, const Access& access, bool write) {
+  void check(size_t thread, uint32_t sequence, const Instruction& item, const Access& access,
+             bool write) {
     if (access.memory->read_only) return;
     for (uint32_t i = 0; access.ordered && i < access.count; ++i) {
       uint64_t low = access.offset + i * access.stride, high = low + access.length - 1;
@@ -78,10 +79,12 @@ class Clocks {
     }
   }
 
-  void read(size_t thread, uint32_t sequence, const Instruction& item, Memory& memory, uint64_t index) {
+  void read(size_t thread, uint32_t sequence, const Instruction& item, Memory& memory,
+            uint64_t index) {
     Cell& cell = memory.cells.get()[index];
     if (cell.written && !ordered(cell.writer, cell.written, thread, sequence))
-      race("reads what is still being written by", memory, index, thread, item, cell.writer, cell.written);
+      race("reads what is still being written by", memory, index, thread, item, cell.writer,
+           cell.written);
     if (cell.reader == kManyReaders) return remember(memory.readers[index], thread, sequence);
     // A reader that is complete before this one need not be remembered.
     if (!cell.read || cell.reader == thread || ordered(cell.reader, cell.read, thread, sequence)) {
@@ -93,18 +96,22 @@ class Clocks {
     }
   }
 
-  static void remember(std::vector<std::pair<uint16_t, uint32_t>>& readers, size_t thread, uint32_t sequence) {
+  static void remember(std::vector<std::pair<uint16_t, uint32_t>>& readers, size_t thread,
+                       uint32_t sequence) {
     for (auto& [reader, last] : readers)
       if (reader == thread) return void(last = sequence);
     readers.push_back({uint16_t(thread), sequence});
   }
 
-  void written(size_t thread, uint32_t sequence, const Instruction& item, Memory& memory, uint64_t index) {
+  void written(size_t thread, uint32_t sequence, const Instruction& item, Memory& memory,
+               uint64_t index) {
     Cell& cell = memory.cells.get()[index];
     if (cell.written && !ordered(cell.writer, cell.written, thread, sequence))
-      race("writes what is still being written by", memory, index, thread, item, cell.writer, cell.written);
+      race("writes what is still being written by", memory, index, thread, item, cell.writer,
+           cell.written);
     if (cell.reader == kManyReaders) {
-      for (auto& [reader, last] : memory.readers[index]) overwritten(memory, index, thread, sequence, item, reader, last);
+      for (auto& [reader, last] : memory.readers[index])
+        overwritten(memory, index, thread, sequence, item, reader, last);
       memory.readers.erase(index);
     } else if (cell.read) {
       overwritten(memory, index, thread, sequence, item, cell.reader, cell.read);
@@ -123,8 +130,8 @@ class Clocks {
     const Core& core = *machine_.cores[thread / kPipes];
     const Core& there = *machine_.cores[other / kPipes];
     const Instruction& past = there.queues[other % kPipes][sequence - 1];
-    std::string who = std::string(past.name) + " (" + past.where.text() + ", " + there.name() + " " +
-                      kPipeNames[other % kPipes] + ")";
+    std::string who = std::string(past.name) + " (" + past.where.text() + ", " + there.name() +
+                      " " + kPipeNames[other % kPipes] + ")";
     std::string text = std::string(kPipeNames[thread % kPipes]) + " " + what + " " + who + ": " +
                        memory.name + " at byte " + number(int64_t(index) << memory.cell_bits());
     machine_.complain("race", text, &core, item.name, item.where, what + past.where.text());

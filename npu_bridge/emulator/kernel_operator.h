@@ -16,4 +16,3 @@
 #define ASCEND_IS_AIC (::AscendC::is_core(::AscendC::emulator::CoreKind::AIC))
 #define ASCEND_IS_AIV (::AscendC::is_core(::AscendC::emulator::CoreKind::AIV))
 #define KERNEL_TASK_TYPE_DEFAULT(kind)
-

@@ -4,6 +4,7 @@
 // executes them afterwards.
 #pragma once
 
+#include <cctype>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +19,14 @@
 #include "numbers.h"
 
 enum pipe_t : uint8_t {
-  PIPE_S, PIPE_V, PIPE_M, PIPE_MTE1, PIPE_MTE2, PIPE_MTE3, PIPE_FIX, PIPE_ALL
+  PIPE_S,
+  PIPE_V,
+  PIPE_M,
+  PIPE_MTE1,
+  PIPE_MTE2,
+  PIPE_MTE3,
+  PIPE_FIX,
+  PIPE_ALL
 };
 
 namespace AscendC::emulator {
@@ -41,13 +49,15 @@ constexpr int kCellBits[] = {1, 5, 5, 5, 5, 1};
 
 constexpr uint8_t kPoison = 0xff;  // a NaN in every floating type
 constexpr size_t kListed = 50;     // complaints in the report
-constexpr uint64_t kGuard = 1 << 20;  // kept free behind a buffer, so that a pointer beyond it meets no other
+constexpr uint64_t kGuard =
+    1 << 20;  // kept free behind a buffer, so that a pointer beyond it meets no other
 
 // Where in the kernel's text a call stands.
 struct Where {
   const char* file;
   int line;
-  Where(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
+  Where(const char* file = __builtin_FILE(), int line = __builtin_LINE())
+      : file(file), line(line) {}
   std::string text() const {
     if (line == 0) return "";
     std::string path = file;
@@ -123,8 +133,8 @@ struct Instruction {
   Where where;
   Kind kind = Kind::Work;
   pipe_t pipe = PIPE_S;
-  uint32_t gate = 0;    // entries of the core's PIPE_S that must have passed before this one issues
-  uint8_t event = 0;    // SetFlag, WaitFlag: the HardEvent; CrossSet: the mode
+  uint32_t gate = 0;  // entries of the core's PIPE_S that must have passed before this one issues
+  uint8_t event = 0;  // SetFlag, WaitFlag: the HardEvent; CrossSet: the mode
   uint8_t id = 0;
   std::vector<uint32_t> drained{};  // BarrierAll: instructions of each pipe before it
   std::vector<Access> reads{}, writes{};
@@ -149,7 +159,8 @@ struct Core {
     return place == Place::GM || (kind == CoreKind::AIV) == (place == Place::UB);
   }
   bool has(pipe_t pipe) const {
-    bool vector_pipe = pipe == PIPE_V, cube_pipe = pipe == PIPE_M || pipe == PIPE_MTE1 || pipe == PIPE_FIX;
+    bool vector_pipe = pipe == PIPE_V,
+         cube_pipe = pipe == PIPE_M || pipe == PIPE_MTE1 || pipe == PIPE_FIX;
     return kind == CoreKind::AIV ? !cube_pipe : !vector_pipe;
   }
 };
@@ -189,10 +200,13 @@ class Machine {
     return nullptr;
   }
 
-  // A defect met under several policies or in every turn of a loop is one defect.
+  // A defect met under several policies, or in every turn of a loop with other numbers, is one.
   void complain(const char* kind, const std::string& text, const Core* at, const char* instruction,
                 Where where, const std::string& key = "") {
-    if (!seen_.insert(kind + ("|" + (key.empty() ? text : key)) + "|" + where.text()).second) return;
+    std::string identity = where.text() + "|" + kind + "|";
+    for (char c : key.empty() ? text : key)
+      if (!key.empty() || !std::isdigit(static_cast<unsigned char>(c))) identity += c;
+    if (!seen_.insert(identity).second) return;
     ++complained;
     if (complaints.size() < kListed)
       complaints.push_back({kind, text, at ? at->name() : "", instruction, where.text(), policy});
@@ -237,7 +251,8 @@ class Call {
     item_.kind = kind;
     item_.pipe = pipe;
     item_.gate = core_.gates;
-    if (!core_.has(pipe)) complain("pipe", std::string(kPipeNames[pipe]) + " is not a pipe of this core");
+    if (!core_.has(pipe))
+      complain("pipe", std::string(kPipeNames[pipe]) + " is not a pipe of this core");
   }
 
   Call& complain(const char* kind, const std::string& text) {
@@ -263,7 +278,8 @@ class Call {
                 uint32_t alignment = 0) {
     bool found = false;
     for (Place place : allowed) found |= place == span.place;
-    if (!found) return complain("memory", std::string(name) + " lies in " + kPlaceNames[int(span.place)]);
+    if (!found)
+      return complain("memory", std::string(name) + " lies in " + kPlaceNames[int(span.place)]);
     if (!core_.has(span.place))
       return complain("memory", std::string(name) + " lies in " + kPlaceNames[int(span.place)] +
                                     ", which this core does not have");
@@ -337,9 +353,11 @@ class Call {
     if (!span.memory) return complain("bounds", std::string(verb) + " no buffer of the kernel");
     if (stride == length) length *= count, count = 1;
     if (count == 1) stride = length;
-    Access access{span.memory, span.begin + offset, uint32_t(length), uint32_t(count),
-                  stride, ordered, contents};
-    std::string reach = std::string(verb) + " " + span.memory->name + " up to byte " + number(access.end());
+    Access access{
+        span.memory, span.begin + offset, uint32_t(length), uint32_t(count), stride, ordered,
+        contents};
+    std::string reach =
+        std::string(verb) + " " + span.memory->name + " up to byte " + number(access.end());
     if (access.end() > span.memory->bytes)
       return complain("bounds", reach + " of " + number(span.memory->bytes));
     if (access.end() > span.end)
@@ -350,7 +368,8 @@ class Call {
   }
 
   static bool same(const Access& a, const Access& b) {
-    return a.offset == b.offset && a.length == b.length && a.count == b.count && a.stride == b.stride;
+    return a.offset == b.offset && a.length == b.length && a.count == b.count &&
+           a.stride == b.stride;
   }
   static bool among(const Access& a, const std::vector<Access>& list) {
     for (const Access& b : list)

@@ -17,7 +17,13 @@ struct bfloat16_t {
 namespace AscendC {
 
 enum class RoundMode {
-  CAST_NONE, CAST_RINT, CAST_FLOOR, CAST_CEIL, CAST_ROUND, CAST_TRUNC, CAST_ODD
+  CAST_NONE,
+  CAST_RINT,
+  CAST_FLOOR,
+  CAST_CEIL,
+  CAST_ROUND,
+  CAST_TRUNC,
+  CAST_ODD
 };
 
 namespace emulator {
@@ -59,15 +65,20 @@ double widen(T x) {
 
 inline double round_to_integer(double x, RoundMode mode) {
   switch (mode) {
-    case RoundMode::CAST_FLOOR: return std::floor(x);
-    case RoundMode::CAST_CEIL: return std::ceil(x);
-    case RoundMode::CAST_ROUND: return std::round(x);
-    case RoundMode::CAST_TRUNC: return std::trunc(x);
+    case RoundMode::CAST_FLOOR:
+      return std::floor(x);
+    case RoundMode::CAST_CEIL:
+      return std::ceil(x);
+    case RoundMode::CAST_ROUND:
+      return std::round(x);
+    case RoundMode::CAST_TRUNC:
+      return std::trunc(x);
     case RoundMode::CAST_ODD: {
       double low = std::floor(x);
       return low == x || std::fmod(low, 2) != 0 ? low : low + 1;
     }
-    default: return std::nearbyint(x); // the host rounds to nearest even
+    default:
+      return std::nearbyint(x);  // the host rounds to nearest even
   }
 }
 
@@ -77,9 +88,9 @@ struct Format {
   static constexpr int digits = std::is_same_v<T, half> ? 11 : std::is_same_v<T, float> ? 24 : 8;
   static constexpr int lowest = std::is_same_v<T, half> ? -14 : -126;
   static double largest() {
-    return std::is_same_v<T, half> ? 65504.0
-         : std::is_same_v<T, float> ? double(std::numeric_limits<float>::max())
-                                    : std::ldexp(255.0, 120);
+    return std::is_same_v<T, half>    ? 65504.0
+           : std::is_same_v<T, float> ? double(std::numeric_limits<float>::max())
+                                      : std::ldexp(255.0, 120);
   }
 };
 
@@ -89,8 +100,8 @@ double overflow(double x, RoundMode mode) {
   bool towards_zero = mode == RoundMode::CAST_TRUNC || mode == RoundMode::CAST_ODD ||
                       (mode == RoundMode::CAST_FLOOR && x > 0) ||
                       (mode == RoundMode::CAST_CEIL && x < 0);
-  double bound = kSaturate || towards_zero ? Format<T>::largest()
-                                           : std::numeric_limits<double>::infinity();
+  double bound =
+      kSaturate || towards_zero ? Format<T>::largest() : std::numeric_limits<double>::infinity();
   return std::copysign(bound, x);
 }
 

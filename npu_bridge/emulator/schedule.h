@@ -37,8 +37,9 @@ class Schedule {
     while (!threads.empty()) {
       if (policy.random) std::shuffle(threads.begin(), threads.end(), random);
       if (!pass(threads, policy, false) && !pass(threads, policy, true)) return deadlock(threads);
-      threads.erase(std::remove_if(threads.begin(), threads.end(), [&](size_t t) { return done(t); }),
-                    threads.end());
+      threads.erase(
+          std::remove_if(threads.begin(), threads.end(), [&](size_t t) { return done(t); }),
+          threads.end());
     }
     left_over();
   }
@@ -65,7 +66,9 @@ class Schedule {
   std::unique_ptr<Clocks> clocks_;
   std::vector<State> states_;
 
-  std::vector<Instruction>& queue(size_t t) { return machine_.cores[t / kPipes]->queues[t % kPipes]; }
+  std::vector<Instruction>& queue(size_t t) {
+    return machine_.cores[t / kPipes]->queues[t % kPipes];
+  }
   State& state(size_t t) { return states_[t / kPipes]; }
   uint32_t& next(size_t t) { return state(t).next[t % kPipes]; }
   bool done(size_t t) { return next(t) == queue(t).size(); }
@@ -99,13 +102,16 @@ class Schedule {
     State& state = this->state(t);
     if (state.next[PIPE_S] < item.gate && t % kPipes != PIPE_S) return false;
     switch (item.kind) {
-      case Kind::WaitFlag: return state.flags[{item.event, item.id}].set;
-      case Kind::CrossWait: return !state.counters[item.id].ready.empty();
+      case Kind::WaitFlag:
+        return state.flags[{item.event, item.id}].set;
+      case Kind::CrossWait:
+        return !state.counters[item.id].ready.empty();
       case Kind::BarrierAll:
         for (int pipe = PIPE_S + 1; pipe < kPipes; ++pipe)
           if (state.next[pipe] < item.drained[pipe]) return false;
         return true;
-      default: return true;
+      default:
+        return true;
     }
   }
 
@@ -114,13 +120,20 @@ class Schedule {
     uint32_t sequence = ++next(t);
     if (clocks_) clocks_->issue(t, sequence, item);
     switch (item.kind) {
-      case Kind::Work: return work(t, item);
-      case Kind::SetFlag: return set_flag(t, sequence, item);
-      case Kind::WaitFlag: return wait_flag(t, sequence, item);
-      case Kind::Barrier: return learn(t, sequence, complete(t, sequence));
-      case Kind::BarrierAll: return barrier_all(t, sequence, item);
-      case Kind::CrossSet: return cross_set(t, sequence, item);
-      case Kind::CrossWait: return cross_wait(t, sequence, item);
+      case Kind::Work:
+        return work(t, item);
+      case Kind::SetFlag:
+        return set_flag(t, sequence, item);
+      case Kind::WaitFlag:
+        return wait_flag(t, sequence, item);
+      case Kind::Barrier:
+        return learn(t, sequence, complete(t, sequence));
+      case Kind::BarrierAll:
+        return barrier_all(t, sequence, item);
+      case Kind::CrossSet:
+        return cross_set(t, sequence, item);
+      case Kind::CrossWait:
+        return cross_wait(t, sequence, item);
     }
   }
 
@@ -134,7 +147,8 @@ class Schedule {
 
   static void mark(const Access& access) {
     for (uint32_t i = 0; access.contents && i < access.count; ++i)
-      std::memset(access.memory->written.get() + access.offset + i * access.stride, 1, access.length);
+      std::memset(access.memory->written.get() + access.offset + i * access.stride, 1,
+                  access.length);
   }
 
   void written_before(size_t t, const Instruction& item, const Access& access) {
@@ -142,13 +156,17 @@ class Schedule {
       const uint8_t* begin = access.memory->written.get() + access.offset + i * access.stride;
       if (const void* hole = std::memchr(begin, 0, access.length)) {
         int64_t byte = static_cast<const uint8_t*>(hole) - access.memory->written.get();
-        return complain("uninitialised", "reads what was never written: " + access.memory->name + " at byte " + number(byte),
-                        t, item, access.memory->name);
+        return complain(
+            "uninitialised",
+            "reads what was never written: " + access.memory->name + " at byte " + number(byte), t,
+            item, access.memory->name);
       }
     }
   }
 
-  Clock complete(size_t t, uint32_t sequence) { return clocks_ ? clocks_->upto(t, sequence) : Clock(); }
+  Clock complete(size_t t, uint32_t sequence) {
+    return clocks_ ? clocks_->upto(t, sequence) : Clock();
+  }
 
   // A wait of PIPE_S holds back whatever the core issues after it.
   void learn(size_t t, uint32_t sequence, const Clock& clock) {
@@ -156,10 +174,16 @@ class Schedule {
     t % kPipes == PIPE_S ? clocks_->gate(t, sequence, clock) : clocks_->learn(t, clock);
   }
 
+  // A set follows the last wait if its pipe knows of it, or issued behind it.
+  bool after_wait(size_t t, const Instruction& item, uint32_t waited) {
+    size_t waiter = item.event % 8;
+    return waiter == PIPE_S ? item.gate >= waited
+                            : clocks_->knows(t, t / kPipes * kPipes + waiter, waited);
+  }
+
   void set_flag(size_t t, uint32_t sequence, const Instruction& item) {
     Flag& flag = state(t).flags[{item.event, item.id}];
-    size_t waiter = t / kPipes * kPipes + item.event % 8;
-    bool early = clocks_ && flag.waited && !clocks_->knows(t, waiter, flag.waited);
+    bool early = clocks_ && flag.waited && !after_wait(t, item, flag.waited);
     if (flag.set || early)
       complain("double set", "sets a flag that may not have been waited for yet", t, item);
     flag.set = true;
@@ -192,7 +216,8 @@ class Schedule {
     size_t cube = core / 3 * 3;
     std::vector<size_t> vectors = {cube + 1, cube + 2};
     if (mode == kVectorsOfABlock) return {vectors, vectors};
-    return core == cube ? std::pair{std::vector{cube}, vectors} : std::pair{vectors, std::vector{cube}};
+    return core == cube ? std::pair{std::vector{cube}, vectors}
+                        : std::pair{vectors, std::vector{cube}};
   }
 
   void cross_set(size_t t, uint32_t sequence, const Instruction& item) {
@@ -212,7 +237,10 @@ class Schedule {
       counter.ready.push_back(clock);
       counter.where = item.where;
       if (counter.ready.size() > kCounterLimit)
-        complain("counter", "raises the counter of flag " + number(item.id) + " of " + machine_.cores[receiver]->name() + " above 15", t, item);
+        complain("counter",
+                 "raises the counter of flag " + number(item.id) + " of " +
+                     machine_.cores[receiver]->name() + " above 15",
+                 t, item);
     }
   }
 
@@ -234,9 +262,11 @@ class Schedule {
       if (done(t)) continue;
       const Instruction& item = queue(t)[next(t)];
       bool held = state(t).next[PIPE_S] < item.gate && t % kPipes != PIPE_S;
-      text += (text.empty() ? "" : "; ") + core(t)->name() + " " + kPipeNames[t % kPipes] + " stands at " +
-              (held ? "an instruction behind PIPE_S: " : "") + item.name + " (" + item.where.text() + ")";
-      if (!held && item.kind != Kind::Work && item.kind != Kind::BarrierAll) text += " for flag " + number(item.id);
+      text += (text.empty() ? "" : "; ") + core(t)->name() + " " + kPipeNames[t % kPipes] +
+              " stands at " + (held ? "an instruction behind PIPE_S: " : "") + item.name + " (" +
+              item.where.text() + ")";
+      if (!held && item.kind != Kind::Work && item.kind != Kind::BarrierAll)
+        text += " for flag " + number(item.id);
     }
     machine_.complain("deadlock", text, nullptr, "", Where("", 0), "deadlock");
   }
@@ -245,11 +275,21 @@ class Schedule {
     for (size_t c = 0; c < states_.size(); ++c) {
       const Core* core = machine_.cores[c].get();
       for (auto& [key, flag] : states_[c].flags)
-        if (flag.set) machine_.complain("left over", "nothing waits for flag " + number(key.second), core, "SetFlag", flag.where);
+        if (flag.set)
+          machine_.complain("left over", "nothing waits for flag " + number(key.second), core,
+                            "SetFlag", flag.where);
       for (int id = 0; id < kCrossFlags; ++id) {
-        size_t ready = states_[c].counters[id].ready.size(), pending = states_[c].pending[id].size();
-        if (ready) machine_.complain("left over", number(ready) + " sets of flag " + number(id) + " are never waited for", core, "CrossCoreSetFlag", states_[c].counters[id].where);
-        if (pending) machine_.complain("left over", number(pending) + " sets of flag " + number(id) + " wait for the other cores", core, "CrossCoreSetFlag", Where("", 0));
+        size_t ready = states_[c].counters[id].ready.size(),
+               pending = states_[c].pending[id].size();
+        if (ready)
+          machine_.complain("left over",
+                            number(ready) + " sets of flag " + number(id) + " are never waited for",
+                            core, "CrossCoreSetFlag", states_[c].counters[id].where);
+        if (pending)
+          machine_.complain(
+              "left over",
+              number(pending) + " sets of flag " + number(id) + " wait for the other cores", core,
+              "CrossCoreSetFlag", Where("", 0));
       }
     }
   }

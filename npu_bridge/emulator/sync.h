@@ -8,14 +8,38 @@
 namespace AscendC {
 
 enum class HardEvent : uint8_t {
-  ASCENDC_EVENT(MTE2, MTE1), ASCENDC_EVENT(MTE1, MTE2), ASCENDC_EVENT(MTE1, M), ASCENDC_EVENT(M, MTE1),
-  ASCENDC_EVENT(M, FIX), ASCENDC_EVENT(FIX, M), ASCENDC_EVENT(MTE2, V), ASCENDC_EVENT(V, MTE2),
-  ASCENDC_EVENT(MTE3, V), ASCENDC_EVENT(V, MTE3), ASCENDC_EVENT(MTE3, MTE2), ASCENDC_EVENT(MTE2, MTE3),
-  ASCENDC_EVENT(MTE3, MTE1), ASCENDC_EVENT(MTE1, MTE3), ASCENDC_EVENT(MTE2, M), ASCENDC_EVENT(M, MTE2),
-  ASCENDC_EVENT(MTE2, FIX), ASCENDC_EVENT(FIX, MTE2), ASCENDC_EVENT(MTE1, FIX), ASCENDC_EVENT(FIX, MTE1),
-  ASCENDC_EVENT(FIX, MTE3), ASCENDC_EVENT(MTE3, FIX), ASCENDC_EVENT(M, S), ASCENDC_EVENT(S, V),
-  ASCENDC_EVENT(V, S), ASCENDC_EVENT(S, MTE2), ASCENDC_EVENT(MTE2, S), ASCENDC_EVENT(S, MTE3),
-  ASCENDC_EVENT(MTE3, S), ASCENDC_EVENT(FIX, S), ASCENDC_EVENT(S, FIX), ASCENDC_EVENT(MTE1, S),
+  ASCENDC_EVENT(MTE2, MTE1),
+  ASCENDC_EVENT(MTE1, MTE2),
+  ASCENDC_EVENT(MTE1, M),
+  ASCENDC_EVENT(M, MTE1),
+  ASCENDC_EVENT(M, FIX),
+  ASCENDC_EVENT(FIX, M),
+  ASCENDC_EVENT(MTE2, V),
+  ASCENDC_EVENT(V, MTE2),
+  ASCENDC_EVENT(MTE3, V),
+  ASCENDC_EVENT(V, MTE3),
+  ASCENDC_EVENT(MTE3, MTE2),
+  ASCENDC_EVENT(MTE2, MTE3),
+  ASCENDC_EVENT(MTE3, MTE1),
+  ASCENDC_EVENT(MTE1, MTE3),
+  ASCENDC_EVENT(MTE2, M),
+  ASCENDC_EVENT(M, MTE2),
+  ASCENDC_EVENT(MTE2, FIX),
+  ASCENDC_EVENT(FIX, MTE2),
+  ASCENDC_EVENT(MTE1, FIX),
+  ASCENDC_EVENT(FIX, MTE1),
+  ASCENDC_EVENT(FIX, MTE3),
+  ASCENDC_EVENT(MTE3, FIX),
+  ASCENDC_EVENT(M, S),
+  ASCENDC_EVENT(S, V),
+  ASCENDC_EVENT(V, S),
+  ASCENDC_EVENT(S, MTE2),
+  ASCENDC_EVENT(MTE2, S),
+  ASCENDC_EVENT(S, MTE3),
+  ASCENDC_EVENT(MTE3, S),
+  ASCENDC_EVENT(FIX, S),
+  ASCENDC_EVENT(S, FIX),
+  ASCENDC_EVENT(MTE1, S),
   ASCENDC_EVENT(S, M)
 };
 
@@ -47,11 +71,14 @@ inline void flag(const char* name, Kind kind, HardEvent event, int64_t id, Where
   if (kind == Kind::WaitFlag && to == PIPE_S) call.gate();
 }
 
-inline void cross_set(uint8_t mode, pipe_t pipe, int64_t id, int64_t last, const char* name, Where where) {
+inline void cross_set(uint8_t mode, pipe_t pipe, int64_t id, int64_t last, const char* name,
+                      Where where) {
   Call call(pipe == PIPE_ALL ? PIPE_S : pipe, name, where, Kind::CrossSet);
-  call.require(pipe != PIPE_S && pipe != PIPE_ALL, "pipe", "a cross-core flag is set by one pipe, not PIPE_S or PIPE_ALL");
+  call.require(pipe != PIPE_S && pipe != PIPE_ALL, "pipe",
+               "a cross-core flag is set by one pipe, not PIPE_S or PIPE_ALL");
   call.require(mode <= 2, "field", "mode is " + number(mode) + ", allowed is 0, 1 or 2");
-  call.require(mode != 1 || is_core(CoreKind::AIV), "pipe", "mode 1 joins the AIVs of a block; this is an AIC");
+  call.require(mode != 1 || is_core(CoreKind::AIV), "pipe",
+               "mode 1 joins the AIVs of a block; this is an AIC");
   call.require(id >= 0 && id <= last, "flag id",
                "flag id is " + number(id) + ", allowed is 0 to 10 (11 to 14 are SyncAll's)");
   call.sync(mode, uint8_t(id));
@@ -111,10 +138,13 @@ void SyncAll(emulator::Where where = {}) {
   constexpr int64_t all = 14, to_cube = 12, to_vectors = 13;
   bool cube = is_core(emulator::CoreKind::AIC);
   if (vectors_only && cube) {
-    emulator::Call(PIPE_S, "SyncAll", where).complain("pipe", "SyncAll() joins only AIVs; this is an AIC");
+    emulator::Call(PIPE_S, "SyncAll", where)
+        .complain("pipe", "SyncAll() joins only AIVs; this is an AIC");
     return;
   }
-  auto set = [&](uint8_t mode, int64_t id) { emulator::cross_set(mode, cube ? PIPE_FIX : PIPE_MTE3, id, all, "SyncAll", where); };
+  auto set = [&](uint8_t mode, int64_t id) {
+    emulator::cross_set(mode, cube ? PIPE_FIX : PIPE_MTE3, id, all, "SyncAll", where);
+  };
   auto wait = [&](int64_t id) { emulator::cross_wait(id, all, "SyncAll", where); };
   emulator::barrier(PIPE_ALL, "SyncAll", where);
   if (vectors_only) {

@@ -5,23 +5,27 @@
 
 namespace AscendC {
 
-enum class TPosition : uint8_t {
-  GM, A1, B1, C1, TSCM, A2, B2, CO1, VECIN, VECCALC, VECOUT
-};
+enum class TPosition : uint8_t { GM, A1, B1, C1, TSCM, A2, B2, CO1, VECIN, VECCALC, VECOUT };
 
 namespace emulator {
 
 constexpr Place place_of(TPosition position) {
   switch (position) {
-    case TPosition::GM: return Place::GM;
+    case TPosition::GM:
+      return Place::GM;
     case TPosition::A1:
     case TPosition::B1:
     case TPosition::C1:
-    case TPosition::TSCM: return Place::L1;
-    case TPosition::A2: return Place::L0A;
-    case TPosition::B2: return Place::L0B;
-    case TPosition::CO1: return Place::L0C;
-    default: return Place::UB;
+    case TPosition::TSCM:
+      return Place::L1;
+    case TPosition::A2:
+      return Place::L0A;
+    case TPosition::B2:
+      return Place::L0B;
+    case TPosition::CO1:
+      return Place::L0C;
+    default:
+      return Place::UB;
   }
 }
 
@@ -67,7 +71,8 @@ class LocalTensor {
     emulator::Span span = this->span();
     call.require(span.place == emulator::Place::UB, "memory", "a scalar store reaches only UB")
         .write(span, uint64_t(index) * sizeof(T), sizeof(T));
-    call.run([=] { emulator::store(span.memory->data.data() + span.begin + index * sizeof(T), value); });
+    call.run(
+        [=] { emulator::store(span.memory->data.data() + span.begin + index * sizeof(T), value); });
   }
 
   emulator::Span span() const {

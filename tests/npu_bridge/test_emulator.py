@@ -362,7 +362,10 @@ def test_names_what_is_stuck(build, tmp_path):
     assert "AIC0 PIPE_MTE2 stands at an instruction behind PIPE_S: DataCopy" in text
 
 
-@pytest.mark.parametrize("name", ["none", "none_through_memory", "none_scalar_store"])
+SOUND = ["none", "none_through_memory", "none_accumulate", "none_scalar_store", "none_scalar_wait"]
+
+
+@pytest.mark.parametrize("name", SOUND)
 def test_is_silent(build, tmp_path, name):
     report, results = run_defect(build, tmp_path, name)
     assert report["complaints"] == []

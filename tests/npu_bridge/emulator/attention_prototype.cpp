@@ -9,8 +9,8 @@ namespace {
 
 int dropped = -1;
 // Numbers every synchronisation of the text.
-#define SYNC(...)                           \
-  do {                                      \
+#define SYNC(...)                            \
+  do {                                       \
     if (dropped != __COUNTER__) __VA_ARGS__; \
   } while (0)
 
@@ -19,7 +19,8 @@ constexpr int kTiles = kKeys / kBlockKv;
 constexpr uint16_t kScoresReady = 0, kSoftmaxReady = 1, kValuesReady = 2;
 
 // Of one block, in bytes: scores, probabilities, weighted values.
-constexpr int kScores = kBlockQ * kBlockKv * 4, kProbabilities = kBlockQ * kBlockKv * 2, kValues = kBlockQ * kHead * 4;
+constexpr int kScores = kBlockQ * kBlockKv * 4, kProbabilities = kBlockQ * kBlockKv * 2,
+              kValues = kBlockQ * kHead * 4;
 constexpr int kWorkspace = kScores + kProbabilities + kValues;
 
 struct Buffers {
@@ -41,7 +42,8 @@ GlobalTensor<T> global(GM_ADDR address, int count) {
 }
 
 // c [m][n] = a [m][k] · b, with b [n][k], or [k][n] where `transpose`.
-void multiply(GlobalTensor<float> c, GlobalTensor<half> a, GlobalTensor<half> b, int m, int n, int k, bool transpose) {
+void multiply(GlobalTensor<float> c, GlobalTensor<half> a, GlobalTensor<half> b, int m, int n,
+              int k, bool transpose) {
   LocalTensor<half> a1(TPosition::A1, 0, m * k), b1(TPosition::B1, 128 * 1024, n * k);
   LocalTensor<half> a2(TPosition::A2, 0, m * k), b2(TPosition::B2, 0, n * k);
   LocalTensor<float> c1(TPosition::CO1, 0, m * n);
@@ -52,7 +54,8 @@ void multiply(GlobalTensor<float> c, GlobalTensor<half> a, GlobalTensor<half> b,
   SYNC(SetFlag<HardEvent::MTE2_MTE1>(0));
   SYNC(WaitFlag<HardEvent::MTE2_MTE1>(0));
   SYNC(WaitFlag<HardEvent::M_MTE1>(0));
-  for (int i = 0; i < m / 16; ++i) LoadData(a2[i * k * 16], a1[i * 256], LoadData2DParams(0, k / 16, m / 16, 0, 0, false, 0));
+  for (int i = 0; i < m / 16; ++i)
+    LoadData(a2[i * k * 16], a1[i * 256], LoadData2DParams(0, k / 16, m / 16, 0, 0, false, 0));
   for (int i = 0; i < k / 16; ++i)
     LoadData(b2[i * n * 16], transpose ? b1[i * 256] : b1[i * n * 16],
              LoadData2DParams(0, n / 16, transpose ? k / 16 : 1, 0, 0, transpose, 0));
@@ -70,7 +73,8 @@ void multiply(GlobalTensor<float> c, GlobalTensor<half> a, GlobalTensor<half> b,
 
 void cube(GM_ADDR query, GM_ADDR key, GM_ADDR value, GM_ADDR workspace) {
   Buffers buffers(workspace);
-  GlobalTensor<half> q = global<half>(query, kBlockQ * GetBlockNum() * kHead)[GetBlockIdx() * kBlockQ * kHead];
+  GlobalTensor<half> q =
+      global<half>(query, kBlockQ * GetBlockNum() * kHead)[GetBlockIdx() * kBlockQ * kHead];
   GlobalTensor<half> k = global<half>(key, kKeys * kHead), v = global<half>(value, kKeys * kHead);
   SYNC(SetFlag<HardEvent::MTE1_MTE2>(0));
   SYNC(SetFlag<HardEvent::M_MTE1>(0));
@@ -79,7 +83,8 @@ void cube(GM_ADDR query, GM_ADDR key, GM_ADDR value, GM_ADDR workspace) {
     multiply(buffers.scores, q, k[tile * kBlockKv * kHead], kBlockQ, kBlockKv, kHead, false);
     SYNC(CrossCoreSetFlag<2, PIPE_FIX>(kScoresReady));
     SYNC(CrossCoreWaitFlag(kSoftmaxReady));
-    multiply(buffers.values, buffers.probabilities, v[tile * kBlockKv * kHead], kBlockQ, kHead, kBlockKv, true);
+    multiply(buffers.values, buffers.probabilities, v[tile * kBlockKv * kHead], kBlockQ, kHead,
+             kBlockKv, true);
     SYNC(CrossCoreSetFlag<2, PIPE_FIX>(kValuesReady));
   }
   SYNC(WaitFlag<HardEvent::MTE1_MTE2>(0));
@@ -87,15 +92,19 @@ void cube(GM_ADDR query, GM_ADDR key, GM_ADDR value, GM_ADDR workspace) {
   SYNC(WaitFlag<HardEvent::FIX_M>(0));
 }
 
-LocalTensor<float> vector_buffer(int address, int count) { return LocalTensor<float>(TPosition::VECCALC, address, count); }
+LocalTensor<float> vector_buffer(int address, int count) {
+  return LocalTensor<float>(TPosition::VECCALC, address, count);
+}
 
 void vector(GM_ADDR workspace, GM_ADDR output) {
   Buffers buffers(workspace);
   int first_row = GetSubBlockIdx() * kRows;
-  GlobalTensor<float> out = global<float>(output, kBlockQ * GetBlockNum() * kHead)[GetBlockIdx() * kRows * kHead];
+  GlobalTensor<float> out =
+      global<float>(output, kBlockQ * GetBlockNum() * kHead)[GetBlockIdx() * kRows * kHead];
   LocalTensor<float> s = vector_buffer(0, kRows * kBlockKv);
   LocalTensor<half> p(TPosition::VECOUT, 16384, kRows * kBlockKv);
-  LocalTensor<float> update = vector_buffer(24576, kRows * kHead), o = vector_buffer(32768, kRows * kHead);
+  LocalTensor<float> update = vector_buffer(24576, kRows * kHead),
+                     o = vector_buffer(32768, kRows * kHead);
   LocalTensor<float> wide = vector_buffer(40960, kRows * 8);
   LocalTensor<float> left = vector_buffer(42240, kRows), right = vector_buffer(42368, kRows);
   LocalTensor<float> largest = vector_buffer(42496, kRows), old = vector_buffer(42624, kRows);
@@ -171,7 +180,8 @@ void vector(GM_ADDR workspace, GM_ADDR output) {
 
 constexpr int kSyncs = __COUNTER__;
 
-__global__ __mix__(1, 2) void attention(GM_ADDR query, GM_ADDR key, GM_ADDR value, GM_ADDR output, GM_ADDR workspace) {
+__global__ __mix__(1, 2) void attention(GM_ADDR query, GM_ADDR key, GM_ADDR value, GM_ADDR output,
+                                        GM_ADDR workspace) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
   if ASCEND_IS_AIC {
     cube(query, key, value, workspace);

@@ -21,7 +21,9 @@ GlobalTensor<T> global(GM_ADDR address) {
 }
 
 template <class T>
-LocalTensor<T> local(int address, int count) { return LocalTensor<T>(TPosition::VECCALC, address, count); }
+LocalTensor<T> local(int address, int count) {
+  return LocalTensor<T>(TPosition::VECCALC, address, count);
+}
 
 // Loads both inputs to UB, runs `work(a, b, c)` and stores c.
 template <class A, class B, class C, class F>
@@ -93,7 +95,7 @@ void strides(GM_ADDR a, GM_ADDR b, GM_ADDR, GM_ADDR out) {
     Axpy(z[3584], x, 2.f, 64);
     PipeBarrier<PIPE_V>();
     Add(z[3840], x, z[3840], 64, 4, BinaryRepeatParams(1, 1, 1, 0, 8, 0));  // adds four repeats up
-    Brcb(z[3904], y, 2, BrcbRepeatParams(1, 9));                            // 8 blocks, one free, 8 blocks
+    Brcb(z[3904], y, 2, BrcbRepeatParams(1, 9));  // 8 blocks, one free, 8 blocks
   });
 }
 
@@ -130,7 +132,8 @@ template <class D, class S>
 void exact_cast(GM_ADDR a, GM_ADDR b, GM_ADDR, GM_ADDR out) {
   vector<S, S, D>(a, b, out, kCount, kCount, [](auto x, auto, auto z) {
     constexpr int lanes = 64;  // by repeats: of 64 elements where the wider type has 4 bytes
-    Cast(z, x, RoundMode::CAST_NONE, lanes, kCount / lanes, UnaryRepeatParams(1, 1, lanes * sizeof(D) / 32, lanes * sizeof(S) / 32));
+    Cast(z, x, RoundMode::CAST_NONE, lanes, kCount / lanes,
+         UnaryRepeatParams(1, 1, lanes * sizeof(D) / 32, lanes * sizeof(S) / 32));
   });
 }
 
@@ -139,15 +142,19 @@ void compare_select(GM_ADDR a, GM_ADDR b, GM_ADDR, GM_ADDR out) {
   constexpr int n = kCount;
   vector<T, T, T>(a, b, out, n, 9 * n, [](auto x, auto y, auto z) {
     LocalTensor<uint8_t> bits = local<uint8_t>(131072, 1024);
-    CMPMODE modes[] = {CMPMODE::LT, CMPMODE::GT, CMPMODE::EQ, CMPMODE::LE, CMPMODE::GE, CMPMODE::NE};
+    CMPMODE modes[] = {CMPMODE::LT, CMPMODE::GT, CMPMODE::EQ,
+                       CMPMODE::LE, CMPMODE::GE, CMPMODE::NE};
     for (int i = 0; i < 6; ++i) Compare(bits[128 * i], x, y, modes[i], n);
     CompareScalar(bits[768], x, T(0.5), CMPMODE::GT, n);
     PipeBarrier<PIPE_V>();
-    for (int i = 0; i < 6; ++i) Select(z[i * n], bits[128 * i], x, y, SELMODE::VSEL_TENSOR_TENSOR_MODE, n);
+    for (int i = 0; i < 6; ++i)
+      Select(z[i * n], bits[128 * i], x, y, SELMODE::VSEL_TENSOR_TENSOR_MODE, n);
     Select(z[6 * n], bits[768], x, T(-1), SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
     constexpr int lanes = 256 / sizeof(T);
-    Select(z[7 * n], bits[768], x, y, SELMODE::VSEL_TENSOR_TENSOR_MODE, lanes, n / lanes, BinaryRepeatParams());
-    Select(z[8 * n], bits[768], x, y, SELMODE::VSEL_CMPMASK_SPR, lanes, n / lanes, BinaryRepeatParams());
+    Select(z[7 * n], bits[768], x, y, SELMODE::VSEL_TENSOR_TENSOR_MODE, lanes, n / lanes,
+           BinaryRepeatParams());
+    Select(z[8 * n], bits[768], x, y, SELMODE::VSEL_CMPMASK_SPR, lanes, n / lanes,
+           BinaryRepeatParams());
   });
 }
 
@@ -155,7 +162,8 @@ void compare_select(GM_ADDR a, GM_ADDR b, GM_ADDR, GM_ADDR out) {
 void padded_copy(GM_ADDR a, GM_ADDR, GM_ADDR, GM_ADDR out) {
   if (ASCEND_IS_AIC || GetBlockIdx() != 0) return;
   LocalTensor<half> x = local<half>(0, 4 * 32);
-  DataCopyPad(x, global<half>(a), DataCopyExtParams(4, 20, 4, 1, 0), DataCopyPadExtParams<half>(true, 0, 6, half(-1)));
+  DataCopyPad(x, global<half>(a), DataCopyExtParams(4, 20, 4, 1, 0),
+              DataCopyPadExtParams<half>(true, 0, 6, half(-1)));
   SetFlag<HardEvent::MTE2_MTE3>(0);
   WaitFlag<HardEvent::MTE2_MTE3>(0);
   DataCopyPad(global<half>(out), x, DataCopyExtParams(4, 20, 1, 0, 0));
@@ -175,11 +183,15 @@ void matmul(GM_ADDR a, GM_ADDR b, GM_ADDR shape, GM_ADDR out) {
   LocalTensor<T> a2(TPosition::A2, 0, rows * depth), b2(TPosition::B2, 0, columns * depth);
   LocalTensor<float> c(TPosition::CO1, 0, rows * columns);
   DataCopy(a1, global<T>(a), Nd2NzParams(1, m, k, 0, k, rows, 1, 0));
-  if (transpose) DataCopy(b1, global<T>(b), Nd2NzParams(1, k, n, 0, n, depth, 1, 0));
-  else DataCopy(b1, global<T>(b), Nd2NzParams(1, n, k, 0, k, columns, 1, 0));
+  if (transpose)
+    DataCopy(b1, global<T>(b), Nd2NzParams(1, k, n, 0, n, depth, 1, 0));
+  else
+    DataCopy(b1, global<T>(b), Nd2NzParams(1, n, k, 0, k, columns, 1, 0));
   SetFlag<HardEvent::MTE2_MTE1>(0);
   WaitFlag<HardEvent::MTE2_MTE1>(0);
-  for (int i = 0; i < rows / 16; ++i) LoadData(a2[i * depth * 16], a1[i * fractal], LoadData2DParams(0, depth / c0, rows / 16, 0, 0, false, 0));
+  for (int i = 0; i < rows / 16; ++i)
+    LoadData(a2[i * depth * 16], a1[i * fractal],
+             LoadData2DParams(0, depth / c0, rows / 16, 0, 0, false, 0));
   for (int i = 0; i < depth / c0; ++i)
     LoadData(b2[i * columns * c0], transpose ? b1[i * fractal] : b1[i * columns * c0],
              LoadData2DParams(0, columns / 16, transpose ? depth / 16 : 1, 0, 0, transpose, 0));
