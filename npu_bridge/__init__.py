@@ -1,0 +1,24 @@
+"""npu_bridge: the schedule and the tile functions of `pasa_jax` as AscendC kernels.
+
+>>> import npu_bridge
+>>> kernel = npu_bridge.kernel(head_dim=128, shift="mean", is_causal=True)
+>>> print(npu_bridge.plan(kernel).splitlines()[0])
+Schedule: 128 queries x 512 keys a tile, 16 rows a slab of a vector core.
+"""
+
+from npu_bridge._api import check, cost, emit, kernel, plan, run
+from npu_bridge.errors import EmulationError, LoweringError, PlanError
+from npu_bridge.stages import Kernel
+
+__all__ = [
+    "EmulationError",
+    "Kernel",
+    "LoweringError",
+    "PlanError",
+    "check",
+    "cost",
+    "emit",
+    "kernel",
+    "plan",
+    "run",
+]

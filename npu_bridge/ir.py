@@ -10,8 +10,11 @@ C++ and in Python: + - * and comparisons of ints, and the functions below.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 ITEMSIZE = {"half": 2, "bfloat16_t": 2, "float": 4, "int32_t": 4, "uint16_t": 2, "uint8_t": 1}
@@ -44,9 +47,15 @@ __aicore__ inline int32_t Pick(bool c, int32_t a, int32_t b) { return c ? a : b;
 Expr = int | str
 
 
-def evaluate(x: Expr, env: dict[str, Any]) -> int:
-    """The value of an expression of ints."""
-    return x if isinstance(x, int) else int(eval(x, {"__builtins__": {}, **FUNCTIONS}, env))
+def evaluate(x: Expr, env: Mapping[str, Any]) -> Any:
+    """The value of an expression."""
+    return x if isinstance(x, int) else eval(_python(x), dict(FUNCTIONS), env)
+
+
+@lru_cache(maxsize=None)
+def _python(text: str) -> CodeType:
+    text = re.sub(r"static_cast<\w+>", "", text)
+    return compile(re.sub(r"(\d\.\d*(?:e[+-]?\d+)?)f\b", r"\1", text), "<expression>", "eval")
 
 
 def times(a: Expr, b: int) -> Expr:

@@ -34,6 +34,7 @@ from npu_bridge.ir import (
     times,
 )
 
+_REDUCES = {"Max": "Max", "Min": "Min", "Add": "Sum"}
 BLOCK, REPEAT = 32, 256  # bytes of a block, and of a vector instruction's repeat
 
 
@@ -309,14 +310,16 @@ class Lowering:
             self._spread[key] = out.place
         return self._spread[key]
 
-    def binary(self, name: str, a: Vector, b: Vector, hint: str) -> Vector:
-        """``name`` of two vectors, whichever of them is broadcast."""
-        rows, width = max(a.rows, b.rows), max(a.width, b.width)
+    def binary(
+        self, name: str, a: Vector, b: Vector, hint: str, rows: int = 1, width: int = 1
+    ) -> Vector:
+        """``name`` of two vectors, whichever of them is broadcast, [rows, width] at least."""
+        rows, width = max(a.rows, b.rows, rows), max(a.width, b.width, width)
         if a.dtype != b.dtype:
             raise LoweringError(f"{name} of {a.dtype} and {b.dtype}")
         out = self.new(hint, a.dtype, rows, width)
         item = ITEMSIZE[a.dtype]
-        if (a.rows, a.width) == (b.rows, b.width):
+        if (a.rows, a.width) == (b.rows, b.width) == (rows, width):
             self.emit(
                 f"{name}({out.place}, {a.place}, {b.place}, {out.size})",
                 (out.place,),
@@ -385,39 +388,66 @@ class Lowering:
             self.body.append(For("lane", 0, out.width, [instruction("lane")], each))
 
     def reduce(self, name: str, x: Vector, hint: str) -> Vector:
-        """The column of row maxima or sums: lanes first, then within one repeat."""
-        item = ITEMSIZE[x.dtype]
-        each = REPEAT // item
-        blocks = x.width * item // BLOCK
+        """The column of row maxima or sums: the repeats of a row first, then within one."""
+        each = REPEAT // ITEMSIZE[x.dtype]
         if x.width > each:
-            part = self.new("lanes", x.dtype, x.rows, each)
-
-            def fold(a: Slice, b: Slice, step: int) -> Instruction:
-                return Instruction(
-                    f"{name}({part.place}, {a}, {b}, {each}, {x.rows}, "
-                    f"{{1, 1, 1, 8, {step}, {blocks}}})",
-                    "V",
-                    (part.place,),
-                    (x.place, *(() if step == blocks else (part.place,))),
-                    x.rows * REPEAT,
-                )
-
-            self.body.append(fold(x.place, x.place.at(each), blocks))
-            if x.width > 2 * each:
-                body = [Barrier("V"), fold(part.place, x.place.at("lane"), 8)]
-                self.body.append(For("lane", 2 * each, x.width, body, each))
-            x, blocks = part, 8
+            x = self._folded(name, x, each)
+        if x.dtype == "half" and name != "Add":  # a maximum is the same number in float32
+            x = self._folded(name, x, 64) if x.width > 64 else x
+            return self.cast(self.reduce(name, self.cast(x, "float", "wide"), hint), "half", hint)
+        if x.dtype == "float" and x.width in (8, 64) and x.rows % 8 == 0:
+            return self._by_blocks(name, x, hint)
         out = self.new(hint, x.dtype, x.rows, 1)
-        whole = {"Max": "WholeReduceMax", "Min": "WholeReduceMin", "Add": "WholeReduceSum"}[name]
         order = "" if name == "Add" else ", ReduceOrder::ORDER_ONLY_VALUE"
+        blocks = x.width * ITEMSIZE[x.dtype] // BLOCK
         self.emit(
-            f"{whole}<{x.dtype}>({out.place}, {x.place}, {x.width}, {x.rows}, 1, 1, "
-            f"{blocks}{order})",
+            f"WholeReduce{_REDUCES[name]}<{x.dtype}>({out.place}, {x.place}, {x.width}, {x.rows}, "
+            f"1, 1, {blocks}{order})",
             (out.place,),
             (x.place,),
             x.rows * REPEAT,
         )
         return out
+
+    def _folded(self, name: str, x: Vector, width: int) -> Vector:
+        """[rows, width]: the stretches of ``width`` columns of x, all in one."""
+        item = ITEMSIZE[x.dtype]
+        part = self.new("lanes", x.dtype, x.rows, width)
+        to, source = width * item // BLOCK, x.width * item // BLOCK
+
+        def fold(a: Slice, b: Slice, step: int, reads: tuple[Slice, ...]) -> Instruction:
+            return Instruction(
+                f"{name}({part.place}, {a}, {b}, {width}, {x.rows}, "
+                f"{{1, 1, 1, {to}, {step}, {source}}})",
+                "V",
+                (part.place,),
+                reads,
+                x.rows * REPEAT,
+            )
+
+        self.body.append(fold(x.place, x.place.at(width), source, (x.place,)))
+        if x.width > 2 * width:
+            more = fold(part.place, x.place.at("lane"), to, (x.place, part.place))
+            self.body.append(For("lane", 2 * width, x.width, [Barrier("V"), more], width))
+        return part
+
+    def _by_blocks(self, name: str, x: Vector, hint: str) -> Vector:
+        """The column of a float32 tile of 64 or 8 columns: eight of them become one, and again.
+        (A repeat of this takes a cycle, where reducing it whole takes seven.)
+        """
+        while x.width > 1:
+            last = x.width == 8
+            out = self.new(hint if last else "blocks", "float", x.rows, x.width // 8)
+            repeats = x.size // 64
+            self.emit(
+                f"BlockReduce{_REDUCES[name]}<float>({out.place}, {x.place}, {repeats}, 64, "
+                "1, 1, 8)",
+                (out.place,),
+                (x.place,),
+                repeats * REPEAT,
+            )
+            x = out
+        return x
 
     def cast(self, x: Vector, dtype: str, hint: str) -> Vector:
         if x.dtype == dtype:
@@ -459,8 +489,8 @@ class Lowering:
         if isinstance(value, Scalar):
             value = self.filled(value, rows, width, "float", "margin")
         if (value.rows, value.width) != (rows, width):
-            zero = self.filled(Scalar(0), rows, width, "float", "zero")
-            value = self.binary("Add", zero, value, "margin")
+            zero = self.filled(Scalar(0), value.rows, value.width, "float", "zero")
+            value = self.binary("Add", value, zero, "margin", rows, width)
         return self.compared("GE", value, Scalar(0.0))
 
     def compared(self, mode: str, x: Vector, y: Vector | Scalar) -> Bits:

@@ -27,7 +27,9 @@ from pasa_jax.precision import Precision
 from pasa_jax.schedule import Schedule
 
 Array = jax.Array
-KAPPA_ROWS = 16  # rows of κ, all equal: the least that the cube unit multiplies
+# Columns of q·κ and of P's row sums, all equal: a block of float32. (The cube unit multiplies
+# by twice as many at least; the vector cores read these.)
+COLUMNS = 8
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
 _MANY = 2**20  # blocks of keys that a static length stands for; the true one comes at run time
 
@@ -72,8 +74,13 @@ class Kernel:
             beta=self.beta,
             paper_scale=self.head_dim**-0.5 if self.shift == "paper" else None,
             explicit_precision=True,
-            dialect=tile.Dialect(contracts=False),
+            dialect=tile.Dialect(contracts=False, sum_columns=COLUMNS if self.sums_multiplied else 0),
         )
+
+    @property
+    def sums_multiplied(self) -> bool:
+        """Whether the cube unit adds up P, in float32: the vector unit is what takes longest."""
+        return self.precision.statistics == "float32"
 
     @functools.cached_property
     def numerics(self) -> tile.Numerics:
@@ -274,8 +281,8 @@ class Step:
     carried: tuple[str, ...]
 
 
-_PRODUCTS = {"key": "scores", "kappa": "offsets", "value": "update"}
-_INPUT_LEVEL = {"o": 2}
+_PRODUCTS = {"key": "scores", "kappa": "offsets", "value": "update", "ones": "sums"}
+_STATE = ("m", "l", "o", "f")
 
 
 def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
@@ -294,7 +301,7 @@ def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
         **dict.fromkeys(("start", "queries", "keys", "j", "t"), _INT),
     }
     if kernel.shift == "mean":
-        shapes["kappa"] = jax.ShapeDtypeStruct((KAPPA_ROWS, d), dtype)
+        shapes["kappa"] = jax.ShapeDtypeStruct((COLUMNS, d), dtype)
     if kernel.shift == "paper":
         shapes["weights"] = jax.ShapeDtypeStruct((n, 1), jnp.float32)
     if kernel.bias is not None:
@@ -316,7 +323,7 @@ def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
 
 def _cut(traced: Trace) -> Step:
     names = {var: name for name, var in traced.inputs.items()}
-    level = {var: _INPUT_LEVEL.get(name, 1) for var, name in names.items()}
+    level = dict.fromkeys(names, 1)
     products: dict[str, Product] = {}
     stages: dict[int, list[Equation]] = {1: [], 2: []}
     handed: dict[Var, str] = {}  # what the vector unit gives the cube
@@ -327,41 +334,46 @@ def _cut(traced: Trace) -> Step:
         if eqn.primitive != "dot_general" or eqn.output.aval.shape[1] == 1:
             continue
         left, right = eqn.inputs
-        if names.get(right) not in _PRODUCTS:
+        ones = isinstance(right, Scalar) and right.value == 1
+        right_name = "ones" if ones else names.get(right, "")
+        if right_name not in _PRODUCTS:
             raise LoweringError(
                 "the cube unit multiplies with keys, κ or values as they lie in memory; "
                 f"a product with something computed comes from {eqn.source}"
             )
         result, dtype = _rounded(eqn.output, equations)
         alias[eqn.output] = result
-        name = _PRODUCTS[names[right]]
+        name = _PRODUCTS[right_name]
         if left not in names:
             handed[left] = "p"
         given = names.get(left, "p")
-        products[names[right]] = Product(
-            name, given, names[right], result.aval.shape[1], C_TYPES[dtype]
+        products[right_name] = Product(
+            name, given, right_name, result.aval.shape[1], C_TYPES[dtype]
         )
         results[result] = name
         level[result] = 2 if left not in names else 1
-    for eqn in equations:
-        if eqn.output in alias or eqn.output in results:
-            continue
-        at = max([level.get(x, 1) for x in eqn.inputs], default=1)
-        level[eqn.output] = at
-        stages[at].append(eqn)
+    vector = [e for e in equations if e.output not in alias and e.output not in results]
+    for _ in _STATE:  # a state stands where its new value is made, which others may depend on
+        for eqn in vector:
+            level[eqn.output] = max([level.get(x, 1) for x in eqn.inputs], default=1)
+        for name in _STATE:
+            level[traced.inputs[name]] = level.get(traced.outputs[name], 1)
+    for eqn in vector:
+        stages[level[eqn.output]].append(eqn)
     outputs = {n: x for n, x in traced.outputs.items() if x is not traced.inputs.get(n)}
     made = {e.output: at for at, body in stages.items() for e in body}
     carried: dict[str, Var] = {}
     for eqn in stages[2]:
         for x in eqn.inputs:
-            if made.get(x) == 1 and x not in carried.values():
+            if isinstance(x, Var) and made.get(x) == 1 and x not in carried.values():
                 if x.aval.shape[-1:] != (1,):
                     raise LoweringError(f"only columns are kept for the output, not {x.aval}")
                 carried[f"keep{len(carried)}" if carried else "keep"] = x
     for x in outputs.values():
         if isinstance(x, Scalar):
             raise LoweringError("a state of the softmax is a plain number")
-    first = {**{n: x for n, x in outputs.items() if n != "o"}, **carried}
+    second = {n: x for n, x in outputs.items() if level.get(x, 1) == 2}
+    first = {n: x for n, x in outputs.items() if n not in second} | carried
     first |= {name: var for var, name in handed.items()}
     return Step(
         products,
@@ -369,7 +381,7 @@ def _cut(traced: Trace) -> Step:
         _stage(
             stages[2],
             {**names, **results, **{v: n for n, v in carried.items()}},
-            {"o": outputs["o"]},
+            second,
         ),
         tuple(carried),
     )

@@ -38,6 +38,7 @@ class Dialect:
       exp2: the power of two of a tile.
       matrix_columns: if P's row sums may come out of the matrix unit, as a product with ones in
         columns that it would leave idle: how many it computes at once; else 0.
+      sum_columns: if P's row sums are a product of their own, with as many columns of ones; else 0.
       running_maximum: where nothing is put back after the rounding, scores are stored minus the
         running maximum instead of their tile's, which saves rescaling what the tile adds.
       contracts: the compiler may round product·gain − maximum only once.
@@ -48,6 +49,7 @@ class Dialect:
     exponential: str | None = None
     exp2: Callable[[Array], Array] = jnp.exp2
     matrix_columns: int = 0
+    sum_columns: int = 0
     running_maximum: bool = False
     contracts: bool = True
     flat: bool = False
@@ -91,6 +93,17 @@ class Numerics:
     @property
     def exponential(self) -> str | None:
         return self.precision.exponential or self.dialect.exponential
+
+    @property
+    def tile(self) -> jnp.dtype:
+        """The type of a tile's arithmetic between product and probabilities. Where scores are
+        stored and exponentials computed in the same 16 bits, it may be theirs: a difference of
+        two such numbers is rounded once, near zero, where that costs nothing.
+        """
+        same = self.precision.exponential == self.precision.scores
+        late = self.shift == "reference" and self.reachable
+        plain = same and not (late or self.follows_maximum) and self.logits_soft_cap is None
+        return jnp.dtype(self.precision.scores) if plain else self.statistics
 
     @property
     def unit(self) -> float:
@@ -148,6 +161,7 @@ class Scores(NamedTuple):
     # [R, 1] what the shift took off (s̄' for `paper`, to be multiplied by inva), or None: 0
     offset: Array | None
     slope: Array | None = None  # [R, n] derivative of the soft cap
+    every: bool = False  # whether every row sees every key of the tile
 
 
 class State(NamedTuple):
@@ -332,6 +346,7 @@ def scores(
         mask = seen if mask is None else mask & seen
         bias = _divided(bias.astype(stat) * stat.type(numerics.unit), query.temper)
     late = numerics.shift == "reference" and numerics.reachable
+    narrow = numerics.tile if bias is None and query.rest is None else stat
     product = _dot(query.q, key.k, (1, 1), numerics.accumulated)
     product = product.astype(numerics.product) * query.gain
     offset = None
@@ -340,7 +355,7 @@ def scores(
     elif numerics.shift == "reference":
         z, offset = _lagging_reference(query, key, product, state, mask, numerics)
     else:
-        z = product.astype(store).astype(stat)
+        z = product.astype(store).astype(narrow)
         z = z if query.rest is None else z * query.rest.astype(stat)
         if key.weights is not None:  # s̄' over the columns that M mixed, before the mask
             offset = _dot(z, key.weights, (1, 0), numerics.product).astype(stat)
@@ -356,7 +371,7 @@ def scores(
     if bias is not None:
         z = z + bias
     if mask is not None:
-        z = jnp.where(mask, z, jnp.full_like(z, lowest(stat)))
+        z = jnp.where(mask, z, jnp.full_like(z, lowest(z.dtype)))
         slope = None if slope is None else jnp.where(mask, slope, jnp.zeros_like(slope))
     base = numerics.over_row(jnp.max, z)
     if numerics.follows_maximum:
@@ -366,11 +381,16 @@ def scores(
     # maximum; where scores are huge, every probability of the row would vanish.
     if numerics.dialect.contracts:
         stored = jnp.where(z >= _beside(base), jnp.zeros_like(stored), stored)
+    if base.dtype != stat:
+        narrow_base, base = base, base.astype(stat)
+        if mask is not None:
+            seen = narrow_base != lowest(narrow_base.dtype)
+            base = jnp.where(seen, base, jnp.full_like(base, lowest(stat)))
     if late and store != stat:
         if store == jnp.float16:  # what is below its range has no weight: clamp it
             stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
         stored = stored.astype(store).astype(numerics.exponential or stat)
-    return Scores(stored, base, offset, slope if with_slope else None)
+    return Scores(stored, base, offset, slope if with_slope else None, mask is None)
 
 
 def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Array:
@@ -466,13 +486,14 @@ def update(
         current = current + (inva * (s.offset - f)).astype(wide)
     elif s.offset is not None:
         current = current + s.offset.astype(wide)
-    # A row that saw no key of this tile has its base at `lowest`, whatever the offset.
-    seen = s.base != lowest(stat)
-    current = jnp.where(seen, current, jnp.full_like(current, lowest(stat)))
+    seen = None if s.every else s.base != lowest(stat)
+    if seen is not None:  # a row that saw no key of this tile stays at `lowest`, with any offset
+        current = jnp.where(seen, current, jnp.full_like(current, lowest(stat)))
     m = jnp.maximum(previous, current).astype(stat)
     keep = numerics.exp(_tempered(previous - m.astype(wide), query.temper)).astype(stat)
     take = numerics.exp(_tempered(current - m.astype(wide), query.temper)).astype(stat)
-    take = jnp.where(seen, take, jnp.zeros_like(take))
+    if seen is not None:
+        take = jnp.where(seen, take, jnp.zeros_like(take))
     return State(
         m=m,
         l=keep * state.l + take * l_loc,
@@ -483,6 +504,10 @@ def update(
 
 def _sum_and_product(p: Array, v: Array, numerics: Numerics) -> tuple[Array, Array]:
     """P's row sums [R, 1] and P·V [R, E]."""
+    if numerics.dialect.sum_columns:
+        ones = jnp.ones((v.shape[0], numerics.dialect.sum_columns), p.dtype)
+        l_loc = numerics.over_row(jnp.max, _dot(p, ones, (1, 0), numerics.product))  # all equal
+        return l_loc.astype(numerics.statistics), _dot(p, v, (1, 0), numerics.accumulated)
     size = v.shape[1]
     idle = -size % numerics.dialect.matrix_columns if numerics.dialect.matrix_columns else 0
     if idle == 0:

@@ -120,7 +120,7 @@ class Schedule:
             return {"VMEM": q + kv + scores * (4 + item) + out + rows}
         if kind == "npu":
             sub, half, slab = 128, (self.block_q + 1) // 2, 16
-            tiles = slab * self.block_kv * (4 * item + 4) + slab * e * (2 * 4 + item)
+            tiles = slab * self.block_kv * (3 * item + 4) + slab * e * (4 + item)
             return {
                 "L1": 4 * sub * (head_dim + sub) * item,
                 "L0A": 2 * sub * sub * item,

@@ -8,9 +8,9 @@ global memory (`workspace`), a few tiles deep, and three flags say when it is th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from npu_bridge import stages
 from npu_bridge.errors import PlanError
@@ -41,12 +41,13 @@ from npu_bridge.ir import (
     with_barriers,
 )
 from npu_bridge.lowering import Lowering, Scalar, Value, Vector
-from npu_bridge.plan import Memory, frees_before
-from npu_bridge.stages import KAPPA_ROWS, Kernel
+from npu_bridge.memory import Memory, frees_before
+from npu_bridge.stages import COLUMNS, Kernel
 
 # Names of numbers in the functions, which values must not take.
 _NUMBERS = ("row", "slot", "first", "place", "lane", "slab", "unit", "valid", "keys", "count")
 VECTOR_CORES = 2  # of one cube core
+LEAST = 16  # rows and columns that the cube unit multiplies at least
 SUB = 128  # side of the tiles that the cube unit multiplies
 AHEAD = 2  # key tiles by which the scores are ahead of the values
 DEPTH = AHEAD + 1  # tiles of each kind in the workspace
@@ -86,18 +87,17 @@ class Program:
 
 
 def build(kernel: Kernel) -> Program:
-    """The program of a kernel, with the tallest slabs that fit.
+    """The program of a kernel, with the tallest slabs that fit, and with P·V double-buffered if
+    that fits too.
 
     Raises:
       PlanError: no slab fits; the message says which memory, how much and what would fit.
     """
     check(kernel)
     failed: PlanError | None = None
-    for rows in (64, 32, 16):
-        if rows > kernel.schedule.block_q // VECTOR_CORES:
-            continue
+    for slabs in _SLABS:
         try:
-            return _Builder(kernel, rows).program()
+            return _Builder(kernel, slabs).program()
         except PlanError as error:
             failed = error
     raise PlanError(f"{failed}. {_nearest(kernel)}")
@@ -128,11 +128,22 @@ def _nearest(kernel: Kernel) -> str:
     for smaller in range(n - SUB, 0, -SUB):
         schedule = replace(kernel.schedule, block_kv=smaller)
         try:
-            _Builder(replace(kernel, schedule=schedule), 16).program()
+            _Builder(replace(kernel, schedule=schedule), _SLABS[-1]).program()
         except PlanError:
             continue
         return f"block_kv = {smaller} would fit."
     return "No smaller block_kv fits either."
+
+
+def _first_write(compute: list[Node], stores: list[Node]) -> int:
+    """The first node that writes what ``stores`` read."""
+    stored = {s.buffer for x in walk(stores) if isinstance(x, Instruction) for s in x.reads}
+    for i, node in enumerate(compute):
+        for x in walk([node]):
+            for s in x.writes if isinstance(x, Instruction) else ():
+                if s.buffer in stored or (s.buffer.alias and s.buffer.alias.buffer in stored):
+                    return i
+    return 0
 
 
 def aliased(nodes: list[Node]) -> list[Buffer]:
@@ -144,16 +155,41 @@ def aliased(nodes: list[Node]) -> list[Buffer]:
     return list(found)
 
 
+class Slabs(NamedTuple):
+    """How a vector core cuts its rows.
+
+    Arguments:
+      rows: of a slab.
+      masked: of a slab of a tile that is masked, which takes more memory.
+      slots: of the buffer for P·V.
+    """
+
+    rows: int
+    masked: int
+    slots: int
+
+
+_SLABS = [
+    Slabs(rows, masked, slots)
+    for rows in (64, 32, 16)
+    for masked in (rows, 16, 8)
+    for slots in (2, 1)
+    if masked <= rows
+]
+
+
 class _Builder:
-    def __init__(self, kernel: Kernel, rows: int) -> None:
+    def __init__(self, kernel: Kernel, slabs: Slabs) -> None:
         self.k = kernel
-        self.rows = rows
+        self.rows, self.slots = slabs.rows, slabs.slots
+        rows = self.rows
+        self.slabs = slabs
         self.half = kernel.schedule.block_q // VECTOR_CORES
         self.n, self.d, self.e = kernel.schedule.block_kv, kernel.head_dim, kernel.value_head_dim
         self.dtype = C_TYPES[kernel.dtype]
         self.item = ITEMSIZE[self.dtype]
         self.full = stages.step(kernel, rows, masked=False)
-        self.cut = stages.step(kernel, rows, masked=True)
+        self.cut = stages.step(kernel, slabs.masked, masked=True)
         target = kernel.schedule.target
         self.vector = Core("AIV", {"UB": Memory.of(target, "UB")})
         self.cube = Core("AIC", {m: Memory.of(target, m) for m in ("L1", "L0A", "L0B", "L0C")})
@@ -190,8 +226,11 @@ class _Builder:
             gm("keyTail", self.dtype, "[B, K, n, D] the last block, if it is not full")
         gm("valueTail", self.dtype, "[B, K, n, E] the last block, if it is not full")
         if k.shift == "mean":
-            gm("kappa", self.dtype, f"[B, K, blocks, {KAPPA_ROWS}, D] κ, rows equal")
-            gm("offsets", types["offsets"], f"[{DEPTH}, block_q, {KAPPA_ROWS}] per core: q·κ")
+            gm("kappa", self.dtype, f"[B, K, blocks, {LEAST}, D] κ, rows equal")
+            gm("offsets", types["offsets"], f"[{DEPTH}, block_q, {LEAST}] per core: q·κ")
+        if "sums" in types:
+            gm("ones", self.dtype, f"[{SUB}, {LEAST}] ones")
+            gm("sums", types["sums"], f"[{DEPTH}, block_q, {LEAST}] per core: row sums of P")
         gm("scores", types["scores"], f"[{DEPTH}, block_q, n] per core: S'")
         gm("p", self.dtype, f"[{DEPTH}, block_q, n] per core: P")
         gm("update", types["update"], f"[{DEPTH}, block_q, E] per core: P·V")
@@ -260,12 +299,16 @@ class _Builder:
         r, p = self.rows, self.full.products
         self.rings = {
             "scores": keep("scoresIn", p["key"].dtype, r * self.n, 2, "S' of a slab"),
-            "p": keep("pOut", self.dtype, r * self.n, 2, "P of a slab"),
-            "update": keep("updateIn", p["value"].dtype, r * self.e, 2, "P·V of a slab"),
+            "p": keep("pOut", self.dtype, r * self.n, note="P of a slab"),
+            "update": keep("updateIn", p["value"].dtype, r * self.e, self.slots, "P·V of a slab"),
         }
         if "kappa" in p:
             self.rings["offsets"] = keep(
-                "offsetsIn", p["kappa"].dtype, r * KAPPA_ROWS, 2, "q·κ of a slab"
+                "offsetsIn", p["kappa"].dtype, r * COLUMNS, 2, "q·κ of a slab"
+            )
+        if "ones" in p:
+            self.rings["sums"] = keep(
+                "sumsIn", p["ones"].dtype, r * COLUMNS, self.slots, "row sums of P"
             )
         if self.k.bias is not None:
             self.rings["bias"] = keep("biasIn", self.dtype, r * self.n, 2, "bias of a slab")
@@ -280,12 +323,14 @@ class _Builder:
         prologue: list[Node] = [Call(queries, ()), Barrier("ALL")]
         if self.k.shift == "mean":
             prologue += [Call(self._prepare_keys(), ()), Barrier("ALL")]
+        if "ones" in p:
+            prologue += [Call(self._prepare_ones(), ()), Barrier("ALL")]
         prologue.append(Call(self._prepare_tails(), ()))
         if self.k.shift == "paper":
             prologue += [Barrier("ALL"), SyncAll()]
         self._first = False
-        full = self._softmax("Softmax", self.full)
-        cut = self._softmax("SoftmaxMasked", self.cut)
+        full = self._softmax("Softmax", self.full, self.rows)
+        cut = self._softmax("SoftmaxMasked", self.cut, self.slabs.masked)
         update = self._accumulate()
         begin, close = self._begin(), self._close()
         arguments = ("entry", "head", "start", "keys", "lo + t", "t")
@@ -354,10 +399,12 @@ class _Builder:
         rows: int,
         outputs: dict[Any, tuple[Slice, Buffer | None]],
         names: dict[Any, str] | None = None,
+        spare: Sequence[Slice] = (),
     ) -> list[Node]:
         """The vector instructions of a stage, placed.
 
         Arguments:
+          spare: what it was given and may overwrite.
           outputs: variable -> where it must be left, and the buffer of the old value that stands
             there, if one does.
         """
@@ -384,7 +431,7 @@ class _Builder:
                 late.append((value, to))
         for value, to in late:
             low.copied(value, to)
-        placed = ub.place(low.body, 0 if self._first else ub.kept)
+        placed = ub.place(low.body, 0 if self._first else ub.kept, spare)
         for b in placed:
             if b.address is not None and b.address + b.bytes > self._far:
                 raise PlanError(f"{b.name} wants {b.bytes} bytes of UB where no more are left")
@@ -398,21 +445,23 @@ class _Builder:
         loads: list[Node],
         compute: list[Node],
         stores: list[Node],
+        out: Expr = SINGLE,
     ) -> list[Node]:
-        """Load, compute, store, each on its pipe; ``ids`` are the events of the buffers' slot."""
+        """Load, compute, store, each on its pipe; ``ids`` and ``out`` are the events of the slots
+        that are loaded and stored.
+        """
         nodes: list[Node] = [
             WaitFlag("V", "MTE2", ids),
             *loads,
             SetFlag("MTE2", "V", ids),
             WaitFlag("MTE2", "V", ids),
         ]
-        if stores:
-            nodes.append(WaitFlag("MTE3", "V", ids))
-        nodes += [*compute, SetFlag("V", "MTE2", ids)]
-        if stores:
-            nodes += [SetFlag("V", "MTE3", ids), WaitFlag("V", "MTE3", ids), *stores]
-            nodes.append(SetFlag("MTE3", "V", ids))
-        return nodes
+        if not stores:
+            return [*nodes, *compute, SetFlag("V", "MTE2", ids)]
+        at = _first_write(compute, stores)  # what is stored may still be on its way out until then
+        nodes += [*compute[:at], WaitFlag("MTE3", "V", out), *compute[at:]]
+        nodes += [SetFlag("V", "MTE2", ids), SetFlag("V", "MTE3", out), WaitFlag("V", "MTE3", out)]
+        return [*nodes, *stores, SetFlag("MTE3", "V", out)]
 
     def _rows_in(self, to: Slice, source: Slice, rows: Expr, width: int, gap: Expr) -> Instruction:
         """Loads ``rows`` rows of ``width`` numbers that lie ``gap`` numbers apart in memory."""
@@ -448,6 +497,16 @@ class _Builder:
             (Slice(to.buffer, to.offset, count),),
             (Slice(source.buffer, source.offset, count),),
             count * ITEMSIZE[dtype],
+        )
+
+    def _first_columns(self, to: Slice, source: Slice, rows: int) -> Instruction:
+        """Loads one block of each row of a float32 array of `LEAST` columns."""
+        return Instruction(
+            f"DataCopy({to}, {source}, DataCopyParams{{{rows}, 1, {LEAST // COLUMNS - 1}, 0}})",
+            "MTE2",
+            (Slice(to.buffer, to.offset, rows * COLUMNS),),
+            (Slice(source.buffer, source.offset, rows * LEAST),),
+            rows * 64,  # the least that is fetched
         )
 
     def _padded_load(
@@ -595,11 +654,11 @@ class _Builder:
             copies = For(
                 "row",
                 0,
-                KAPPA_ROWS,
+                LEAST,
                 [
                     self._copy(
                         self.globals["kappa"].at(
-                            f"(int64_t(unit) * {KAPPA_ROWS} + row) * {self.d}"
+                            f"(int64_t(unit) * {LEAST} + row) * {self.d}"
                         ),
                         kappa.at(),
                         self.d,
@@ -678,6 +737,25 @@ class _Builder:
         comment = "The last block of each head if it is not full, followed by zeros."
         return self._function(self.vector, "PrepareTails", (), comment, body)
 
+    def _prepare_ones(self) -> Function:
+        def body() -> list[Node]:
+            size = SUB * LEAST
+            ones = self._temporary("onesOut", self.dtype, size)
+            bits = {"half": "0x3c00", "bfloat16_t": "0x3f80"}[self.dtype]
+            fill = Instruction(
+                f"Duplicate(onesOut.ReinterpretCast<uint16_t>(), uint16_t({bits}), {size})",
+                "V",
+                (ones.at(),),
+                (),
+                size * self.item,
+            )
+            store = self._copy(self.globals["ones"].at(0), ones.at(), size, "MTE3")
+            to = [SetFlag("V", "MTE3", SINGLE), WaitFlag("V", "MTE3", SINGLE)]
+            return [If("vectorCore == 0", [Barrier("V"), fill, *to, store])]
+
+        comment = "Ones, by which the cube unit multiplies P to add it up."
+        return self._function(self.vector, "PrepareOnes", (), comment, body)
+
     def _begin(self) -> Function:
         def body() -> list[Node]:
             lowest = {"float": "-3.4028234663852886e+38f", "half": "half(-65504.0f)"}
@@ -703,8 +781,8 @@ class _Builder:
         """The slot of the workspace, or of what is carried, for tile ``t`` of this item."""
         return f"Mod(tileTurn + {t}, {depth})"
 
-    def _softmax(self, name: str, step: stages.Step) -> Function:
-        stage, r = step.softmax, self.rows
+    def _softmax(self, name: str, step: stages.Step, r: int) -> Function:
+        stage = step.softmax
 
         def body() -> list[Node]:
             inputs: dict[Any, Value] = {}
@@ -713,14 +791,15 @@ class _Builder:
             outputs: dict[Any, tuple[Slice, Buffer | None]] = {}
             for out, var in stage.outputs.items():
                 if out == "p":
-                    outputs[var] = (self.rings["p"].slot("slot"), None)
+                    outputs[var] = (self.rings["p"].at(0, r * self.n), None)
                 elif out in step.carried:
                     place = f"{self._slot_of(CARRIED, 't')} * {self.half} + row"
                     outputs[var] = (self.state[out].at(place, r), None)
                 else:
                     outputs[var] = (self.state[out].at("row", r), self.state[out])
             names = {var: f"new_{out}" for out, var in stage.outputs.items()}
-            compute = self._lowered(stage.equations, inputs, r, outputs, names)
+            spare = [Slice(s.buffer, s.offset, r * self.n) for s in [self._ring_slot("scores")]]
+            compute = self._lowered(stage.equations, inputs, r, outputs, names, spare)
             at = f"int64_t(core) * {DEPTH * 2 * self.half} + " + (
                 f"{self._slot_of(DEPTH, 't')} * {2 * self.half} + firstRow + row"
             )
@@ -734,19 +813,18 @@ class _Builder:
             ]
             if "offsets" in self.rings:
                 loads.append(
-                    self._copy(
+                    self._first_columns(
                         self.rings["offsets"].slot("slot"),
-                        self.globals["offsets"].at(f"place * {KAPPA_ROWS}"),
-                        r * KAPPA_ROWS,
-                        "MTE2",
+                        self.globals["offsets"].at(f"place * {LEAST}"),
+                        r,
                     )
                 )
             if "bias" in self.rings:
-                loads += self._bias_load()
+                loads += self._bias_load(r)
             stores: list[Node] = [
                 self._copy(
                     self.globals["p"].at(f"place * {self.n}"),
-                    self.rings["p"].slot("slot"),
+                    self.rings["p"].at(),
                     r * self.n,
                     "MTE3",
                 )
@@ -756,7 +834,7 @@ class _Builder:
                 Let("first", "start + firstRow + row"),
                 Let("place", at, "int64_t"),
             ]
-            slab = self._slab("slot", loads, compute, stores)
+            slab = self._slab("slot", loads, compute, stores, SOFTMAX)
             return [For("row", 0, self.half, [*lets, *slab, Advance("softmaxTurn")], r)]
 
         cut = "with" if name != "Softmax" else "without"
@@ -764,10 +842,14 @@ class _Builder:
         parameters = ("entry", "head", "start", "keys", "j", "t")
         return self._function(self.vector, name, parameters, comment, body)
 
+    def _ring_slot(self, name: str) -> Slice:
+        return self.rings[name].slot("slot")
+
     def _stage_input(self, given: str, r: int) -> Value:
-        if given in ("scores", "offsets", "bias", "update"):
-            width = {"offsets": KAPPA_ROWS, "update": self.e}.get(given, self.n)
-            return Vector(self.rings[given].slot("slot"), r, width)
+        if given in self.rings:
+            width = {"offsets": COLUMNS, "update": self.e, "sums": COLUMNS}.get(given, self.n)
+            s = self._ring_slot(given)
+            return Vector(Slice(s.buffer, s.offset, r * width), r, width)
         if given == "o":
             return Vector(self.state["o"].at(f"row * {self.e}", r * self.e), r, self.e)
         if given == "weights":
@@ -781,7 +863,7 @@ class _Builder:
             return Vector(self.state[given].at("row", r), r, 1)
         return Scalar({"start": "first", "queries": "queryLength"}.get(given, given))
 
-    def _bias_load(self) -> list[Node]:
+    def _bias_load(self, r: int) -> list[Node]:
         """A slab of the bias; what lies beyond its end is zero, and masked."""
         axes = self.k.bias or ""
         assert axes[2:] == "TS", axes
@@ -790,7 +872,7 @@ class _Builder:
         at = f"((int64_t({b}) * {heads} + {n}) * queryLength + first) * keyLength + j * {self.n}"
         ring = self.rings["bias"]
         to, source = ring.slot("slot"), self.globals["bias"].at(at)
-        size = self.rows * self.n
+        size = r * self.n
         clear: list[Node] = [
             SetFlag("MTE2", "V", PADDING),
             WaitFlag("MTE2", "V", PADDING),
@@ -813,9 +895,9 @@ class _Builder:
             f"seenRows * seenKeys * {self.item}",
         )
         return [
-            Let("seenRows", f"Max(0, Min({self.rows}, queryLength - first))"),
+            Let("seenRows", f"Max(0, Min({r}, queryLength - first))"),
             Let("seenKeys", f"Min({self.n}, keyLength - j * {self.n})"),
-            If(f"(seenRows < {self.rows}) | (seenKeys < {self.n})", clear),
+            If(f"(seenRows < {r}) | (seenKeys < {self.n})", clear),
             If("seenRows > 0", [load]),
         ]
 
@@ -824,9 +906,12 @@ class _Builder:
 
         def body() -> list[Node]:
             inputs = {var: self._stage_input(name, r) for name, var in stage.inputs.items()}
-            o = self.state["o"]
-            outputs = {stage.outputs["o"]: (o.at(f"row * {self.e}", r * self.e), o)}
-            names = {stage.outputs["o"]: "sum"}
+            outputs: dict[Any, tuple[Slice, Buffer | None]] = {}
+            for name, var in stage.outputs.items():
+                width = self.e if name == "o" else 1
+                to = self.state[name].at(times("row", width), r * width)
+                outputs[var] = (to, self.state[name])
+            names = {var: f"new_{name}" for name, var in stage.outputs.items()}
             compute = self._lowered(stage.equations, inputs, r, outputs, names)
             at = f"int64_t(core) * {DEPTH * 2 * self.half} + " + (
                 f"{self._slot_of(DEPTH, 't')} * {2 * self.half} + firstRow + row"
@@ -839,8 +924,16 @@ class _Builder:
                     "MTE2",
                 )
             ]
+            if "sums" in self.rings:
+                loads.append(
+                    self._first_columns(
+                        self.rings["sums"].slot("slot"),
+                        self.globals["sums"].at(f"place * {LEAST}"),
+                        r,
+                    )
+                )
             lets: list[Node] = [
-                Let("slot", "Mod(updateTurn, 2)"),
+                Let("slot", f"Mod(updateTurn, {self.slots})"),
                 Let("place", at, "int64_t"),
             ]
             slab = self._slab(f"{UPDATE} + slot", loads, compute, [])
@@ -928,6 +1021,8 @@ class _Builder:
             "left": keep("leftL1", self.dtype, SUB * SUB, 2, "P of a sub-tile, Nz"),
             "right": keep("rightL1", self.dtype, SUB * chunk, 2, "values of a sub-tile, Nz"),
         }
+        if "ones" in self.full.products:
+            self.l1["ones"] = keep("onesL1", self.dtype, SUB * LEAST, note="ones, Nz")
         self.l0a = m["L0A"].keep("a", self.dtype, SUB * SUB, 2, "left matrix, Zz")
         self.l0b = m["L0B"].keep("b", self.dtype, SUB * SUB, 2, "right matrix, Zn")
         self.l0c = m["L0C"].keep("c", "float", SUB * SUB, 2, "product in float32, Nz")
@@ -984,10 +1079,20 @@ class _Builder:
             *[SetFlag("M", "MTE1", i) for i in both],
             *[SetFlag("FIX", "M", i) for i in both],
             *self._prologue(prologue),
+            *self._load_ones(),
             *self._items([*query, loop, *done]),
             *[WaitFlag("MTE1", "MTE2", i) for i in l1_ids],
             *[WaitFlag("M", "MTE1", i) for i in both],
             *[WaitFlag("FIX", "M", i) for i in both],
+        ]
+
+    def _load_ones(self) -> list[Node]:
+        if "ones" not in self.l1:
+            return []
+        to, source = self.l1["ones"], self.globals["ones"]
+        return [
+            self._to_l1(to.at(), source.at(0), SUB, LEAST, str(LEAST)),
+            Barrier("ALL"),
         ]
 
     def _to_l1(
@@ -1144,15 +1249,15 @@ class _Builder:
             if "kappa" in self.full.products:
                 at = (
                     "((int64_t(entry) * kvHeads + kvHead) * keyBlocks + j) * "
-                    f"{KAPPA_ROWS * self.d}"
+                    f"{LEAST * self.d}"
                 )
                 load = [
                     self._to_l1(
-                        to, self.globals["kappa"].at(at), KAPPA_ROWS, self.d, str(self.d)
+                        to, self.globals["kappa"].at(at), LEAST, self.d, str(self.d)
                     )
                 ]
-                out = self.globals["offsets"].at(f"place * {KAPPA_ROWS}")
-                nodes += product(load, out, KAPPA_ROWS, KAPPA_ROWS)
+                out = self.globals["offsets"].at(f"place * {LEAST}")
+                nodes += product(load, out, LEAST, LEAST)
             return nodes
 
         comment = "S' = Q·K'ᵀ of a tile (eq. 4, 7), rounded on its way out."
@@ -1162,9 +1267,13 @@ class _Builder:
     def _accumulated(
         self, left: list[Node], right: list[Node], to: Slice, n: int, stride: int
     ) -> list[Node]:
-        """Σ over the sub-tiles ``sub`` of a block: what ``left`` loads times what ``right`` does."""
+        """Σ over the sub-tiles ``sub`` of a block: what ``left`` loads times what ``right`` does,
+        or times ones where that is nothing.
+        """
         a = Slice(self.l1["left"], f"slot * {self.l1['left'].count}", SUB * SUB)
         b = Slice(self.l1["right"], f"slot * {self.l1['right'].count}", SUB * n)
+        if not right:
+            b = self.l1["ones"].at()
         multiply = self._multiply(
             a, b, n=n, k=SUB, right_rows=SUB, by_rows=True, first="sub == 0"
         )
@@ -1190,7 +1299,11 @@ class _Builder:
             )
             to = self.globals["update"].at(f"place * {self.e} + column")
             product = self._accumulated([left], right, to, self.chunk_e, self.e)
-            return [self._place("t"), For("column", 0, self.e, product, self.chunk_e)]
+            nodes = [self._place("t"), For("column", 0, self.e, product, self.chunk_e)]
+            if "ones" in self.l1:
+                sums = self.globals["sums"].at(f"place * {LEAST}")
+                nodes += self._accumulated([left], [], sums, LEAST, LEAST)
+            return nodes
 
         comment = "P·V of a tile (eq. 10)."
         parameters = ("entry", "kvHead", "keys", "j", "t")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pasa_jax
-from npu_bridge.emit import read_description
+from npu_bridge.project import read_description
 from npu_bridge.errors import EmulationError
 from npu_bridge.stages import Kernel
 
@@ -130,10 +130,12 @@ def run(
     cores: int = 2,
     scale: float | None = None,
     policies: tuple[str, ...] = POLICIES,
+    want: tuple[Any, Any] | None = None,
 ) -> Run:
     """Runs an emitted project on the emulator and compares with lax.
 
     Arguments:
+      want: what `expected` gives, if it is known already.
       inputs: by the names of the kernel's arguments, BTNH; default random ones.
       program: what `compiled` made; None: compile now.
       cores: cube cores, each with its two vector cores.
@@ -144,7 +146,7 @@ def run(
     """
     kernel = read_description(folder)
     inputs = problem(kernel) if inputs is None else inputs
-    want, want_lse = expected(kernel, inputs, scale)
+    want, want_lse = expected(kernel, inputs, scale) if want is None else want
     with tempfile.TemporaryDirectory(prefix="pasa_npu_") as place:
         work = Path(place)
         program = compiled(folder, to=work) if program is None else program

@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from npu_bridge.ir import ITEMSIZE, PRELUDE, Buffer, render
-from npu_bridge.kernel import DEPTH, FLAGS, Core, Program
-from npu_bridge.stages import KAPPA_ROWS, Kernel
+from npu_bridge.program import DEPTH, FLAGS, LEAST, SUB, Core, Program
+from npu_bridge.stages import Kernel
 from pasa_jax.precision import Precision
 from pasa_jax.schedule import Schedule
 
@@ -129,8 +129,10 @@ def _count(name: str, k: Kernel) -> str:
         "shiftedKey": "kvEntries * keyBlocks * PASA_BLOCK_KV * PASA_HEAD_DIM",
         "keyTail": "kvEntries * PASA_BLOCK_KV * PASA_HEAD_DIM",
         "valueTail": "kvEntries * PASA_BLOCK_KV * PASA_VALUE_HEAD_DIM",
-        "kappa": f"kvEntries * keyBlocks * {KAPPA_ROWS} * PASA_HEAD_DIM",
-        "offsets": f"coreRows * {KAPPA_ROWS}",
+        "kappa": f"kvEntries * keyBlocks * {LEAST} * PASA_HEAD_DIM",
+        "offsets": f"coreRows * {LEAST}",
+        "ones": f"{SUB * LEAST}",
+        "sums": f"coreRows * {LEAST}",
         "scores": "coreRows * PASA_BLOCK_KV",
         "p": "coreRows * PASA_BLOCK_KV",
         "update": "coreRows * PASA_VALUE_HEAD_DIM",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from npu_bridge.errors import PlanError
-from npu_bridge.ir import Buffer, For, Instruction, Node, walk
+from npu_bridge.ir import Buffer, For, Instruction, Node, Slice, walk
 from pasa_jax.target import find_target
 
 _ALIGN = 32
@@ -50,10 +51,16 @@ class Memory:
         self.buffers.append(buffer)
         return buffer
 
-    def place(self, nodes: list[Node], base: int) -> list[Buffer]:
+    def place(
+        self, nodes: list[Node], base: int, spare: Sequence[Slice] = ()
+    ) -> list[Buffer]:
         """Gives addresses from ``base`` on to the buffers of a straight-line program, each for as
         long as it lives; a value may take the place of one that ends in the same instruction.
+
+        Arguments:
+          spare: memory that the program may overwrite once it has read it for the last time.
         """
+        self._lend(nodes, list(spare))
         spans = _spans(nodes, self.name)
         live: list[Buffer] = []
         for i, node in enumerate(nodes):
@@ -71,6 +78,19 @@ class Memory:
                 self.scratch = max(self.scratch, b.address + b.bytes - self.kept)
             live = [b for b in live if spans[b][1] > i]
         return list(spans)
+
+    def _lend(self, nodes: list[Node], spare: list[Slice]) -> None:
+        """Lets a value take the place of ``spare`` memory of its size, and its heirs after it."""
+        spans = _spans(nodes, self.name)
+        for i, node in enumerate(nodes):
+            for b in [b for b, (first, _) in spans.items() if first == i]:
+                for s in spare:
+                    if s.count != b.count or s.buffer.dtype != b.dtype:
+                        continue
+                    if _last_read(nodes, s) == i and _numberwise(node):
+                        b.alias = s
+                        spare = [Slice(b, 0, b.count) if x is s else x for x in spare]
+                        break
 
     def check(self, wanted: str) -> None:
         if self.used > self.capacity:
@@ -104,12 +124,28 @@ def _spans(nodes: list[Node], memory: str) -> dict[Buffer, tuple[int, int]]:
     return spans
 
 
-def _in_place(node: Node, b: Buffer, ending: list[Buffer]) -> Buffer | None:
-    """The buffer whose place b may take, if its last use is the instruction that makes b."""
+def _last_read(nodes: list[Node], s: Slice) -> int:
+    """The last node that touches the buffer of a slice."""
+    last = -1
+    for i, node in enumerate(nodes):
+        for x in walk([node]):
+            if isinstance(x, Instruction) and any(y.buffer is s.buffer for y in x.reads + x.writes):
+                last = i
+    return last
+
+
+def _numberwise(node: Node) -> bool:
+    """Whether a node reads and writes number by number, at the same places."""
     if isinstance(node, For) and len(node.body) == 1:
         node = node.body[0]
-    if not isinstance(node, Instruction) or not node.text.startswith(_IN_PLACE):
+    return isinstance(node, Instruction) and node.text.startswith(_IN_PLACE)
+
+
+def _in_place(node: Node, b: Buffer, ending: list[Buffer]) -> Buffer | None:
+    """The buffer whose place b may take, if its last use is the instruction that makes b."""
+    if not _numberwise(node):
         return None
+    node = node.body[0] if isinstance(node, For) else node
     reads = [s.buffer for s in node.reads]
     for other in ending:
         if other in reads and other.dtype == b.dtype and other.bytes == b.bytes:

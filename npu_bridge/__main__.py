@@ -1,0 +1,200 @@
+"""``python -m npu_bridge``: emit, run, plan, cost, list, check."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import npu_bridge
+from npu_bridge import _api
+from npu_bridge.errors import EmulationError, PlanError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    sys.exit("the command line needs typer and rich: pip install 'pasa-jax[npu]'")
+
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+Target = Annotated[str, typer.Option(help="910b or 910_93.")]
+HeadDim = Annotated[int, typer.Option(help="D: 64, 128, 192 or 256.")]
+ValueDim = Annotated[int | None, typer.Option("--value-head-dim", help="E; default D.")]
+Dtype = Annotated[str, typer.Option(help="float16 or bfloat16.")]
+Shift = Annotated[str, typer.Option(help="none, paper or mean.")]
+Causal = Annotated[bool, typer.Option("--causal", help="Query i sees keys up to i.")]
+BottomRight = Annotated[
+    bool, typer.Option("--bottom-right", help="The last query stands at the last key.")
+]
+Window = Annotated[
+    tuple[int, int] | None, typer.Option(help="Keys to the left and to the right of a query.")
+]
+SoftCap = Annotated[float | None, typer.Option(help="c of c·tanh(s/c).")]
+Bias = Annotated[str | None, typer.Option(help="Axes of a bias: BNTS, 1NTS, B1TS or 11TS.")]
+Lengths = Annotated[bool, typer.Option("--lengths", help="Each batch entry has its own keys.")]
+Lse = Annotated[bool, typer.Option("--lse", help="Also write the log-sum-exp.")]
+PrecisionOf = Annotated[
+    str | None, typer.Option(help="float16, bfloat16, paper (all float16), or scores32.")
+]
+BlockQ = Annotated[int, typer.Option(help="Queries of a tile: 128.")]
+BlockKv = Annotated[int | None, typer.Option(help="Keys of a tile; default the fastest that fits.")]
+
+
+def _kernel(**options: Any) -> npu_bridge.Kernel:
+    from pasa_jax import Precision, Schedule
+
+    block_q, block_kv = options.pop("block_q"), options.pop("block_kv")
+    bottom_right = options.pop("bottom_right")
+    if options["precision"] == "scores32":
+        options["precision"] = Precision(probabilities=options["dtype"])
+    schedule = None
+    if block_kv is not None or block_q != 128:
+        target = _api.TARGETS.get(options["target"], "ascend_910b")
+        schedule = Schedule(block_q=block_q, block_kv=block_kv or 512, target=target)
+    return npu_bridge.kernel(
+        schedule=schedule,
+        causal_alignment="bottom_right" if bottom_right else "top_left",
+        **options,
+    )
+
+
+@app.command()
+def emit(
+    out: Annotated[Path, typer.Option(help="Folder of the project.")],
+    target: Target = "910b",
+    head_dim: HeadDim = 128,
+    value_head_dim: ValueDim = None,
+    dtype: Dtype = "float16",
+    shift: Shift = "mean",
+    is_causal: Causal = False,
+    bottom_right: BottomRight = False,
+    local_window_size: Window = None,
+    logits_soft_cap: SoftCap = None,
+    bias: Bias = None,
+    lengths: Lengths = False,
+    return_lse: Lse = False,
+    precision: PrecisionOf = None,
+    block_q: BlockQ = 128,
+    block_kv: BlockKv = None,
+) -> None:
+    """Writes a project; batch, heads and lengths come when it runs."""
+    options = {name: x for name, x in locals().items() if name != "out"}
+    for path in npu_bridge.emit(_kernel(**options), out):
+        console.print(str(path), highlight=False)
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="An emitted project, edited or not.")],
+    query: Annotated[Path | None, typer.Option(help=".npy, [B, T, N, D]")] = None,
+    key: Annotated[Path | None, typer.Option(help=".npy, [B, S, K, D]")] = None,
+    value: Annotated[Path | None, typer.Option(help=".npy, [B, S, K, E]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the output there, .npy")] = None,
+    queries: Annotated[int, typer.Option(help="T of random inputs.")] = 200,
+    keys: Annotated[int, typer.Option(help="S of random inputs.")] = 700,
+    heads: Annotated[int, typer.Option(help="N of random inputs.")] = 2,
+    kv_heads: Annotated[int, typer.Option(help="K of random inputs.")] = 1,
+    cores: Annotated[int, typer.Option(help="Cube cores.")] = 2,
+) -> None:
+    """Runs a project's sources on the host emulator and compares with lax; exits 0 only if the
+    emulator has no complaint and the numbers agree."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from npu_bridge import emulation as runner
+
+    given = {"query": query, "key": key, "value": value}
+    if any(given.values()) and not all(given.values()):
+        raise typer.BadParameter("give --query, --key and --value, or none of them")
+    kernel = runner.read_description(folder)
+    if query is not None:
+        inputs = {n: jnp.asarray(np.load(p), kernel.dtype) for n, p in given.items() if p}
+    else:
+        inputs = runner.problem(
+            kernel, queries=queries, keys=keys, heads=heads, kv_heads=kv_heads
+        )
+    done = npu_bridge.run(folder, inputs, cores=cores)
+    if output is not None:
+        np.save(output, done.output)
+    for complaint in done.complaints:
+        console.print(complaint, style="red", highlight=False)
+    console.print(
+        f"largest difference from lax {done.error:.2e} of the largest value (allowed "
+        f"{done.tolerance:.2e}), {len(done.complaints)} complaints, "
+        f"{sum(done.instructions.values())} instructions",
+        highlight=False,
+    )
+    raise typer.Exit(0 if done.ok else 1)
+
+
+@app.command()
+def plan(
+    target: Target = "910b",
+    head_dim: HeadDim = 128,
+    value_head_dim: ValueDim = None,
+    dtype: Dtype = "float16",
+    shift: Shift = "mean",
+    is_causal: Causal = False,
+    precision: PrecisionOf = None,
+    block_q: BlockQ = 128,
+    block_kv: BlockKv = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the pipeline there, .png")] = None,
+) -> None:
+    """Prints where every buffer lies; draws what each pipe does when."""
+    options = {name: x for name, x in locals().items() if name != "picture"}
+    kernel = _kernel(**options, bottom_right=False)
+    console.print(npu_bridge.plan(kernel), highlight=False)
+    if picture is not None:
+        from npu_bridge.draw import pipeline
+
+        pipeline(npu_bridge.cost(kernel, queries=2048), picture)
+        console.print(str(picture), highlight=False)
+
+
+@app.command()
+def cost(
+    queries: Annotated[list[int], typer.Option(help="T = S.")] = [4096, 16384],  # noqa: B006
+    heads: Annotated[int, typer.Option(help="N.")] = 24,
+    head_dim: HeadDim = 128,
+    is_causal: Causal = False,
+) -> None:
+    """Prints the predicted time of each way to compute, at its best block."""
+    from npu_bridge.prediction import table
+
+    columns, rows = table(queries, heads=heads, head_dim=head_dim, is_causal=is_causal)
+    found = Table(*columns)
+    for row in rows:
+        found.add_row(*row)
+    console.print(found)
+
+
+@app.command("list")
+def list_() -> None:
+    """Prints what can be emitted."""
+    from npu_bridge.lowering import RULES
+
+    console.print(f"targets: {', '.join(_api.TARGETS)}", highlight=False)
+    console.print(f"shifts: {', '.join(_api.SHIFTS)}", highlight=False)
+    console.print(f"types: {', '.join(_api.DTYPES)}; head sizes 64, 128, 192, 256", highlight=False)
+    console.print(f"primitives: {', '.join(sorted(RULES))}", highlight=False)
+
+
+@app.command()
+def check(folder: Annotated[Path, typer.Argument(help="An emitted project.")]) -> None:
+    """Checks a project's text without running it; exits 0 if nothing is wrong."""
+    found = npu_bridge.check(folder)
+    for line in found:
+        console.print(line, style="red", highlight=False)
+    console.print(f"{len(found)} findings", highlight=False)
+    raise typer.Exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except (PlanError, EmulationError, ValueError) as error:
+        console.print(str(error), style="red", highlight=False)
+        sys.exit(2)

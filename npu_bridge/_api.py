@@ -1,0 +1,171 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from npu_bridge import checks
+from npu_bridge import prediction as _cost
+from npu_bridge import project as _emit
+from npu_bridge import emulation as _run
+from npu_bridge.errors import PlanError
+from npu_bridge.program import Program, build
+from npu_bridge.stages import Kernel
+from pasa_jax._errors import check_choice, wrong
+from pasa_jax.precision import Precision
+from pasa_jax.schedule import Schedule
+from pasa_jax.target import find_target
+
+TARGETS = {"910b": "ascend_910b", "910_93": "ascend_910b"}  # one architecture, dav-2201
+SHIFTS = ("none", "paper", "mean")
+DTYPES = ("float16", "bfloat16")
+_REFUSED = {
+    "310p": "its cube and vector units are coupled and it has no Fixpipe and no cross-core flags: "
+    "the kernel would be another one",
+    "950": "its L0C reaches the vector unit directly, which this kernel does not use, and its "
+    "instructions were not checked",
+}
+
+
+def kernel(
+    *,
+    head_dim: int = 128,
+    value_head_dim: int | None = None,
+    dtype: str = "float16",
+    shift: str = "mean",
+    precision: str | Precision | None = None,
+    schedule: Schedule | None = None,
+    target: str = "910b",
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    beta: float | None = None,
+    bias: str | None = None,
+    lengths: bool = False,
+    return_lse: bool = False,
+) -> Kernel:
+    """What a kernel computes. Batch, heads and lengths are given when it runs.
+
+    Arguments:
+      head_dim, value_head_dim: D and E: 64, 128, 192 or 256; E is D by default.
+      dtype: of query, key, value and output: "float16" or "bfloat16".
+      shift: "none", "paper" or "mean". "auto" needs the data, and "reference" an accumulator that
+        can be read, which these chips do not have.
+      precision: a `Precision` or its name; None: scores, exponentials and probabilities in
+        ``dtype``, statistics and output in float32. ``probabilities`` must be ``dtype``.
+      schedule: for "ascend_910b"; block_q must be 128. None: what the cost model finds fastest.
+      target: "910b" or "910_93".
+      is_causal, causal_alignment, local_window_size, logits_soft_cap, beta: as
+        `pasa_jax.dot_product_attention` takes them.
+      bias: the axes that a bias of ``dtype`` has, "BNTS" with 1 for B or N that are broadcast.
+      lengths: whether the kernel takes a number of keys for each batch entry.
+      return_lse: whether it also writes the log-sum-exp, float32.
+
+    Raises:
+      ValueError: an argument is not one of these; the message says which are.
+      PlanError: it does not fit the chip's memories; the message says what would.
+    """
+    if target in _REFUSED:
+        raise PlanError(f"`target` {target!r} is not supported: {_REFUSED[target]}. Use '910b'.")
+    check_choice("target", target, tuple(TARGETS))
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("shift", shift, SHIFTS)
+    if bias is not None:
+        check_choice("bias", bias, ("BNTS", "1NTS", "B1TS", "11TS"))
+    window = local_window_size
+    if isinstance(window, int):
+        window = (window, window)
+    if beta is not None and shift != "paper":
+        raise wrong("beta", "be given with shift='paper' only", repr(beta))
+    found = Kernel(
+        head_dim=head_dim,
+        value_head_dim=head_dim if value_head_dim is None else value_head_dim,
+        dtype=dtype,
+        shift=shift,
+        precision=_precision(precision, dtype, shift),
+        schedule=schedule or Schedule(block_q=128, block_kv=512, target=TARGETS[target]),
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        window=window,
+        logits_soft_cap=logits_soft_cap,
+        beta=beta,
+        bias=bias,
+        lengths=lengths,
+        return_lse=return_lse,
+    )
+    if find_target(found.schedule.target).name not in TARGETS.values():
+        raise wrong("schedule.target", "be 'ascend_910b'", found.schedule.target)
+    if schedule is not None:
+        _program(found)
+        return found
+    return _tuned(found)
+
+
+def _precision(precision: str | Precision | None, dtype: str, shift: str) -> Precision:
+    if isinstance(precision, Precision):
+        return precision
+    if precision is not None:
+        return Precision.named(precision)
+    exponential = dtype if dtype == "float16" and shift != "paper" else None
+    return Precision(scores=dtype, probabilities=dtype, exponential=exponential)
+
+
+@lru_cache(maxsize=64)
+def _tuned(kernel: Kernel) -> Kernel:
+    from dataclasses import replace
+
+    return replace(kernel, schedule=_cost.tuned(kernel))
+
+
+@lru_cache(maxsize=16)
+def _program(kernel: Kernel) -> Program:
+    return build(kernel)
+
+
+def emit(kernel: Kernel, folder: Path | str) -> list[Path]:
+    """Writes the project of a kernel into ``folder``: sources, build files, a description.
+
+    Deterministic: the same kernel gives the same bytes. Files of the same names are replaced.
+    """
+    return _emit.write(_program(kernel), Path(folder))
+
+
+def run(folder: Path | str, inputs: dict[str, Any] | None = None, **options: Any) -> _run.Run:
+    """Compiles the sources in ``folder`` as they stand and runs them on the host emulator.
+
+    Arguments:
+      inputs: "query", "key", "value" (BTNH) and what else the kernel takes; default random ones.
+      options: ``cores``, ``scale``, ``policies``; see `npu_bridge.emulation.run`.
+
+    Returns:
+      A `Run`; its ``ok`` says whether the emulator had no complaint and the output is lax's.
+
+    Raises:
+      EmulationError: there is no g++, or it refuses the sources.
+    """
+    return _run.run(Path(folder), inputs, **options)
+
+
+def plan(kernel: Kernel) -> str:
+    """The schedule and where every buffer lies, as text."""
+    return "\n".join(_emit.summary(_program(kernel)))
+
+
+def cost(kernel: Kernel, **problem: Any) -> _cost.Cost:
+    """The predicted time of a call.
+
+    Arguments:
+      problem: ``batch``, ``heads``, ``kv_heads``, ``queries``, ``keys``; see
+        `npu_bridge.prediction.cost`.
+    """
+    return _cost.cost(_program(kernel), **problem)
+
+
+def check(folder: Path | str) -> list[str]:
+    """What is wrong with the sources in ``folder``, as far as their text tells; see
+    `npu_bridge.checks`.
+    """
+    return checks.check(Path(folder))
