@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from npu_bridge import interface
 from npu_bridge.ir import ITEMSIZE, PRELUDE, Buffer, render
 from npu_bridge.program import DEPTH, FLAGS, LEAST, SUB, Core, Program
 from npu_bridge.stages import Kernel
@@ -31,7 +32,7 @@ def arguments(program: Program) -> list[str]:
 
 
 def files(program: Program) -> dict[str, str]:
-    """Path -> text of the direct-launch project."""
+    """Path -> text of the direct-launch project and, in package/, of the operator package."""
     env = Environment(
         loader=PackageLoader("npu_bridge"),
         undefined=StrictUndefined,
@@ -46,10 +47,40 @@ def files(program: Program) -> dict[str, str]:
         "tiling.h": "tiling.h.j2",
         "make_tiling.h": "make_tiling.h.j2",
         "emulate.cpp": "emulate.cpp.j2",
+        **_projects(program.kernel),
     }
     texts = {path: env.get_template(template).render(values) for path, template in found.items()}
     texts["kernel.json"] = describe(program.kernel)
     return texts
+
+
+def _projects(kernel: Kernel) -> dict[str, str]:
+    """Path -> template of what stands around the kernel."""
+    found = {
+        "host.h": "host.h.j2",
+        "main.cpp": "main.cpp.j2",
+        "CMakeLists.txt": "CMakeLists.txt.j2",
+        "README.md": "README.md.j2",
+        # A package carries its kernel's sources, so it has them once more.
+        f"package/op_kernel/{NAME}_kernel.h": "kernel.cpp.j2",
+        "package/op_kernel/tiling.h": "tiling.h.j2",
+        "package/op_kernel/make_tiling.h": "make_tiling.h.j2",
+    }
+    if kernel.shift == "paper":
+        found["paper_constants.h"] = "paper_constants.h.j2"
+    for path in (
+        "CMakeLists.txt",
+        "CMakePresets.json",
+        "op_host/CMakeLists.txt",
+        f"op_host/{NAME}.cpp",
+        "op_kernel/CMakeLists.txt",
+        f"op_kernel/{NAME}.cpp",
+        "examples/CMakeLists.txt",
+        "examples/aclnn_call.cpp",
+    ):
+        template = path.replace(NAME, "operator" if "host" in path else "entry")
+        found[f"package/{path}"] = f"package/{template}.j2"
+    return found
 
 
 def write(program: Program, folder: Path) -> list[Path]:
@@ -97,7 +128,9 @@ def _values(program: Program) -> dict[str, Any]:
         "depth": DEPTH,
         "scale": f"{k.head_dim**-0.5!r}f",
         "paper": k.shift == "paper",
-        "parameters": ", ".join(f"GM_ADDR {n}" for n in names),
+        "parameters": _listed([f"GM_ADDR {n}" for n in names]),
+        "core_parameters": _listed([*(f"GM_ADDR {n}" for n in names[:-1]), "TilingPointer tiling"]),
+        "arrays_and_workspace": ", ".join(names[:-1]),
         "arguments": ", ".join(names),
         "globals": [
             {
@@ -119,7 +152,14 @@ def _values(program: Program) -> dict[str, Any]:
             for g in workspace
         ],
         "cores": [_core(core) for core in (program.cube, program.vector)],
+        **interface.values(k, [(n, program.globals[n].dtype) for n in array_arguments]),
     }
+
+
+def _listed(parameters: list[str]) -> str:
+    """Parameters, a few to a line."""
+    lines = [", ".join(parameters[i : i + 4]) for i in range(0, len(parameters), 4)]
+    return (",\n" + " " * 8).join(lines)
 
 
 def _count(name: str, k: Kernel) -> str:

@@ -1,0 +1,175 @@
+"""A kernel as the projects around it see it: arguments, chip, the constants of 'paper'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from npu_bridge.errors import PlanError
+from npu_bridge.ir import ITEMSIZE
+from npu_bridge.stages import Kernel
+from pasa_jax.shifts import optimal_beta, paper_matrix
+
+# The letters of a shape in the names of `PasaRun` and make_tiling.h.
+LETTERS = {
+    "B": "run.batch",
+    "T": "run.queryLength",
+    "S": "run.keyLength",
+    "N": "run.heads",
+    "K": "run.kvHeads",
+    "D": "PASA_HEAD_DIM",
+    "E": "PASA_VALUE_HEAD_DIM",
+    "n": "PASA_BLOCK_KV",
+}
+_SHAPES = {
+    "query": "BTND",
+    "key": "BSKD",
+    "value": "BSKE",
+    "lengths": "B",
+    "matrices": "2nn",
+    "weights": "2n",
+    "output": "BTNE",
+    "lse": "BTN",
+}
+_NOTES = {
+    "query": "",
+    "key": "",
+    "value": "",
+    "bias": "added to the scores",
+    "lengths": "how many keys of each batch entry count",
+    "matrices": "the matrix of 'paper' for full blocks and for the last; see paper_constants.h",
+    "weights": "share of each key in the row mean; see paper_constants.h",
+    "output": "",
+    "lse": "log-sum-exp of the scores",
+}
+# Of a C++ type: the plain type, the names of CANN's enumerations behind ge::DT_ and ACL_.
+_TYPES = {
+    "half": ("float16", "FLOAT16", "FLOAT16"),
+    "bfloat16_t": ("bfloat16", "BF16", "BF16"),
+    "float": ("float32", "FLOAT", "FLOAT"),
+    "int32_t": ("int32", "INT32", "INT32"),
+}
+# Of a target: what CANN calls its architecture, the chips that share it, and one of them in full.
+_CHIPS = {
+    "ascend_910b": ("dav-2201", ("ascend910b", "ascend910_93"), "Ascend910B1"),
+    "ascend_950": ("dav-3510", ("ascend950",), "Ascend950PR_9599"),
+}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An array argument of the kernel.
+
+    Arguments:
+      dtype: its plain name, "float16".
+      shape: letters of `LETTERS` and digits, as text.
+      count: its elements, in C++.
+      source: "file" for an input of the call, "constant" for one of the kernel, "output".
+    """
+
+    name: str
+    dtype: str
+    ge: str
+    acl: str
+    itemsize: int
+    axes: str
+    shape: str
+    count: str
+    source: str
+    note: str
+
+
+def argument(kernel: Kernel, name: str, c_type: str) -> Argument:
+    """How the projects describe the kernel's argument ``name``."""
+    axes = kernel.bias if name == "bias" else _SHAPES[name]
+    assert axes is not None
+    dtype, ge, acl = _TYPES[c_type]
+    sources = {"output": "output", "lse": "output", "matrices": "constant", "weights": "constant"}
+    return Argument(
+        name=name,
+        dtype=dtype,
+        ge=f"ge::DT_{ge}",
+        acl=f"ACL_{acl}",
+        itemsize=ITEMSIZE[c_type],
+        axes=axes,
+        shape=f"[{', '.join(axes)}]",
+        count=" * ".join(LETTERS.get(letter, letter) for letter in axes),
+        source=sources.get(name, "file"),
+        note=_NOTES[name],
+    )
+
+
+def values(kernel: Kernel, arguments: list[tuple[str, str]]) -> dict[str, Any]:
+    """What the templates of the projects need beside the kernel's own values.
+
+    Arguments:
+      arguments: name and C++ type of each array argument, in the kernel's order.
+
+    Raises:
+      PlanError: CANN has no project of this kind for the schedule's target.
+    """
+    target = kernel.schedule.target
+    if target not in _CHIPS:
+        raise PlanError(f"`schedule.target` must be one of {', '.join(_CHIPS)}; got {target}")
+    arch, units, soc = _CHIPS[target]
+    described = [argument(kernel, *a) for a in arguments]
+    inputs = [a for a in described if a.source != "output"]
+    info = jnp.finfo(kernel.dtype)
+    return {
+        "arrays": described,
+        "inputs": inputs,
+        "outputs": [a for a in described if a.source == "output"],
+        "letters": LETTERS,
+        "op": "PasaAttention",
+        "arch": arch,
+        "units": units,
+        "soc": soc,
+        "dtype": kernel.dtype,
+        "fraction_bits": info.nmant,
+        "exponent_bias": int(info.maxexp) - 1,
+        "places": _numbered("at", 0, len(described) + 2),
+        "input_tensors": _numbered("tensors", 0, len(inputs)),
+        "output_tensors": _numbered("tensors", len(inputs), len(described)),
+        "table": paper_table(kernel) if kernel.shift == "paper" else None,
+    }
+
+
+def _numbered(name: str, first: int, end: int) -> str:
+    return ", ".join(f"{name}[{i}]" for i in range(first, end))
+
+
+def paper_table(kernel: Kernel) -> dict[str, list[str]]:
+    """The two numbers of M and the weight for a last block of t = 0 … n − 1 keys, as C++ text.
+
+    t = 0 stands for a full block. They are those of `paper_blocks`, whose n × n matrices hold no
+    others; making all of those takes eleven seconds for n = 512.
+    """
+    return _paper_table(
+        kernel.schedule.block_kv, kernel.beta, kernel.plan.paper_scale or 1.0, kernel.dtype
+    )
+
+
+@lru_cache(maxsize=8)
+def _paper_table(n: int, beta: float | None, scale: float, dtype: str) -> dict[str, list[str]]:
+    beta = optimal_beta(n) if beta is None else beta
+    full, inva = paper_matrix(np.ones(n, bool), beta, scale, np.dtype(np.float16))
+    diagonal, off, weights = [full[0, 0]], [full[0, 1]], [np.float32(1 / n)]
+    for t in range(1, n):
+        tail, tail_inva = paper_matrix(np.ones(t, bool), beta, scale, np.dtype(np.float16))
+        diagonal.append(tail[0, 0])
+        off.append(tail[0, -1] if t > 1 else np.float16(0))  # one key: nothing off the diagonal
+        weights.append(np.float32(tail_inva / inva / t))
+    return {
+        "DIAGONAL": [f"0x{x:04x}" for x in _bits(diagonal, dtype)],
+        "OFF_DIAGONAL": [f"0x{x:04x}" for x in _bits(off, dtype)],
+        "WEIGHT": [f"{x!s}f" for x in weights],
+    }
+
+
+def _bits(numbers: list[Any], dtype: str) -> list[int]:
+    rounded = np.asarray(numbers, np.float32).astype(jnp.dtype(dtype))
+    return [int(x) for x in rounded.view(np.uint16)]
