@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import pasa_jax
-from npu_bridge.project import read_description
 from npu_bridge.errors import EmulationError
+from npu_bridge.project import read_description
 from npu_bridge.stages import Kernel
 
 EMULATOR = Path(__file__).parent / "emulator"
@@ -59,7 +59,9 @@ def compiled(folder: Path, *, to: Path | None = None, flags: tuple[str, ...] = (
         raise EmulationError("g++ is not installed: the emulator needs it (apt install g++)")
     program = (to or folder) / "emulate"
     command = ["g++", "-std=c++17", *flags, f"-I{EMULATOR}", str(folder / "emulate.cpp")]
-    said = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        [*command, "-o", str(program)], capture_output=True, text=True, check=False
+    )
     if said.returncode:
         raise EmulationError(f"g++ refuses the sources in {folder}:\n{said.stderr[:4000]}")
     return program
@@ -240,7 +242,9 @@ def _executed(
     lines.append(f"arg tiling in {(work / 'tiling').stat().st_size} {work / 'tiling'}")
     lines += [f"policy {p}" for p in policies]
     (work / "job").write_text("\n".join(lines) + "\n")
-    ran = subprocess.run([str(program), str(work / "job")], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [str(program), str(work / "job")], capture_output=True, text=True, check=False
+    )
     if not (work / "report.json").exists():
         raise EmulationError(f"the emulator stopped: {ran.stderr.strip()[:2000]}")
     found: dict[str, Any] = {

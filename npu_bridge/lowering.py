@@ -525,7 +525,7 @@ class Lowering:
         return self._padded[x.place]
 
     def combined(self, name: str, a: Value, b: Value) -> Value:
-        """"And" or "Or" of two conditions."""
+        """ "And" or "Or" of two conditions."""
         if isinstance(a, Margin) and isinstance(b, Margin):
             op = {"And": "Min", "Or": "Max"}[name]
             return Margin(_number(self, op, a.value, b.value, "margin"))
@@ -533,7 +533,9 @@ class Lowering:
         a, b = (self.bits(x, *shapes[0]) for x in (a, b))
         words = min(a.place.count, b.place.count)
         out = self.new("bits", "uint16_t", 1, words).place
-        self.emit(f"{name}({out}, {a.place}, {b.place}, {words})", (out,), (a.place, b.place), words * 2)
+        self.emit(
+            f"{name}({out}, {a.place}, {b.place}, {words})", (out,), (a.place, b.place), words * 2
+        )
         return Bits(out, a.rows, a.width)
 
     def selected(self, mask: Bits, yes: Vector, no: Vector | Scalar, hint: str) -> Vector:
@@ -684,7 +686,9 @@ def _tanh(low: Lowering, eqn: Equation, x: list[Any]) -> Value:
     value = x[0]
     size = low.unary("Abs", value, "size")
     t = low.unary("Exp", low.with_scalar("Muls", size, Scalar(-2.0), "twice"), "power")
-    over = low.with_scalar("Adds", low.with_scalar("Muls", t, Scalar(-1.0), "less"), Scalar(1.0), "over")
+    over = low.with_scalar(
+        "Adds", low.with_scalar("Muls", t, Scalar(-1.0), "less"), Scalar(1.0), "over"
+    )
     tanh = low.binary("Div", over, low.with_scalar("Adds", t, Scalar(1.0), "under"), "tanh")
     negative = low.with_scalar("Muls", tanh, Scalar(-1.0), "negative")
     return low.selected(low.compared("GE", value, Scalar(0.0)), tanh, negative, low.hint(eqn))
@@ -729,7 +733,9 @@ def _logical(name: str) -> Callable[..., Value]:
             if isinstance(a, Scalar) and a.known:
                 neutral = (name == "And") == bool(a.value)
                 return b if neutral else a
-        a, b = (Margin(Scalar(f"Pick({v.value}, 0, -1)")) if isinstance(v, Scalar) else v for v in x)
+        a, b = (
+            Margin(Scalar(f"Pick({v.value}, 0, -1)")) if isinstance(v, Scalar) else v for v in x
+        )
         return low.combined(name, a, b)
 
     return rule
@@ -746,7 +752,8 @@ def _select(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
     if isinstance(yes, Scalar):
         dtype = no.dtype if isinstance(no, Vector) else C_TYPES[str(eqn.output.aval.dtype)]
         yes = low.filled(yes, rows, width, dtype, "number")
-    assert isinstance(yes, Vector) and isinstance(no, (Vector, Scalar))
+    assert isinstance(yes, Vector)
+    assert isinstance(no, (Vector, Scalar))
     return low.selected(bits, yes, no, low.hint(eqn))
 
 
@@ -754,7 +761,8 @@ def _chosen(low: Lowering, eqn: Equation, mask: Scalar, no: Value, yes: Value) -
     """One of two vectors, by a number that the whole tile shares: no + (yes − no) would round."""
     from npu_bridge.ir import If
 
-    assert isinstance(no, Vector) and isinstance(yes, Vector)
+    assert isinstance(no, Vector)
+    assert isinstance(yes, Vector)
     out = low.new(low.hint(eqn), yes.dtype, yes.rows, yes.width)
     branches: list[list[Node]] = []
     for side in (yes, no):
@@ -838,7 +846,8 @@ def _slice(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
 def _dot(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
     """A product with one column, which the vector unit computes."""
     a, b = x
-    assert isinstance(a, Vector) and isinstance(b, Vector)
+    assert isinstance(a, Vector)
+    assert isinstance(b, Vector)
     if eqn.params["dimension_numbers"][0] != ((1,), (0,)) or b.width != 1:
         raise LoweringError("the vector unit multiplies a tile by one column only")
     row = Vector(b.place, 1, b.rows)

@@ -51,9 +51,7 @@ class Memory:
         self.buffers.append(buffer)
         return buffer
 
-    def place(
-        self, nodes: list[Node], base: int, spare: Sequence[Slice] = ()
-    ) -> list[Buffer]:
+    def place(self, nodes: list[Node], base: int, spare: Sequence[Slice] = ()) -> list[Buffer]:
         """Gives addresses from ``base`` on to the buffers of a straight-line program, each for as
         long as it lives; a value may take the place of one that ends in the same instruction.
 

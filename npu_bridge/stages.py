@@ -74,7 +74,9 @@ class Kernel:
             beta=self.beta,
             paper_scale=self.head_dim**-0.5 if self.shift == "paper" else None,
             explicit_precision=True,
-            dialect=tile.Dialect(contracts=False, sum_columns=COLUMNS if self.sums_multiplied else 0),
+            dialect=tile.Dialect(
+                contracts=False, sum_columns=COLUMNS if self.sums_multiplied else 0
+            ),
         )
 
     @property
@@ -308,7 +310,7 @@ def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
         shapes["bias"] = jax.ShapeDtypeStruct((rows, n), dtype)
 
     def fold(
-        m: Array, l: Array, o: Array, f: Array, start: Array, queries: Array, keys: Array,
+        m: Array, l: Array, o: Array, f: Array, start: Array, queries: Array, keys: Array,  # noqa: E741
         j: Array, t: Array, **parts: Any,
     ) -> dict[str, Any]:  # fmt: skip
         walk = kernel.walk(rows, queries, keys, **parts)
@@ -415,11 +417,9 @@ def close(kernel: Kernel, rows: int) -> Trace:
     """The output and the log-sum-exp of a slab that has seen all its keys."""
     stat = kernel.numerics.statistics
     column = jax.ShapeDtypeStruct((rows, 1), stat)
-    o = jax.ShapeDtypeStruct(
-        (rows, kernel.value_head_dim), jnp.dtype(kernel.precision.accumulator)
-    )
+    o = jax.ShapeDtypeStruct((rows, kernel.value_head_dim), jnp.dtype(kernel.precision.accumulator))
 
-    def found(m: Array, l: Array, o: Array, f: Array) -> dict[str, Any]:
+    def found(m: Array, l: Array, o: Array, f: Array) -> dict[str, Any]:  # noqa: E741
         walk = kernel.walk(rows, 0, 0)
         plain = tile.QueryTile(o, jnp.ones((1, 1)), None)
         done = walk.close(0, plain, tile.State(m, l, o, f))
