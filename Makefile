@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/python -m pasa_jax demo --output out
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

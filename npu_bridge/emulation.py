@@ -148,17 +148,18 @@ def run(
     """
     kernel = read_description(folder)
     inputs = problem(kernel) if inputs is None else inputs
-    want, want_lse = expected(kernel, inputs, scale) if want is None else want
+    wanted: Any = expected(kernel, inputs, scale) if want is None else want
+    want_out, want_lse = wanted
     with tempfile.TemporaryDirectory(prefix="pasa_npu_") as place:
         work = Path(place)
         program = compiled(folder, to=work) if program is None else program
         found = _executed(program, kernel, inputs, cores, scale, policies, work)
-    output = _read(found["output"], want.shape, kernel.dtype)
+    output = _read(found["output"], want_out.shape, kernel.dtype)
     lse = None
     if "lse" in found:
         lse = found["lse"].view(np.float32).reshape(want_lse.shape)
     top = float(np.max(np.abs(np.asarray(inputs["value"], np.float64)), initial=0)) or 1.0
-    error = _difference(output, np.asarray(want, np.float64)) / top
+    error = _difference(output, np.asarray(want_out, np.float64)) / top
     report = found["report"]
     return Run(
         output=output,

@@ -531,7 +531,7 @@ class Lowering:
             return Margin(_number(self, op, a.value, b.value, "margin"))
         shapes = [(x.rows, x.width) for x in (a, b) if isinstance(x, Bits)]
         a, b = (self.bits(x, *shapes[0]) for x in (a, b))
-        words = min(a.place.count, b.place.count)
+        words = int(min(a.place.count, b.place.count))
         out = self.new("bits", "uint16_t", 1, words).place
         self.emit(
             f"{name}({out}, {a.place}, {b.place}, {words})", (out,), (a.place, b.place), words * 2
@@ -615,7 +615,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
 }
 
 
-def _scalar(eqn: Equation, inputs: list[Any]) -> Scalar | Margin:
+def _scalar(eqn: Equation, inputs: list[Any]) -> Scalar:
     name = eqn.primitive
     if all(x.known for x in inputs) and name in _KNOWN:
         value = _KNOWN[name](*(x.value for x in inputs))
@@ -660,6 +660,7 @@ def _number(low: Lowering, name: str, a: Value, b: Value, hint: str) -> Any:
             negative = low.with_scalar("Muls", b, Scalar(-1.0), hint)
             return low.with_scalar("Adds", negative, a, hint)
         return low.binary(name, low.filled(a, b.rows, b.width, b.dtype, "number"), b, hint)
+    assert isinstance(a, Vector)
     return low.binary(name, a, b, hint)
 
 
@@ -720,6 +721,7 @@ def _compare(mode: str) -> Callable[..., Value]:
                 margin = _number(low, "Sub", margin, Scalar(1), "margin")
             return Margin(margin)
         if isinstance(a, Scalar):
+            assert isinstance(b, Vector)
             swapped = {"GE": "LE", "LE": "GE", "GT": "LT", "LT": "GT"}.get(mode, mode)
             return low.compared(swapped, b, a)
         return low.compared(mode, a, b)

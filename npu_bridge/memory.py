@@ -72,6 +72,7 @@ class Memory:
                     live.remove(heir)
                 else:
                     b.address = _gap(b, live, base)
+                assert b.address is not None
                 live.append(b)
                 self.scratch = max(self.scratch, b.address + b.bytes - self.kept)
             live = [b for b in live if spans[b][1] > i]

@@ -1,10 +1,10 @@
 """How long a kernel takes, predicted: its program is executed on a model of the pipes.
 
 Every instruction occupies its pipe for as long as its work takes at the pipe's rate; flags,
-barriers and cross-core flags make pipes wait for one another as they do on the chip. Nothing else is known
-here: no cache (everything passes at the speed of L2, where queries, keys and the workspace stay), no
-contention between cores, no scalar unit. One block (a cube core and two vector cores) is followed
-through the items that fall to it; the others do the same work at the same time.
+barriers and cross-core flags make pipes wait for one another as they do on the chip. Nothing else
+is known here: no cache (everything passes at the speed of L2, where queries, keys and the workspace
+stay), no contention between cores, no scalar unit. One block (a cube core and two vector cores) is
+followed through some of its items; the others do the same work at the same time.
 
 Rates: the configuration of Huawei's own performance model for 910B1 (PyPI msopmodeling 1.0.9,
 core/config/arc_config/910B1: bandwidths per core, vector cycles per repeat), 16 × 16 × 16
@@ -117,10 +117,12 @@ class Cost:
 class _CoreRun:
     """One core on its way through its program: the times of its pipes and flags."""
 
-    def __init__(self, core: Core, name: str, numbers: dict[str, Any], rates: Rates) -> None:
-        self.core, self.name, self.rates = core, name, rates
+    def __init__(
+        self, core: Core, name: str, numbers: dict[str, Any], rates: Rates, items: range
+    ) -> None:
+        self.core, self.name, self.rates, self.items = core, name, rates, items
         self.members: dict[str, Any] = {**numbers, **dict.fromkeys(core.counters, 0)}
-        self.now = dict.fromkeys(_PIPES, 0.0)
+        self.now: dict[str, float] = dict.fromkeys(_PIPES, 0.0)
         self.busy: dict[str, float] = defaultdict(float)
         self.events: dict[tuple[str, str, int], deque[float]] = defaultdict(deque)
         self.sets: dict[int, deque[float]] = defaultdict(deque)  # cross-core, seen by the others
@@ -151,8 +153,8 @@ class _CoreRun:
                     self.members[node.name] += evaluate(node.by, env)
                 case For():
                     inner = env.new_child()
-                    lo, hi, step = (evaluate(x, env) for x in (node.lo, node.hi, node.step))
-                    for value in range(lo, hi, step):
+                    values = range(*(evaluate(x, env) for x in (node.lo, node.hi, node.step)))
+                    for value in self.items if node.var == "item" else values:
                         inner[node.var] = value
                         yield from self.steps(node.body, inner)
                 case If():
@@ -179,7 +181,7 @@ class _CoreRun:
 
     def _barrier(self, pipe: str) -> None:
         if pipe == "ALL":
-            self.now = dict.fromkeys(_PIPES, max(self.now.values()))
+            self.hold(max(self.now.values()))
         elif pipe == "V":
             self.now["V"] += self.rates.drain
 
@@ -296,21 +298,17 @@ def _block(
     blocks, tiles = rates.blocks, numbers["queryTiles"]
     stride = max(1, tiles // rounds)
     total = numbers["batch"] * numbers["heads"] * tiles
-    numbers = {**numbers, "cores": stride, "items": min(total, stride * rounds)}
-    first = stride // 2
-    cube = _CoreRun(program.cube, "AIC", {**numbers, "core": first}, rates)
+    items = range(stride // 2, min(total, stride * rounds), stride)
+    numbers = {**numbers, "cores": blocks, "items": total, "core": 0}
+    cube = _CoreRun(program.cube, "AIC", numbers, rates, items)
+    half = program.kernel.schedule.block_q // 2
     vectors = [
         _CoreRun(
             program.vector,
             f"AIV{i}",
-            {
-                **numbers,
-                "core": first,
-                "vectorCore": i,
-                "vectorCores": 2 * blocks,
-                "firstRow": i * program.kernel.schedule.block_q // 2,
-            },
+            {**numbers, "vectorCore": i, "vectorCores": 2 * blocks, "firstRow": i * half},
             rates,
+            items,
         )
         for i in range(2)
     ]

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr
 
 from npu_bridge.errors import LoweringError
 from npu_bridge.ir import C_TYPES, Node
-from npu_bridge.lowering import Equation, Lowering, Scalar, Var, flatten
+from npu_bridge.lowering import Equation, Lowering, Scalar, Value, Var, flatten
 from pasa_jax import _tile as tile
 from pasa_jax._prepare import Plan
 from pasa_jax._walk import Walk
@@ -184,7 +184,7 @@ def key_range(kernel: Kernel) -> tuple[list[Node], dict[str, str]]:
 
     traced = trace(found, {"start": _INT, "queries": _INT, "keys": _INT})
     numbers = {"queries": "queryLength"}
-    inputs = {v: Scalar(numbers.get(n, n)) for n, v in traced.inputs.items()}
+    inputs: dict[Var, Value] = {v: Scalar(numbers.get(n, n)) for n, v in traced.inputs.items()}
     low = Lowering(1, _no_memory, inputs, prefix="at")
     low.lower(traced.equations)
     values = {name: low.value(x) for name, x in traced.outputs.items()}
@@ -336,8 +336,10 @@ def _cut(traced: Trace) -> Step:
         if eqn.primitive != "dot_general" or eqn.output.aval.shape[1] == 1:
             continue
         left, right = eqn.inputs
-        ones = isinstance(right, Scalar) and right.value == 1
-        right_name = "ones" if ones else names.get(right, "")
+        if isinstance(right, Scalar):
+            right_name = "ones" if right.value == 1 else ""
+        else:
+            right_name = names.get(right, "")
         if right_name not in _PRODUCTS:
             raise LoweringError(
                 "the cube unit multiplies with keys, κ or values as they lie in memory; "
