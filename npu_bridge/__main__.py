@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import npu_bridge
 from npu_bridge import _api
 from npu_bridge.errors import EmulationError, PlanError
+from pasa_jax.schedule import TUNED
 
 try:
     import typer
@@ -167,6 +168,21 @@ def cost(
     for row in rows:
         found.add_row(*row)
     console.print(found)
+
+
+@app.command()
+def tune(
+    output: Annotated[Path, typer.Option(help="The table, .json")] = TUNED / "ascend_910b.json",
+) -> None:
+    """Writes the table of predicted schedules that `Schedule.for_target` reads."""
+    import json
+    from datetime import UTC, datetime
+
+    from npu_bridge.prediction import tuned_table
+
+    table = tuned_table(datetime.now(UTC).date().isoformat())
+    output.write_text(json.dumps(table, indent=1) + "\n")
+    console.print(str(output), highlight=False)
 
 
 @app.command("list")

@@ -13,7 +13,7 @@ from npu_bridge import project as _emit
 from npu_bridge.errors import PlanError
 from npu_bridge.program import Program, build
 from npu_bridge.stages import Kernel
-from pasa_jax._errors import check_choice, wrong
+from pasa_jax._errors import ScheduleError, check_choice, wrong
 from pasa_jax.precision import Precision
 from pasa_jax.schedule import Schedule
 from pasa_jax.target import find_target
@@ -56,7 +56,8 @@ def kernel(
         can be read, which these chips do not have.
       precision: a `Precision` or its name; None: scores, exponentials and probabilities in
         ``dtype``, statistics and output in float32. ``probabilities`` must be ``dtype``.
-      schedule: for "ascend_910b"; block_q must be 128. None: what the cost model finds fastest.
+      schedule: for "ascend_910b"; block_q must be 128. None: what the cost model found fastest
+        (`Schedule.for_target`; `python -m npu_bridge tune` writes its table).
       target: "910b" or "910_93".
       is_causal, causal_alignment, local_window_size, logits_soft_cap, beta: as
         `pasa_jax.dot_product_attention` takes them.
@@ -86,7 +87,7 @@ def kernel(
         dtype=dtype,
         shift=shift,
         precision=_precision(precision, dtype, shift),
-        schedule=schedule or Schedule(block_q=128, block_kv=512, target=TARGETS[target]),
+        schedule=schedule or _schedule(target, head_dim, value_head_dim, dtype, is_causal),
         is_causal=is_causal,
         causal_alignment=causal_alignment,
         window=window,
@@ -98,10 +99,13 @@ def kernel(
     )
     if find_target(found.schedule.target).name not in TARGETS.values():
         raise wrong("schedule.target", "be 'ascend_910b'", found.schedule.target)
-    if schedule is not None:
+    try:
         _program(found)
-        return found
-    return _tuned(found)
+    except PlanError:
+        if schedule is not None:
+            raise
+        return _tuned(found)
+    return found
 
 
 def _precision(precision: str | Precision | None, dtype: str, shift: str) -> Precision:
@@ -111,6 +115,22 @@ def _precision(precision: str | Precision | None, dtype: str, shift: str) -> Pre
         return Precision.named(precision)
     exponential = dtype if dtype == "float16" and shift != "paper" else None
     return Precision(scores=dtype, probabilities=dtype, exponential=exponential)
+
+
+def _schedule(
+    target: str, head_dim: int, value_head_dim: int | None, dtype: str, is_causal: bool
+) -> Schedule:
+    try:
+        return Schedule.for_target(
+            TARGETS[target],
+            head_dim=head_dim,
+            value_head_dim=value_head_dim,
+            dtype=dtype,
+            length=4096,
+            is_causal=is_causal,
+        )
+    except ScheduleError:  # `build` says what is wrong with such sizes
+        return Schedule(block_q=128, block_kv=128, target=TARGETS[target])
 
 
 @lru_cache(maxsize=64)

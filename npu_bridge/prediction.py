@@ -380,6 +380,48 @@ def tuned(kernel: Kernel, *, queries: int = 4096) -> Schedule:
     return best[1]
 
 
+def tuned_table(date: str) -> dict[str, object]:
+    """The table that `Schedule.for_target` reads: the fastest block of each head size, type and
+    mask at 4096 keys, predicted.
+    """
+    entries = []
+    for head_dim in (64, 128, 192, 256):
+        for dtype in ("float16", "bfloat16"):
+            for is_causal in (False, True):
+                kernel = Kernel(
+                    head_dim=head_dim,
+                    value_head_dim=head_dim,
+                    dtype=dtype,
+                    shift="mean",
+                    precision=_TILES
+                    if dtype == "float16"
+                    else Precision(scores=dtype, probabilities=dtype),
+                    schedule=Schedule(block_q=128, block_kv=512, target="ascend_910b"),
+                    is_causal=is_causal,
+                )
+                mask = "causal" if is_causal else "full"
+                schedule = tuned(kernel)
+                found = cost(build(replace(kernel, schedule=schedule)))
+                entries.append(
+                    {
+                        "shape": f"{dtype}, D={head_dim}, S=4096, {mask}",
+                        "length": 4096,
+                        "head_dim": head_dim,
+                        "dtype": dtype,
+                        "is_causal": is_causal,
+                        "cost": round(found.seconds * 1e6),
+                        "schedule": vars(schedule),
+                    }
+                )
+    return {
+        "target": "ascend_910b",
+        "cost": "microseconds of one forward pass, B = 1, 24 heads, predicted for 910B1",
+        "date": date,
+        "versions": {"msopmodeling (rates)": "1.0.9"},
+        "schedules": entries,
+    }
+
+
 _TILES = Precision(scores="float16", probabilities="float16", exponential="float16")
 NAMED = {
     "mean, float16 tiles": ("mean", _TILES),
