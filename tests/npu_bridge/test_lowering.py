@@ -64,6 +64,7 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+RANDOM = np.random.default_rng(0)
 
 
 def case(name: str, *inputs: Any, error: float = 2.0) -> Callable[..., Any]:
@@ -75,8 +76,7 @@ def case(name: str, *inputs: Any, error: float = 2.0) -> Callable[..., Any]:
 
 
 def drawn(rows: int, width: int, dtype: Any = np.float32, low: float = -2, high: float = 2) -> Any:
-    rng = np.random.default_rng(rows * 1000 + width)
-    return rng.uniform(low, high, (rows, width)).astype(dtype)
+    return RANDOM.uniform(low, high, (rows, width)).astype(dtype)
 
 
 ARITHMETIC = {
