@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import npu_bridge
 from npu_bridge import _api
-from npu_bridge.errors import EmulationError, PlanError
+from npu_bridge.errors import EmulationError, LoweringError
 
 try:
     import typer
@@ -156,8 +156,8 @@ def plan(
 
 @app.command()
 def cost(
-    queries: Annotated[list[int], typer.Option(help="T = S.")] = [4096, 16384],  # noqa: B006
-    heads: Annotated[int, typer.Option(help="N.")] = 24,
+    queries: Annotated[list[int], typer.Option(help="T = S.", min=1)] = [4096, 16384],  # noqa: B006
+    heads: Annotated[int, typer.Option(help="N.", min=1)] = 24,
     head_dim: HeadDim = 128,
     is_causal: Causal = False,
 ) -> None:
@@ -192,9 +192,14 @@ def check(folder: Annotated[Path, typer.Argument(help="An emitted project.")]) -
     raise typer.Exit(1 if found else 0)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Exits 2, with one message, where the call is wrong."""
     try:
         app()
-    except (PlanError, EmulationError, ValueError) as error:
-        console.print(str(error), style="red", highlight=False)
+    except (ValueError, OSError, EmulationError, LoweringError) as error:
+        Console(stderr=True, soft_wrap=True).print(str(error), style="red", highlight=False)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

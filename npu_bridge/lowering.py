@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from npu_bridge.errors import LoweringError
+from npu_bridge.errors import LoweringError, PlanError
 from npu_bridge.ir import (
     C_TYPES,
     ITEMSIZE,
@@ -416,7 +416,9 @@ class Lowering:
             )
 
         if max(per_row, blocks) > 255:
-            raise LoweringError(f"rows of {out.width} {out.dtype} are too long for a repeat stride")
+            raise PlanError(
+                f"rows of {out.width} {out.dtype} are longer than 255 blocks, a repeat stride"
+            )
         if out.width == each:
             self.body.append(instruction(0))
         else:
