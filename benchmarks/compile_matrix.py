@@ -122,7 +122,7 @@ def main(
     """Compiles every call for every chip and type, and prints what came of it."""
     console = Console(width=240)
     failures, found = [], []
-    with Compiler() as compiler:
+    with Compiler(limit=900) as compiler:
         for kind, known in (("tpu", tuple(TPU_TOPOLOGIES)), ("gpu", tuple(GPUS))):
             columns = [
                 (t, d)

@@ -113,9 +113,7 @@ def run(
     if query is not None:
         inputs = {n: jnp.asarray(np.load(p), kernel.dtype) for n, p in given.items() if p}
     else:
-        inputs = runner.problem(
-            kernel, queries=queries, keys=keys, heads=heads, kv_heads=kv_heads
-        )
+        inputs = runner.problem(kernel, queries=queries, keys=keys, heads=heads, kv_heads=kv_heads)
     done = npu_bridge.run(folder, inputs, cores=cores)
     if output is not None:
         np.save(output, done.output)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from npu_bridge import checks
+from npu_bridge import emulation as _run
 from npu_bridge import prediction as _cost
 from npu_bridge import project as _emit
-from npu_bridge import emulation as _run
 from npu_bridge.errors import PlanError
 from npu_bridge.program import Program, build
 from npu_bridge.stages import Kernel

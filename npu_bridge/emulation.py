@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import pasa_jax
-from npu_bridge.project import read_description
 from npu_bridge.errors import EmulationError
+from npu_bridge.project import read_description
 from npu_bridge.stages import Kernel
 
 EMULATOR = Path(__file__).parent / "emulator"
@@ -59,7 +59,9 @@ def compiled(folder: Path, *, to: Path | None = None, flags: tuple[str, ...] = (
         raise EmulationError("g++ is not installed: the emulator needs it (apt install g++)")
     program = (to or folder) / "emulate"
     command = ["g++", "-std=c++17", *flags, f"-I{EMULATOR}", str(folder / "emulate.cpp")]
-    said = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        [*command, "-o", str(program)], capture_output=True, text=True, check=False
+    )
     if said.returncode:
         raise EmulationError(f"g++ refuses the sources in {folder}:\n{said.stderr[:4000]}")
     return program
@@ -146,17 +148,18 @@ def run(
     """
     kernel = read_description(folder)
     inputs = problem(kernel) if inputs is None else inputs
-    want, want_lse = expected(kernel, inputs, scale) if want is None else want
+    wanted: Any = expected(kernel, inputs, scale) if want is None else want
+    want_out, want_lse = wanted
     with tempfile.TemporaryDirectory(prefix="pasa_npu_") as place:
         work = Path(place)
         program = compiled(folder, to=work) if program is None else program
         found = _executed(program, kernel, inputs, cores, scale, policies, work)
-    output = _read(found["output"], want.shape, kernel.dtype)
+    output = _read(found["output"], want_out.shape, kernel.dtype)
     lse = None
     if "lse" in found:
         lse = found["lse"].view(np.float32).reshape(want_lse.shape)
     top = float(np.max(np.abs(np.asarray(inputs["value"], np.float64)), initial=0)) or 1.0
-    error = _difference(output, np.asarray(want, np.float64)) / top
+    error = _difference(output, np.asarray(want_out, np.float64)) / top
     report = found["report"]
     return Run(
         output=output,
@@ -240,7 +243,9 @@ def _executed(
     lines.append(f"arg tiling in {(work / 'tiling').stat().st_size} {work / 'tiling'}")
     lines += [f"policy {p}" for p in policies]
     (work / "job").write_text("\n".join(lines) + "\n")
-    ran = subprocess.run([str(program), str(work / "job")], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [str(program), str(work / "job")], capture_output=True, text=True, check=False
+    )
     if not (work / "report.json").exists():
         raise EmulationError(f"the emulator stopped: {ran.stderr.strip()[:2000]}")
     found: dict[str, Any] = {

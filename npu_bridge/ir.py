@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from types import CodeType
 from typing import Any
 
@@ -58,7 +58,7 @@ def evaluate(x: Expr, env: Mapping[str, Any]) -> Any:
     return x if isinstance(x, int) else eval(_python(x), dict(FUNCTIONS), env)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _python(text: str) -> CodeType:
     text = re.sub(r"static_cast<\w+>", "", text)
     return compile(re.sub(r"(\d\.\d*(?:e[+-]?\d+)?)f\b", r"\1", text), "<expression>", "eval")
@@ -131,7 +131,8 @@ class Slice:
 
     def of_type(self, dtype: str) -> Slice:
         ratio = ITEMSIZE[self.dtype or self.buffer.dtype] / ITEMSIZE[dtype]
-        assert self.offset == 0 and isinstance(self.count, int)
+        assert self.offset == 0
+        assert isinstance(self.count, int)
         return Slice(self.buffer, 0, int(self.count * ratio), dtype)
 
 

@@ -582,7 +582,7 @@ class Lowering:
         shapes = [(x.rows, x.width) for x in sides if not isinstance(x, Scalar)]
         shape = max(rows for rows, _ in shapes), max(width for _, width in shapes)
         a, b = (self.bits(x, *shape) for x in (a, b))
-        words = min(a.place.count, b.place.count)
+        words = int(min(a.place.count, b.place.count))
         out = self.new("bits", "uint16_t", 1, words).place
         self.emit(
             f"{name}({out}, {a.place}, {b.place}, {words})", (out,), (a.place, b.place), words * 2
@@ -683,7 +683,7 @@ def _of_scalars(eqn: Equation, inputs: list[Any]) -> bool:
     )
 
 
-def _scalar(eqn: Equation, inputs: list[Any]) -> Scalar | Margin:
+def _scalar(eqn: Equation, inputs: list[Any]) -> Scalar:
     name = eqn.primitive
     if all(x.known for x in inputs) and name in _KNOWN:
         value = _KNOWN[name](*(x.value for x in inputs))
@@ -733,6 +733,7 @@ def _number(low: Lowering, name: str, a: Value, b: Value, hint: str) -> Any:
             negative = low.with_scalar("Muls", b, Scalar(-1.0), hint)
             return low.with_scalar("Adds", negative, a, hint)
         return low.binary(name, low.filled(a, b.rows, b.width, b.dtype, "number"), b, hint)
+    assert isinstance(a, Vector)
     return low.binary(name, a, b, hint)
 
 
@@ -802,6 +803,7 @@ def _compare(mode: str) -> Callable[..., Value]:
                 margin = _number(low, "Sub", margin, Scalar(1), "margin")
             return Margin(margin)
         if isinstance(a, Scalar):
+            assert isinstance(b, Vector)
             swapped = {"GE": "LE", "LE": "GE", "GT": "LT", "LT": "GT"}.get(mode, mode)
             return low.compared(swapped, b, a)
         return low.compared(mode, a, b)
@@ -824,7 +826,7 @@ def _logical(name: str) -> Callable[..., Value]:
 
 
 def _select(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
-    mask, no, yes = x
+    mask, no, yes = x[0], *(_numbers(eqn, value) for value in x[1:])
     rows, width = low.shape(eqn.output)
     if isinstance(mask, Scalar):
         if mask.known:
@@ -842,7 +844,15 @@ def _type(eqn: Equation, other: Value) -> str:
     return other.dtype if isinstance(other, Vector) else C_TYPES[str(eqn.output.aval.dtype)]
 
 
-def _chosen(low: Lowering, eqn: Equation, mask: Scalar, no: Value, yes: Value) -> Value:
+def _numbers(eqn: Equation, x: Value) -> Vector | Scalar:
+    if isinstance(x, (Margin, Bits)):
+        raise LoweringError(f"{eqn.primitive} of conditions")
+    return x
+
+
+def _chosen(
+    low: Lowering, eqn: Equation, mask: Scalar, no: Vector | Scalar, yes: Vector | Scalar
+) -> Value:
     """One of two vectors, by a number that the whole tile shares: no + (yes − no) would round."""
     from npu_bridge.ir import If
 

@@ -51,9 +51,7 @@ class Memory:
         self.buffers.append(buffer)
         return buffer
 
-    def place(
-        self, nodes: list[Node], base: int, spare: Sequence[Slice] = ()
-    ) -> list[Buffer]:
+    def place(self, nodes: list[Node], base: int, spare: Sequence[Slice] = ()) -> list[Buffer]:
         """Gives addresses from ``base`` on to the buffers of a straight-line program, each for as
         long as it lives; a value may take the place of one that ends in the same instruction.
 
@@ -74,6 +72,7 @@ class Memory:
                     live.remove(heir)
                 else:
                     b.address = _gap(b, live, base)
+                assert b.address is not None
                 live.append(b)
                 self.scratch = max(self.scratch, b.address + b.bytes - self.kept)
             live = [b for b in live if spans[b][1] > i]

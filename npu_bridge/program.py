@@ -250,8 +250,7 @@ class _Builder:
         return Program(self.k, self.rows, self.cube, self.vector, self.globals, self.full)
 
     def _prologue(self, work: list[Node]) -> list[Node]:
-        sync = [Barrier("ALL"), SyncAll()]
-        return [*work, *sync]
+        return [*work, *([Barrier("ALL")] if work else []), SyncAll()]
 
     def _items(self, body: list[Node]) -> list[Node]:
         """The loop over this core's items, and what each is."""
@@ -286,7 +285,8 @@ class _Builder:
         acc = C_TYPES[self.k.precision.accumulator]
         keep = ub.keep
         self.state = {
-            name: keep(name, stat, self.half, note=f"{name} of each row") for name in ("m", "l", "f")
+            name: keep(name, stat, self.half, note=f"{name} of each row")
+            for name in ("m", "l", "f")
         }
         self.state["o"] = keep("o", acc, self.half * self.e, note="O, not normalised")
         for name in self.full.carried:
@@ -294,7 +294,9 @@ class _Builder:
                 name, stat, self.half, CARRIED, "what the output is multiplied by"
             )
         if self.k.shift == "paper":
-            keep_weights = keep("shares", "float", self.n, 2, "share of each column in the row mean")
+            keep_weights = keep(
+                "shares", "float", self.n, 2, "share of each column in the row mean"
+            )
             self.state["weights"] = keep_weights
         r, p = self.rows, self.full.products
         self.rings = {
@@ -320,12 +322,12 @@ class _Builder:
 
         self._first = True  # what comes before the main loop may use all of the memory
         queries = self._prepare_queries()
-        prologue: list[Node] = [Call(queries, ()), Barrier("ALL")]
+        prologue: list[Node] = [Call(queries, ())]
         if self.k.shift == "mean":
-            prologue += [Call(self._prepare_keys(), ()), Barrier("ALL")]
+            prologue.append(Call(self._prepare_keys(), ()))
         if "ones" in p:
-            prologue += [Call(self._prepare_ones(), ()), Barrier("ALL")]
-        prologue.append(Call(self._prepare_tails(), ()))
+            prologue.append(Call(self._prepare_ones(), ()))
+        prologue += [Barrier("ALL"), Call(self._prepare_tails(), ())]
         if self.k.shift == "paper":
             prologue += [Barrier("ALL"), SyncAll()]
         self._first = False
@@ -388,8 +390,7 @@ class _Builder:
                 (weights.at(0, size),),
                 size * 4,
             ),
-            SetFlag("MTE2", "V", PADDING),
-            WaitFlag("MTE2", "V", PADDING),
+            Barrier("ALL"),
         ]
 
     def _lowered(
@@ -423,8 +424,10 @@ class _Builder:
             assert isinstance(value, Vector), value
             mine = value.place.buffer
             own = mine.address is None and mine.alias is None and value.place.offset == 0
-            if own and mine.count == value.size and (
-                old is None or frees_before(low.body, old, mine)
+            if (
+                own
+                and mine.count == value.size
+                and (old is None or frees_before(low.body, old, mine))
             ):
                 mine.alias = Slice(to.buffer, to.offset, value.size)
             else:
@@ -438,6 +441,7 @@ class _Builder:
                 raise PlanError(f"{b.name} wants {b.bytes} bytes of UB; there are {left} left")
         self._scratch += placed
         aliases = [Alias(b) for b in aliased(low.body)]
+        # One slab's values lie where those of the one before did.
         return [*aliases, Barrier("V"), *with_barriers(low.body)]
 
     def _slab(
@@ -525,7 +529,6 @@ class _Builder:
         clear: list[Node] = [
             SetFlag("MTE2", "V", PADDING),
             WaitFlag("MTE2", "V", PADDING),
-            Barrier("V"),
             zero,
             SetFlag("V", "MTE2", PADDING),
             WaitFlag("V", "MTE2", PADDING),
@@ -624,9 +627,7 @@ class _Builder:
             loads: list[Node] = [
                 Let("first", f"j * {self.n} + slab"),
                 Let("valid", f"Max(0, Min({rows}, keys - first))"),
-                *self._padded_load(
-                    source, self.globals["key"].at(at), rows, "valid", self.d, gap
-                ),
+                *self._padded_load(source, self.globals["key"].at(at), rows, "valid", self.d, gap),
             ]
             t = total_of.inputs
             adding = self._lowered(
@@ -658,18 +659,14 @@ class _Builder:
                 LEAST,
                 [
                     self._copy(
-                        self.globals["kappa"].at(
-                            f"(int64_t(unit) * {LEAST} + row) * {self.d}"
-                        ),
+                        self.globals["kappa"].at(f"(int64_t(unit) * {LEAST} + row) * {self.d}"),
                         kappa.at(),
                         self.d,
                         "MTE3",
                     )
                 ],
             )
-            shifted = self.globals["shiftedKey"].at(
-                f"(int64_t(unit) * {self.n} + slab) * {self.d}"
-            )
+            shifted = self.globals["shiftedKey"].at(f"(int64_t(unit) * {self.n} + slab) * {self.d}")
             stores: list[Node] = [self._copy(shifted, to.at(), rows * self.d, "MTE3")]
             work: list[Node] = [
                 Barrier("V"),
@@ -690,9 +687,7 @@ class _Builder:
                 self._keys_of("entry"),
                 Let("count", f"Min({self.n}, keys - j * {self.n})"),
             ]
-            return self._spread_units(
-                "batch * kvHeads * keyBlocks", [*lets, If("count > 0", work)]
-            )
+            return self._spread_units("batch * kvHeads * keyBlocks", [*lets, If("count > 0", work)])
 
         comment = "κ of each key block, and the keys without it (eq. 7)."
         return self._function(self.vector, "PrepareKeys", (), comment, body)
@@ -703,7 +698,12 @@ class _Builder:
         def tail(source: str, to: str, width: int, buffer: Buffer) -> list[Node]:
             at = f"((int64_t(entry) * keyLength + first) * kvHeads + kvHead) * {width}"
             loads = self._padded_load(
-                buffer, self.globals[source].at(at), rows, "valid", width, f"(kvHeads - 1) * {width}"
+                buffer,
+                self.globals[source].at(at),
+                rows,
+                "valid",
+                width,
+                f"(kvHeads - 1) * {width}",
             )
             place = self.globals[to].at(f"(int64_t(unit) * {self.n} + slab) * {width}")
             return [
@@ -716,7 +716,8 @@ class _Builder:
             ]
 
         def body() -> list[Node]:
-            buffer = self._temporary("rowsIn", self.dtype, rows * max(self.d, self.e))
+            wide = max(self.d, self.e) if "keyTail" in self.globals else self.e
+            buffer = self._temporary("rowsIn", self.dtype, rows * wide)
             copies = tail("value", "valueTail", self.e, buffer)
             if "keyTail" in self.globals:
                 copies += tail("key", "keyTail", self.d, buffer)
@@ -752,7 +753,8 @@ class _Builder:
             )
             store = self._copy(self.globals["ones"].at(0), ones.at(), size, "MTE3")
             to = [SetFlag("V", "MTE3", SINGLE), WaitFlag("V", "MTE3", SINGLE)]
-            return [If("vectorCore == 0", [Barrier("V"), fill, *to, store])]
+            done = SetFlag("MTE3", "V", SINGLE)
+            return [If("vectorCore == 0", [WaitFlag("MTE3", "V", SINGLE), fill, *to, store, done])]
 
         comment = "Ones, by which the cube unit multiplies P to add it up."
         return self._function(self.vector, "PrepareOnes", (), comment, body)
@@ -877,7 +879,6 @@ class _Builder:
         clear: list[Node] = [
             SetFlag("MTE2", "V", PADDING),
             WaitFlag("MTE2", "V", PADDING),
-            Barrier("V"),
             Instruction(
                 f"Duplicate({to}, {ring.dtype}(0.0f), {size})", "V", (to,), (), size * self.item
             ),
@@ -888,8 +889,8 @@ class _Builder:
             f"DataCopyPad({to}, {source}, DataCopyExtParams{{static_cast<uint16_t>(seenRows), "
             f"static_cast<uint32_t>(seenKeys * {self.item}), "
             f"static_cast<uint32_t>((keyLength - seenKeys) * {self.item}), "
-            f"static_cast<uint32_t>({self.n * self.item // 32} - CeilDiv(seenKeys * {self.item}, 32)"
-            f"), 0}}, DataCopyPadExtParams<{ring.dtype}>())",
+            f"static_cast<uint32_t>({self.n * self.item // 32} - "
+            f"CeilDiv(seenKeys * {self.item}, 32)), 0}}, DataCopyPadExtParams<{ring.dtype}>())",
             "MTE2",
             (to,),
             (source,),
@@ -948,9 +949,7 @@ class _Builder:
         traced = stages.close(self.k, r)
 
         def body() -> list[Node]:
-            given = {
-                name: Vector(self.state[name].at("row", r), r, 1) for name in ("m", "l", "f")
-            }
+            given = {name: Vector(self.state[name].at("row", r), r, 1) for name in ("m", "l", "f")}
             given["o"] = Vector(self.state["o"].at(f"row * {self.e}", r * self.e), r, self.e)
             inputs: dict[Any, Value] = {traced.inputs[n]: x for n, x in given.items()}
             out = self.closing["out"]
@@ -1004,9 +1003,7 @@ class _Builder:
             return [For("row", 0, self.half, [*lets, *slab], r)]
 
         comment = "O/l, rounded to the output's type (eq. 14)."
-        return self._function(
-            self.vector, "Close", ("entry", "head", "start"), comment, body
-        )
+        return self._function(self.vector, "Close", ("entry", "head", "start"), comment, body)
 
     # The cube core.
 
@@ -1030,7 +1027,7 @@ class _Builder:
         self.cube.counters = ("queryTurn", "keyTurn", "pairTurn", "l0Turn", "l0cTurn", "tileTurn")
         prologue: list[Node] = []
         if self.k.shift == "paper":
-            prologue = [Barrier("ALL"), SyncAll(), Call(self._shift_keys(), ())]
+            prologue = [SyncAll(), Call(self._shift_keys(), ())]
         scores, values = self._scores(), self._values()
         arguments = ("entry", "kvHead", "keys", "lo + t", "t")
         behind = ("entry", "kvHead", "keys", f"lo + t - {AHEAD}", f"t - {AHEAD}")
@@ -1093,12 +1090,9 @@ class _Builder:
         to, source = self.l1["ones"], self.globals["ones"]
         return [
             self._to_l1(to.at(), source.at(0), SUB, LEAST, str(LEAST)),
-            Barrier("ALL"),
-        ]
+        ]  # the flag of the first query tile, which is loaded after it, tells of both
 
-    def _to_l1(
-        self, to: Slice, source: Slice, rows: int, columns: int, stride: str
-    ) -> Instruction:
+    def _to_l1(self, to: Slice, source: Slice, rows: int, columns: int, stride: str) -> Instruction:
         """Loads a matrix that lies row by row, ``stride`` numbers apart, as Nz."""
         return Instruction(
             f"DataCopy({to}, {source}, Nd2NzParams{{1, {rows}, {columns}, 0, "
@@ -1248,15 +1242,8 @@ class _Builder:
             out = self.globals["scores"].at(f"place * {self.n} + sub")
             nodes.append(For("sub", 0, self.n, product(load, out, SUB, self.n), SUB))
             if "kappa" in self.full.products:
-                at = (
-                    "((int64_t(entry) * kvHeads + kvHead) * keyBlocks + j) * "
-                    f"{LEAST * self.d}"
-                )
-                load = [
-                    self._to_l1(
-                        to, self.globals["kappa"].at(at), LEAST, self.d, str(self.d)
-                    )
-                ]
+                at = f"((int64_t(entry) * kvHeads + kvHead) * keyBlocks + j) * {LEAST * self.d}"
+                load = [self._to_l1(to, self.globals["kappa"].at(at), LEAST, self.d, str(self.d))]
                 out = self.globals["offsets"].at(f"place * {LEAST}")
                 nodes += product(load, out, LEAST, LEAST)
             return nodes
@@ -1275,9 +1262,7 @@ class _Builder:
         b = Slice(self.l1["right"], f"slot * {self.l1['right'].count}", SUB * n)
         if not right:
             b = self.l1["ones"].at()
-        multiply = self._multiply(
-            a, b, n=n, k=SUB, right_rows=SUB, by_rows=True, first="sub == 0"
-        )
+        multiply = self._multiply(a, b, n=n, k=SUB, right_rows=SUB, by_rows=True, first="sub == 0")
         body: list[Node] = [
             Let("slot", "Mod(pairTurn, 2)"),
             WaitFlag("MTE1", "MTE2", "2 + slot"),

@@ -222,8 +222,8 @@ def summary(program: Program) -> list[str]:
     """The schedule and the buffer map, as lines."""
     k, s = program.kernel, program.kernel.schedule
     lines = [
-        f"Schedule: {s.block_q} queries x {s.block_kv} keys a tile, {program.rows} rows a slab of a "
-        "vector core.",
+        f"Schedule: {s.block_q} queries x {s.block_kv} keys a tile, {program.rows} rows a slab of "
+        "a vector core.",
         f"Types: scores {k.precision.scores}, probabilities {k.precision.probabilities}, "
         f"statistics {k.precision.statistics}, output before it is normalised "
         f"{k.precision.accumulator}.",

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr
 
 from npu_bridge.errors import LoweringError
 from npu_bridge.ir import C_TYPES, Node
-from npu_bridge.lowering import Equation, Lowering, Scalar, Var, flatten
+from npu_bridge.lowering import Equation, Lowering, Scalar, Value, Var, flatten
 from pasa_jax import _tile as tile
 from pasa_jax._prepare import Plan
 from pasa_jax._walk import Walk
@@ -74,7 +74,9 @@ class Kernel:
             beta=self.beta,
             paper_scale=self.head_dim**-0.5 if self.shift == "paper" else None,
             explicit_precision=True,
-            dialect=tile.Dialect(contracts=False, sum_columns=COLUMNS if self.sums_multiplied else 0),
+            dialect=tile.Dialect(
+                contracts=False, sum_columns=COLUMNS if self.sums_multiplied else 0
+            ),
         )
 
     @property
@@ -182,7 +184,7 @@ def key_range(kernel: Kernel) -> tuple[list[Node], dict[str, str]]:
 
     traced = trace(found, {"start": _INT, "queries": _INT, "keys": _INT})
     numbers = {"queries": "queryLength"}
-    inputs = {v: Scalar(numbers.get(n, n)) for n, v in traced.inputs.items()}
+    inputs: dict[Var, Value] = {v: Scalar(numbers.get(n, n)) for n, v in traced.inputs.items()}
     low = Lowering(1, _no_memory, inputs, prefix="at")
     low.lower(traced.equations)
     values = {name: low.value(x) for name, x in traced.outputs.items()}
@@ -308,7 +310,7 @@ def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
         shapes["bias"] = jax.ShapeDtypeStruct((rows, n), dtype)
 
     def fold(
-        m: Array, l: Array, o: Array, f: Array, start: Array, queries: Array, keys: Array,
+        m: Array, l: Array, o: Array, f: Array, start: Array, queries: Array, keys: Array,  # noqa: E741
         j: Array, t: Array, **parts: Any,
     ) -> dict[str, Any]:  # fmt: skip
         walk = kernel.walk(rows, queries, keys, **parts)
@@ -334,8 +336,10 @@ def _cut(traced: Trace) -> Step:
         if eqn.primitive != "dot_general" or eqn.output.aval.shape[1] == 1:
             continue
         left, right = eqn.inputs
-        ones = isinstance(right, Scalar) and right.value == 1
-        right_name = "ones" if ones else names.get(right, "")
+        if isinstance(right, Scalar):
+            right_name = "ones" if right.value == 1 else ""
+        else:
+            right_name = names.get(right, "")
         if right_name not in _PRODUCTS:
             raise LoweringError(
                 "the cube unit multiplies with keys, κ or values as they lie in memory; "
@@ -415,11 +419,9 @@ def close(kernel: Kernel, rows: int) -> Trace:
     """The output and the log-sum-exp of a slab that has seen all its keys."""
     stat = kernel.numerics.statistics
     column = jax.ShapeDtypeStruct((rows, 1), stat)
-    o = jax.ShapeDtypeStruct(
-        (rows, kernel.value_head_dim), jnp.dtype(kernel.precision.accumulator)
-    )
+    o = jax.ShapeDtypeStruct((rows, kernel.value_head_dim), jnp.dtype(kernel.precision.accumulator))
 
-    def found(m: Array, l: Array, o: Array, f: Array) -> dict[str, Any]:
+    def found(m: Array, l: Array, o: Array, f: Array) -> dict[str, Any]:  # noqa: E741
         walk = kernel.walk(rows, 0, 0)
         plain = tile.QueryTile(o, jnp.ones((1, 1)), None)
         done = walk.close(0, plain, tile.State(m, l, o, f))

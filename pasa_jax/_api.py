@@ -71,8 +71,8 @@ def dot_product_attention(
         their outputs are 0. Clipped to [0, T] and [0, S].
       local_window_size: (left, right), or one int for both: keys from i − left to i + right.
       implementation: None = the best that supports the call; a name = that one or an error; a
-        sequence of names = the first of them that can. ``"pallas_tpu"``, ``"lax"`` or
-        ``"reference"``.
+        sequence of names = the first of them that can. ``"pallas_tpu"``, ``"pallas_gpu"``,
+        ``"lax"`` or ``"reference"``.
       return_residual: also return the log-sum-exp of the scores, float32 (float64 for float64)
         and differentiable. (jax.nn returns it in the inputs' type, without a gradient.)
       causal_alignment: ``"top_left"`` (jax.nn: query 0 stands at key 0) or ``"bottom_right"``

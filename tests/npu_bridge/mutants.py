@@ -14,9 +14,11 @@ _SYNC = re.compile(r"^\s*((?:Set|Wait)Flag<|PipeBarrier<|CrossCore(?:Set|Wait)Fl
 _ZEROING = re.compile(r"^\s*(Duplicate\(\w+\.ReinterpretCast<half>|Select\()")
 _TENSOR = re.compile(r"(TPosition::\w+, \d+, )(\d+)(\))")
 _STRIDES = re.compile(r"\{1, ([01]), ([01]), (\d+), (\d+), (\d+)\}")
-_ND2NZ = re.compile(r"(Nd2NzParams\{1, \d+, \d+, 0, static_cast<uint16_t>\()([^{}]*?)(\), )(\d+)(, 1, 0\})")
+_ND2NZ = re.compile(
+    r"(Nd2NzParams\{1, \d+, \d+, 0, static_cast<uint16_t>\()([^{}]*?)(\), )(\d+)(, 1, 0\})"
+)
 _FIXPIPE = re.compile(r"(FixpipeParamsV220\{\d+, \d+, \d+, )(\d+)(,)")
-_LOAD = re.compile(r"(LoadData2DParams\{0, \d+, )(\d+)(,)")
+_LOAD = re.compile(r"(LoadData2DParams\{0, (?!1,)\d+, )(\d+)(,)")
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,33 @@ def _switched(line: str, new: Callable[[str], int]) -> str:
     if _ZEROING.match(line):
         return f"if (MUTANT != {new('dropped zeroing')}) {{ {line.strip()} }}"
     line = _TENSOR.sub(
-        lambda m: f"{m[1]}(MUTANT == {new('shrunk buffer')} ? {int(m[2]) // 2} : {m[2]}){m[3]}", line
+        lambda m: f"{m[1]}(MUTANT == {new('shrunk buffer')} ? {_half(m[2])} : {m[2]}){m[3]}", line
     )
     line = _STRIDES.sub(lambda m: _swapped(m, new), line)
     line = _ND2NZ.sub(
-        lambda m: f"{m[1]}MUTANT == {new('wrong row stride')} ? 64 : ({m[2]}){m[3]}{m[4]}{m[5]}", line
+        lambda m: (
+            f"{m[1]}MUTANT == {new('wrong row stride')} ? ({m[2]}) + 16 : ({m[2]})"
+            f"{m[3]}{m[4]}{m[5]}"
+        ),
+        line,
     )
     line = _FIXPIPE.sub(
-        lambda m: f"{m[1]}(MUTANT == {new('wrong output stride')} ? {2 * int(m[2])} : {m[2]}){m[3]}",
+        lambda m: (
+            f"{m[1]}(MUTANT == {new('wrong output stride')} ? {2 * int(m[2])} : {m[2]}){m[3]}"
+        ),
         line,
     )
     return _LOAD.sub(
-        lambda m: f"{m[1]}(MUTANT == {new('wrong fractal stride')} ? {int(m[2]) + 1} : {m[2]}){m[3]}",
+        lambda m: (
+            f"{m[1]}(MUTANT == {new('wrong fractal stride')} ? {int(m[2]) + 1} : {m[2]}){m[3]}"
+        ),
         line,
     )
+
+
+def _half(count: str) -> int:
+    """Half of a tensor; of a short one, which is padded to a block, the first number."""
+    return int(count) // 2 if int(count) > 64 else 1
 
 
 def _swapped(m: re.Match[str], new: Callable[[str], int]) -> str:

@@ -452,7 +452,12 @@ def program(parts, tmp_path_factory):
 def wanted() -> dict[str, dict[str, np.ndarray]]:
     """What jax computes, all in one compilation."""
     inputs = {name: tuple(map(jnp.asarray, it.inputs)) for name, it in CASES.items()}
-    found = jax.jit(lambda x: {name: it.function(*x[name]) for name, it in CASES.items()})(inputs)
+    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+    def all_of(x: Any) -> Any:
+        return {name: it.function(*x[name]) for name, it in CASES.items()}
+
+    found = jax.jit(all_of, compiler_options=quickly)(inputs)
     return jax.tree.map(np.asarray, found)
 
 
@@ -566,6 +571,11 @@ REFUSED = {
     "a fraction cut": (lambda x: x.astype(jnp.int32), [(R, W)], "not cut to whole ones"),
     "a condition as a number": (lambda x: (x > 0).astype(jnp.float32), [(R, W)], "not converted"),
     "conditions compared": (lambda x, y: (x > 0) == (y > 0), [(R, W)] * 2, "eq of conditions"),
+    "a choice of conditions": (
+        lambda x, y: jnp.where(jnp.where(x > y, x > 0, y > 0), x, y),
+        [(R, W)] * 2,
+        "select_n of conditions",
+    ),
     "exp of a number": (lambda x, s: x * jnp.exp(s), [(R, W), NUMBER], "exp of a number"),
     "tanh of a number": (lambda x, s: x * jnp.tanh(s), [(R, W), NUMBER], "tanh of a number"),
     "indices shifted": (

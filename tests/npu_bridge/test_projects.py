@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from npu_bridge import interface
-from npu_bridge.emit import arguments, files, write
+from npu_bridge.emulation import EMULATOR, _constants, expected, problem
 from npu_bridge.errors import PlanError
-from npu_bridge.kernel import build
-from npu_bridge.run import EMULATOR, _constants, expected, problem
+from npu_bridge.program import build
+from npu_bridge.project import arguments, files, write
 from npu_bridge.stages import Kernel
 from pasa_jax.precision import Precision
 from pasa_jax.schedule import Schedule

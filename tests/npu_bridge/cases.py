@@ -1,0 +1,69 @@
+"""Kernels that are emitted, executed and compared with lax, and the problems that they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import npu_bridge
+from pasa_jax import Precision, Schedule
+
+HALF = Precision(scores="float16", probabilities="float16")
+TILES = Precision(scores="float16", probabilities="float16", exponential="float16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel by its options, and sizes of a problem.
+
+    Arguments:
+      full: whether it is too long for every run of the suite (`make npu-full`).
+    """
+
+    options: dict[str, Any]
+    sizes: dict[str, Any] = field(default_factory=dict)
+    block_kv: int = 256
+    full: bool = False
+
+    def kernel(self) -> npu_bridge.Kernel:
+        schedule = Schedule(block_q=128, block_kv=self.block_kv, target="ascend_910b")
+        return npu_bridge.kernel(schedule=schedule, **self.options)
+
+
+_ODD = {"queries": 200, "keys": 600}
+CASES: dict[str, Case] = {
+    "mean, causal": Case({"is_causal": True}, {"queries": 300, "keys": 300}, 512),
+    "mean, float32 arithmetic": Case({"precision": HALF}, _ODD),
+    "none": Case({"shift": "none"}, _ODD, full=True),
+    "paper, all float16": Case({"shift": "paper", "precision": "paper"}, _ODD),
+    "paper, float32 statistics": Case({"shift": "paper", "precision": HALF}, _ODD, full=True),
+    "float32 hand-over": Case({"precision": Precision(probabilities="float16")}, _ODD, full=True),
+    "bottom right, longer keys": Case(
+        {"is_causal": True, "causal_alignment": "bottom_right"}, {"queries": 200, "keys": 700}
+    ),
+    "bottom right, longer queries": Case(
+        {"is_causal": True, "causal_alignment": "bottom_right", "return_lse": True},
+        {"queries": 300, "keys": 200},
+        full=True,
+    ),
+    "window": Case({"local_window_size": (100, 50)}, {"queries": 300, "keys": 700}, full=True),
+    "lengths, log-sum-exp": Case(
+        {"lengths": True, "return_lse": True}, {"batch": 3, "queries": 100, "keys": 600}
+    ),
+    "bias": Case({"bias": "BNTS"}, _ODD, full=True),
+    "bias, broadcast, paper": Case(
+        {"bias": "11TS", "shift": "paper", "precision": HALF}, {"batch": 2, **_ODD}
+    ),
+    "soft cap": Case({"logits_soft_cap": 3.0}, _ODD, full=True),
+    "bfloat16": Case({"dtype": "bfloat16"}, _ODD),
+    "8 query heads a key head": Case(
+        {"is_causal": True}, {"heads": 8, "kv_heads": 1, "queries": 130, "keys": 300}, full=True
+    ),
+    "decode": Case({}, {"queries": 1, "keys": 1500, "heads": 4}, 512, full=True),
+    "one key": Case({}, {"queries": 3, "keys": 1}, full=True),
+    "head size 64": Case({"head_dim": 64}, _ODD, 512, full=True),
+    "head size 192": Case({"head_dim": 192, "is_causal": True}, _ODD, full=True),
+    "head size 256": Case({"head_dim": 256}, _ODD, full=True),
+    "value head size 64": Case({"value_head_dim": 64}, _ODD, full=True),
+    "4096 keys": Case({"is_causal": True}, {"queries": 1024, "keys": 4096, "heads": 1}, 512, True),
+}
