@@ -115,6 +115,7 @@ def cell(report: Report, why: str) -> str:
 
 def main(
     target: Annotated[list[str] | None, typer.Option(help="Chips; default all.")] = None,
+    call: Annotated[list[str] | None, typer.Option(help="Rows; default all.")] = None,
     quick: Annotated[bool, typer.Option(help="A few calls only.")] = False,
     everything: Annotated[bool, typer.Option(help="Every call and type on every chip.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
@@ -132,8 +133,8 @@ def main(
             ]
             calls = {**CALLS, **(GPU_CALLS if kind == "gpu" else {})}
             table = Table("call", *(f"{t} {d}" for t, d in columns))
-            for name, call in calls.items() if columns else ():
-                if quick and name not in QUICK:
+            for name, options in calls.items() if columns else ():
+                if (quick and name not in QUICK) or (call is not None and name not in call):
                     continue
                 cells = []
                 for t, dtype in columns:
@@ -141,7 +142,7 @@ def main(
                     if not needed or (name in GPU_CALLS and dtype != "float16"):
                         cells.append("")
                         continue
-                    report = compiled(compiler, call, dtype, t)
+                    report = compiled(compiler, options, dtype, t)
                     why = complaint(name, report)
                     cells.append(cell(report, why))
                     found.append({"call": name, "dtype": dtype, **vars(report), "why": why})

@@ -3,7 +3,7 @@
     python benchmarks/npu_model.py --model-python PATH --output out/npu_model.json
 
 PATH is the Python of an environment with `pip install msopmodeling` (it pins its numpy). One head,
-T = S = 4096, D = 128, float16, 910B1; rows are the keys that are handed over at once. Huawei's model
+T = S = 4096, D = 128, float16, 910B1; rows are the keys that are handed over at once. Their model
 knows float32 hand-over only. Both are models: neither was compared with a chip here.
 """
 

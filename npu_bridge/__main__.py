@@ -8,8 +8,12 @@ from typing import Annotated, Any
 
 import npu_bridge
 from npu_bridge import _api
+<<<<<<< HEAD
 from npu_bridge.errors import EmulationError, PlanError
 from pasa_jax.schedule import TUNED
+=======
+from npu_bridge.errors import EmulationError, LoweringError
+>>>>>>> lowtests
 
 try:
     import typer
@@ -155,8 +159,8 @@ def plan(
 
 @app.command()
 def cost(
-    queries: Annotated[list[int], typer.Option(help="T = S.")] = [4096, 16384],  # noqa: B006
-    heads: Annotated[int, typer.Option(help="N.")] = 24,
+    queries: Annotated[list[int], typer.Option(help="T = S.", min=1)] = [4096, 16384],  # noqa: B006
+    heads: Annotated[int, typer.Option(help="N.", min=1)] = 24,
     head_dim: HeadDim = 128,
     is_causal: Causal = False,
 ) -> None:
@@ -206,9 +210,14 @@ def check(folder: Annotated[Path, typer.Argument(help="An emitted project.")]) -
     raise typer.Exit(1 if found else 0)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Exits 2, with one message, where the call is wrong."""
     try:
         app()
-    except (PlanError, EmulationError, ValueError) as error:
-        console.print(str(error), style="red", highlight=False)
+    except (ValueError, OSError, EmulationError, LoweringError) as error:
+        Console(stderr=True, soft_wrap=True).print(str(error), style="red", highlight=False)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,9 +13,15 @@ from npu_bridge import project as _emit
 from npu_bridge.errors import PlanError
 from npu_bridge.program import Program, build
 from npu_bridge.stages import Kernel
+<<<<<<< HEAD
 from pasa_jax._errors import ScheduleError, check_choice, wrong
+=======
+from pasa_jax._api import _positive, _window
+from pasa_jax._errors import check_choice, wrong
+>>>>>>> lowtests
 from pasa_jax.precision import Precision
 from pasa_jax.schedule import Schedule
+from pasa_jax.shifts import check_beta
 from pasa_jax.target import find_target
 
 TARGETS = {"910b": "ascend_910b", "910_93": "ascend_910b"}  # one architecture, dav-2201
@@ -76,11 +82,11 @@ def kernel(
     check_choice("shift", shift, SHIFTS)
     if bias is not None:
         check_choice("bias", bias, ("BNTS", "1NTS", "B1TS", "11TS"))
-    window = local_window_size
-    if isinstance(window, int):
-        window = (window, window)
+    check_choice("causal_alignment", causal_alignment, ("top_left", "bottom_right"))
     if beta is not None and shift != "paper":
         raise wrong("beta", "be given with shift='paper' only", repr(beta))
+    if beta is not None:
+        check_beta(beta)
     found = Kernel(
         head_dim=head_dim,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
@@ -90,8 +96,10 @@ def kernel(
         schedule=schedule or _schedule(target, head_dim, value_head_dim, dtype, is_causal),
         is_causal=is_causal,
         causal_alignment=causal_alignment,
-        window=window,
-        logits_soft_cap=logits_soft_cap,
+        window=_window(local_window_size),
+        logits_soft_cap=None
+        if logits_soft_cap is None
+        else _positive("logits_soft_cap", logits_soft_cap),
         beta=beta,
         bias=bias,
         lengths=lengths,
@@ -109,10 +117,15 @@ def kernel(
 
 
 def _precision(precision: str | Precision | None, dtype: str, shift: str) -> Precision:
-    if isinstance(precision, Precision):
-        return precision
     if precision is not None:
-        return Precision.named(precision)
+        found = precision if isinstance(precision, Precision) else Precision.named(precision)
+        for name in ("scores", "probabilities"):
+            check_choice(f"precision.{name}", getattr(found, name), (*DTYPES, "float32"))
+        for name in ("statistics", "accumulator", "exponential"):  # computed by the vector unit
+            if getattr(found, name) is not None:
+                check_choice(f"precision.{name}", getattr(found, name), ("float16", "float32"))
+        check_choice("precision.products", found.products, ("float32",))
+        return found
     exponential = dtype if dtype == "float16" and shift != "paper" else None
     return Precision(scores=dtype, probabilities=dtype, exponential=exponential)
 

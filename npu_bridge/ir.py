@@ -32,6 +32,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Mod": lambda a, b: a % b,
     "CeilDiv": lambda a, b: -(-a // b),
     "Pick": lambda c, a, b: a if c else b,
+    "MinFloat": min,
+    "MaxFloat": max,
+    "PickFloat": lambda c, a, b: a if c else b,
     "int64_t": int,
 }
 # The same functions in C++.
@@ -42,6 +45,9 @@ __aicore__ inline int32_t Div(int32_t a, int32_t b) { return a / b; }  // of num
 __aicore__ inline int32_t Mod(int32_t a, int32_t b) { return a % b; }
 __aicore__ inline int32_t CeilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
 __aicore__ inline int32_t Pick(bool c, int32_t a, int32_t b) { return c ? a : b; }
+__aicore__ inline float MinFloat(float a, float b) { return a < b ? a : b; }
+__aicore__ inline float MaxFloat(float a, float b) { return a > b ? a : b; }
+__aicore__ inline float PickFloat(bool c, float a, float b) { return c ? a : b; }
 """
 
 Expr = int | str

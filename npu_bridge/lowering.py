@@ -12,14 +12,16 @@ numbers and "and" is a minimum; it becomes bits where it selects.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from npu_bridge.errors import LoweringError
+from npu_bridge.errors import LoweringError, PlanError
 from npu_bridge.ir import (
     C_TYPES,
     ITEMSIZE,
@@ -127,31 +129,33 @@ def flatten(closed: ClosedJaxpr) -> tuple[list[Var], list[Equation], list[Any]]:
 
     def look(x: Any) -> Any:
         if isinstance(x, Literal):
-            return Scalar(x.val.item() if hasattr(x.val, "item") else x.val)
+            return Scalar(np.asarray(x.val).item())
         return names[x]
 
-    def expand(jaxpr: Jaxpr, inputs: Sequence[Any]) -> list[Any]:
+    def expand(jaxpr: Jaxpr, inputs: Sequence[Any], caller: str) -> list[Any]:
         names.update(zip(jaxpr.invars, inputs, strict=True))
         for eqn in jaxpr.eqns:
             values = [look(x) for x in eqn.invars]
+            source = _source(eqn.source_info.traceback) or caller
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            if inner is not None:
+            if eqn.primitive.name in _CALLS and inner is not None:
                 consts = inner.consts if isinstance(inner, ClosedJaxpr) else []
                 body = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
                 names.update(
                     zip(body.constvars, (Scalar(np.asarray(c).item()) for c in consts), strict=True)
                 )
-                names.update(zip(eqn.outvars, expand(body, values), strict=True))
+                names.update(zip(eqn.outvars, expand(body, values, source), strict=True))
                 continue
+            if len(eqn.outvars) != 1:
+                raise _unknown(eqn.primitive.name, source)
             (out,) = eqn.outvars
             same = _unchanged(eqn.primitive.name, values, out, eqn)
             if same is not None:
                 names[out] = same
                 continue
             names[out] = Var(out.aval)
-            where = str(eqn.source_info.traceback or "").splitlines()[:1]
             equations.append(
-                Equation(eqn.primitive.name, tuple(values), names[out], eqn.params, " ".join(where))
+                Equation(eqn.primitive.name, tuple(values), names[out], eqn.params, source)
             )
         return [look(x) for x in jaxpr.outvars]
 
@@ -159,12 +163,32 @@ def flatten(closed: ClosedJaxpr) -> tuple[list[Var], list[Equation], list[Any]]:
     for var, const in zip(jaxpr.constvars, closed.consts, strict=True):
         names[var] = Scalar(np.asarray(const).item())
     inputs = [Var(x.aval) for x in jaxpr.invars]
-    return inputs, equations, expand(jaxpr, inputs)
+    return inputs, equations, expand(jaxpr, inputs, "an unknown place")
+
+
+# What calls a function once, which is expanded in its place. (A scan has a function too.)
+_CALLS = {
+    "jit", "pjit", "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call",
+}  # fmt: skip
+_JAX = os.path.dirname(jax.__file__) + os.sep
+
+
+def _source(traceback: Any) -> str:
+    """The line outside of jax that an equation comes from; empty where jax alone made it."""
+    lines = str(traceback or "").splitlines()
+    return next((line for line in lines if not line.startswith(_JAX)), "")
+
+
+def _unknown(primitive: str, source: str) -> LoweringError:
+    return LoweringError(
+        f"the primitive {primitive!r} has no instruction; it comes from {source}. "
+        f"Known are {', '.join(sorted(RULES))}."
+    )
 
 
 def _unchanged(name: str, values: list[Any], out: Any, eqn: Any) -> Any:
     """The input that the equation returns as it is, or None."""
-    if name in ("stop_gradient", "copy", "reduce_precision"):
+    if name in ("stop_gradient", "copy"):
         return values[0]
     if name == "convert_element_type" and eqn.invars[0].aval.dtype == out.aval.dtype:
         return values[0]
@@ -216,15 +240,15 @@ class Lowering:
         for eqn in equations:
             rule = RULES.get(eqn.primitive)
             if rule is None:
-                raise LoweringError(
-                    f"the primitive {eqn.primitive!r} has no instruction; it comes from "
-                    f"{eqn.source or 'an unknown place'}. Known are {', '.join(sorted(RULES))}."
-                )
+                raise _unknown(eqn.primitive, eqn.source)
             inputs = [x if isinstance(x, Scalar) else self.values[x] for x in eqn.inputs]
-            if all(isinstance(x, Scalar) for x in inputs) and eqn.primitive in SCALAR_RULES:
+            if _of_scalars(eqn, inputs):
                 self.values[eqn.output] = self._named(_scalar(eqn, inputs), eqn)
             else:
-                value = rule(self, eqn, inputs)
+                try:
+                    value = rule(self, eqn, inputs)
+                except LoweringError as error:
+                    raise LoweringError(f"{error}; it comes from {eqn.source}") from None
                 if isinstance(value, Scalar) and not str(value.value).isidentifier():
                     value = self._named(value, eqn)
                 if isinstance(value, Margin) and eqn.output in selecting:
@@ -293,6 +317,17 @@ class Lowering:
         )
         return out
 
+    def full(
+        self, x: Vector | Scalar, rows: int, width: int, dtype: str = "", hint: str = "full"
+    ) -> Vector:
+        """x as [rows, width] numbers in memory, for what cannot broadcast."""
+        if isinstance(x, Scalar):
+            return self.filled(x, rows, width, dtype, "number")
+        if (x.rows, x.width) == (rows, width):
+            return x
+        zero = self.filled(Scalar(0), x.rows, x.width, x.dtype, "zero")
+        return self.binary("Add", x, zero, hint, rows, width)
+
     def spread(self, x: Vector) -> Slice:
         """A column as one block a row, all of whose numbers are the row's."""
         key = (x.place, x.dtype)
@@ -327,6 +362,8 @@ class Lowering:
                 out.size * item,
             )
             return out
+        if width * item % BLOCK:
+            raise LoweringError(f"a row of {width} {a.dtype} is not whole blocks of {BLOCK} bytes")
         sides = [self._strides(x, rows, width) for x in (a, b)]
         each = min(width, REPEAT // item)
         per_row = width * item // BLOCK
@@ -379,7 +416,9 @@ class Lowering:
             )
 
         if max(per_row, blocks) > 255:
-            raise LoweringError(f"rows of {out.width} {out.dtype} are too long for a repeat stride")
+            raise PlanError(
+                f"rows of {out.width} {out.dtype} are longer than 255 blocks, a repeat stride"
+            )
         if out.width == each:
             self.body.append(instruction(0))
         else:
@@ -390,13 +429,21 @@ class Lowering:
     def reduce(self, name: str, x: Vector, hint: str) -> Vector:
         """The column of row maxima or sums: the repeats of a row first, then within one."""
         each = REPEAT // ITEMSIZE[x.dtype]
+        if x.rows > 255:
+            raise LoweringError(f"{x.rows} rows are not reduced: at most 255 repeats are")
         if x.width > each:
             x = self._folded(name, x, each)
-        if x.dtype == "half" and name != "Add":  # a maximum is the same number in float32
+        half_blocks = x.width * ITEMSIZE[x.dtype] % BLOCK != 0 and x.width % 8 == 0
+        # A maximum is the same number in float32; 8 numbers are a whole block there.
+        if x.dtype == "half" and (name != "Add" or half_blocks):
             x = self._folded(name, x, 64) if x.width > 64 else x
             return self.cast(self.reduce(name, self.cast(x, "float", "wide"), hint), "half", hint)
         if x.dtype == "float" and x.width in (8, 64) and x.rows % 8 == 0:
             return self._by_blocks(name, x, hint)
+        if x.width * ITEMSIZE[x.dtype] % BLOCK:
+            raise LoweringError(
+                f"a row of {x.width} {x.dtype} is not whole blocks of {BLOCK} bytes"
+            )
         out = self.new(hint, x.dtype, x.rows, 1)
         order = "" if name == "Add" else ", ReduceOrder::ORDER_ONLY_VALUE"
         blocks = x.width * ITEMSIZE[x.dtype] // BLOCK
@@ -412,6 +459,8 @@ class Lowering:
     def _folded(self, name: str, x: Vector, width: int) -> Vector:
         """[rows, width]: the stretches of ``width`` columns of x, all in one."""
         item = ITEMSIZE[x.dtype]
+        if x.width % width:
+            raise LoweringError(f"{x.width} columns are no multiple of {width}")
         part = self.new("lanes", x.dtype, x.rows, width)
         to, source = width * item // BLOCK, x.width * item // BLOCK
 
@@ -488,13 +537,13 @@ class Lowering:
         value = x.value
         if isinstance(value, Scalar):
             value = self.filled(value, rows, width, "float", "margin")
-        if (value.rows, value.width) != (rows, width):
-            zero = self.filled(Scalar(0), value.rows, value.width, "float", "zero")
-            value = self.binary("Add", value, zero, "margin", rows, width)
-        return self.compared("GE", value, Scalar(0.0))
+        return self.compared("GE", self.full(value, rows, width, hint="margin"), Scalar(0.0))
 
     def compared(self, mode: str, x: Vector, y: Vector | Scalar) -> Bits:
         """Bits of whole repeats: beyond a short column stand zeros."""
+        if isinstance(y, Vector):
+            shape = max(x.rows, y.rows), max(x.width, y.width)
+            x, y = self.full(x, *shape), self.full(y, *shape)
         x, rows, width = self._whole(x), x.rows, x.width
         words = x.size // 16
         place = self.new("bits", "uint16_t", 1, words).place
@@ -529,8 +578,10 @@ class Lowering:
         if isinstance(a, Margin) and isinstance(b, Margin):
             op = {"And": "Min", "Or": "Max"}[name]
             return Margin(_number(self, op, a.value, b.value, "margin"))
-        shapes = [(x.rows, x.width) for x in (a, b) if isinstance(x, Bits)]
-        a, b = (self.bits(x, *shapes[0]) for x in (a, b))
+        sides = [x.value if isinstance(x, Margin) else x for x in (a, b)]
+        shapes = [(x.rows, x.width) for x in sides if not isinstance(x, Scalar)]
+        shape = max(rows for rows, _ in shapes), max(width for _, width in shapes)
+        a, b = (self.bits(x, *shape) for x in (a, b))
         words = int(min(a.place.count, b.place.count))
         out = self.new("bits", "uint16_t", 1, words).place
         self.emit(
@@ -591,9 +642,16 @@ SCALAR_RULES: dict[str, Callable[..., str]] = {
     "lt": _infix("<"),
     "eq": _infix("=="),
     "ne": _infix("!="),
+    "neg": lambda x: f"(-({x}))",
     "and": _infix("&"),
     "or": _infix("|"),
     "select_n": lambda c, no, yes: f"Pick({c}, {yes}, {no})",
+}
+# Those of numbers that are not whole, where they differ.
+_FLOAT_RULES: dict[str, Callable[..., str]] = {
+    "max": _call("MaxFloat"),
+    "min": _call("MinFloat"),
+    "select_n": lambda c, no, yes: f"PickFloat({c}, {yes}, {no})",
 }
 _KNOWN: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
@@ -610,9 +668,19 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "ne": lambda a, b: a != b,
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
+    "neg": lambda a: -a,
     "tanh": math.tanh,
     "exp": math.exp,
 }
+
+
+def _of_scalars(eqn: Equation, inputs: list[Any]) -> bool:
+    """Whether an equation is one of numbers that the whole tile shares."""
+    if not inputs or not all(isinstance(x, Scalar) for x in inputs):
+        return False
+    return eqn.primitive in SCALAR_RULES or (
+        eqn.primitive in _KNOWN and eqn.primitive != "div" and all(x.known for x in inputs)
+    )
 
 
 def _scalar(eqn: Equation, inputs: list[Any]) -> Scalar:
@@ -623,7 +691,12 @@ def _scalar(eqn: Equation, inputs: list[Any]) -> Scalar:
         return Scalar(dtype.type(value).item() if dtype.kind == "f" else value)
     texts = [str(x.value) if not isinstance(x.value, bool) else str(int(x.value)) for x in inputs]
     if eqn.output.aval.dtype.kind == "f":
-        texts = [x.text("float") for x in inputs]
+        if name == "select_n":
+            texts[1:] = [x.text("float") for x in inputs[1:]]
+        else:
+            texts = [x.text("float") for x in inputs]
+        rule = _FLOAT_RULES.get(name, SCALAR_RULES[name])
+        return Scalar(rule(*texts))
     return Scalar(SCALAR_RULES[name](*texts))
 
 
@@ -675,7 +748,14 @@ def _arithmetic(name: str) -> Callable[..., Value]:
 
 
 def _unary(name: str) -> Callable[..., Value]:
-    return lambda low, eqn, x: low.unary(name, x[0], low.hint(eqn))
+    return lambda low, eqn, x: low.unary(name, _vector(eqn, x[0]), low.hint(eqn))
+
+
+def _vector(eqn: Equation, x: Value) -> Vector:
+    if isinstance(x, Vector):
+        return x
+    kind = "a number" if isinstance(x, Scalar) else "a condition"
+    raise LoweringError(f"{eqn.primitive} of {kind} that only the kernel knows")
 
 
 def _neg(low: Lowering, eqn: Equation, x: list[Any]) -> Value:
@@ -684,7 +764,7 @@ def _neg(low: Lowering, eqn: Equation, x: list[Any]) -> Value:
 
 def _tanh(low: Lowering, eqn: Equation, x: list[Any]) -> Value:
     """tanh x = ±(1 − t)/(1 + t) with t = exp(−2|x|)."""
-    value = x[0]
+    value = _vector(eqn, x[0])
     size = low.unary("Abs", value, "size")
     t = low.unary("Exp", low.with_scalar("Muls", size, Scalar(-2.0), "twice"), "power")
     over = low.with_scalar(
@@ -703,6 +783,8 @@ def _convert(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
         return Scalar(f"static_cast<float>({value.value})") if "float" in to else value
     if isinstance(value, Vector):
         if to == "int32":  # whole numbers stay float32
+            if not _whole(eqn):
+                raise LoweringError("numbers are not cut to whole ones")
             return value
         return low.cast(value, C_TYPES[to], low.hint(eqn))
     raise LoweringError("a condition is not converted to a number")
@@ -744,27 +826,40 @@ def _logical(name: str) -> Callable[..., Value]:
 
 
 def _select(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
-    mask, no, yes = x
+    mask, no, yes = x[0], *(_numbers(eqn, value) for value in x[1:])
     rows, width = low.shape(eqn.output)
     if isinstance(mask, Scalar):
         if mask.known:
             return yes if mask.value else no
         return _chosen(low, eqn, mask, no, yes)
     bits = low.bits(mask, rows, width)
-    if isinstance(yes, Scalar):
-        dtype = no.dtype if isinstance(no, Vector) else C_TYPES[str(eqn.output.aval.dtype)]
-        yes = low.filled(yes, rows, width, dtype, "number")
-    assert isinstance(yes, Vector)
-    assert isinstance(no, (Vector, Scalar))
+    yes = low.full(yes, rows, width, _type(eqn, no))
+    if isinstance(no, Vector):
+        no = low.full(no, rows, width)
     return low.selected(bits, yes, no, low.hint(eqn))
 
 
-def _chosen(low: Lowering, eqn: Equation, mask: Scalar, no: Value, yes: Value) -> Value:
+def _type(eqn: Equation, other: Value) -> str:
+    """The C++ type of a number beside ``other``; whole numbers are float32."""
+    return other.dtype if isinstance(other, Vector) else C_TYPES[str(eqn.output.aval.dtype)]
+
+
+def _numbers(eqn: Equation, x: Value) -> Vector | Scalar:
+    if isinstance(x, (Margin, Bits)):
+        raise LoweringError(f"{eqn.primitive} of conditions")
+    return x
+
+
+def _chosen(
+    low: Lowering, eqn: Equation, mask: Scalar, no: Vector | Scalar, yes: Vector | Scalar
+) -> Value:
     """One of two vectors, by a number that the whole tile shares: no + (yes − no) would round."""
     from npu_bridge.ir import If
 
-    assert isinstance(no, Vector)
-    assert isinstance(yes, Vector)
+    shapes = [(x.rows, x.width) for x in (no, yes) if isinstance(x, Vector)]
+    shape = max(rows for rows, _ in shapes), max(width for _, width in shapes)
+    dtypes = _type(eqn, yes), _type(eqn, no)
+    no, yes = (low.full(x, *shape, dtype) for x, dtype in zip((no, yes), dtypes, strict=True))
     out = low.new(low.hint(eqn), yes.dtype, yes.rows, yes.width)
     branches: list[list[Node]] = []
     for side in (yes, no):
@@ -777,6 +872,16 @@ def _chosen(low: Lowering, eqn: Equation, mask: Scalar, no: Value, yes: Value) -
 
 
 def _broadcast(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
+    value = x[0].value if isinstance(x[0], Margin) else x[0]
+    if not isinstance(value, Scalar):
+        shape = eqn.params["shape"]
+        lying = [1] * len(shape)
+        for axis in eqn.params["broadcast_dimensions"]:
+            lying[axis] = shape[axis]
+        lying = [n for n, whole in zip(lying, shape, strict=True) if len(shape) <= 2 or whole != 1]
+        rows, width = (lying[0], 1) if len(lying) == 1 and value.width == 1 else (1, *lying)[-2:]
+        if value.rows not in (1, rows) or value.width not in (1, width):
+            raise LoweringError(f"{value.rows} × {value.width} numbers laid along another axis")
     return x[0]  # instructions broadcast
 
 
@@ -792,9 +897,11 @@ def _reshape(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
 
 def _reduce(name: str) -> Callable[..., Value]:
     def rule(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
-        value = x[0]
-        assert isinstance(value, Vector)
-        if tuple(eqn.params["axes"]) == (0,):
+        axes, shape = tuple(eqn.params["axes"]), eqn.inputs[0].aval.shape
+        if len(shape) != 2 or len(axes) != 1:
+            raise LoweringError(f"axes {axes} of {shape} at once")
+        value = low.full(_vector(eqn, x[0]), *shape)  # what is broadcast counts as often
+        if axes == (0,):
             return _fold_rows(low, name, value, low.hint(eqn))
         return low.reduce(name, value, low.hint(eqn))
 
@@ -806,6 +913,10 @@ def _fold_rows(low: Lowering, name: str, x: Vector, hint: str) -> Vector:
     rows = x.rows
     if rows & (rows - 1):
         raise LoweringError(f"{rows} rows are not folded: a power of two is")
+    if rows == 1:
+        return x
+    if x.width * ITEMSIZE[x.dtype] % BLOCK:
+        raise LoweringError(f"a row of {x.width} {x.dtype} is not whole blocks of {BLOCK} bytes")
     out = low.new(hint, x.dtype, max(rows // 2, 1), x.width)
     source = x.place
     while rows > 1:
@@ -836,9 +947,13 @@ def _iota(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
 
 
 def _slice(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
-    value = x[0]
-    assert isinstance(value, Vector)
-    (r0, c0), (r1, c1) = eqn.params["start_indices"], eqn.params["limit_indices"]
+    value = _vector(eqn, x[0])
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,)
+    if len(start) != 2 or set(strides) != {1}:
+        raise LoweringError(f"a slice with strides {strides} of {len(start)} axes")
+    value = low.full(value, *eqn.inputs[0].aval.shape)
+    (r0, c0), (r1, c1) = start, limit
     if (c0, c1) != (0, value.width):
         raise LoweringError("only whole rows are sliced")
     place = value.place.at(times(r0, value.width), (r1 - r0) * value.width)
@@ -847,11 +962,12 @@ def _slice(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
 
 def _dot(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
     """A product with one column, which the vector unit computes."""
-    a, b = x
-    assert isinstance(a, Vector)
-    assert isinstance(b, Vector)
-    if eqn.params["dimension_numbers"][0] != ((1,), (0,)) or b.width != 1:
+    a, b = (_vector(eqn, value) for value in x)
+    column = b.width == 1 and (a.width, 1) == eqn.inputs[1].aval.shape == (b.rows, 1)
+    if eqn.params["dimension_numbers"][0] != ((1,), (0,)) or not column:
         raise LoweringError("the vector unit multiplies a tile by one column only")
+    dtype = C_TYPES[str(eqn.output.aval.dtype)]
+    a, b = low.cast(a, dtype, "wide"), low.cast(b, dtype, "wide")
     row = Vector(b.place, 1, b.rows)
     return low.reduce("Add", low.binary("Mul", a, row, "weighted"), low.hint(eqn))
 
@@ -871,6 +987,8 @@ def _divide(low: Lowering, eqn: Equation, x: list[Value]) -> Value:
         if eqn.output.aval.dtype.kind == "f":
             return Scalar(f"({a.text('float')} / {b.text('float')})")
         return Scalar(f"Div({a.value}, {b.value})")
+    if _whole(eqn):
+        raise LoweringError("whole numbers are divided only if the tile shares them")
     return _arithmetic("Div")(low, eqn, x)
 
 

@@ -437,7 +437,8 @@ class _Builder:
         placed = ub.place(low.body, 0 if self._first else ub.kept, spare)
         for b in placed:
             if b.address is not None and b.address + b.bytes > self._far:
-                raise PlanError(f"{b.name} wants {b.bytes} bytes of UB where no more are left")
+                left = max(0, self._far - b.address)
+                raise PlanError(f"{b.name} wants {b.bytes} bytes of UB; there are {left} left")
         self._scratch += placed
         aliases = [Alias(b) for b in aliased(low.body)]
         # One slab's values lie where those of the one before did.
