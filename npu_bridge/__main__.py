@@ -8,12 +8,8 @@ from typing import Annotated, Any
 
 import npu_bridge
 from npu_bridge import _api
-<<<<<<< HEAD
-from npu_bridge.errors import EmulationError, PlanError
-from pasa_jax.schedule import TUNED
-=======
 from npu_bridge.errors import EmulationError, LoweringError
->>>>>>> lowtests
+from pasa_jax.schedule import TUNED
 
 try:
     import typer

@@ -13,12 +13,8 @@ from npu_bridge import project as _emit
 from npu_bridge.errors import PlanError
 from npu_bridge.program import Program, build
 from npu_bridge.stages import Kernel
-<<<<<<< HEAD
-from pasa_jax._errors import ScheduleError, check_choice, wrong
-=======
 from pasa_jax._api import _positive, _window
-from pasa_jax._errors import check_choice, wrong
->>>>>>> lowtests
+from pasa_jax._errors import ScheduleError, check_choice, wrong
 from pasa_jax.precision import Precision
 from pasa_jax.schedule import Schedule
 from pasa_jax.shifts import check_beta
