@@ -227,6 +227,7 @@ def prepare_known(
             kappa = jnp.concatenate([first.astype(wide), kappa[:-1]])
         kappa = kappa if key_gain is None else kappa * key_gain
         fits = known.key_top < float(jnp.finfo(k.dtype).max) / 4
+        fits = fits & jnp.isfinite(kappa)  # their sum may not be
         kappa = jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(k.dtype)
         if plan.chooses_per_head:
             gained = k if key_gain is None else k * key_gain.astype(k.dtype)

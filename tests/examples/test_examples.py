@@ -35,7 +35,8 @@ def test_flax_inline_einsum():
 
 
 @pytest.mark.filterwarnings("default")
-def test_keras_on_jax():
+def test_keras_on_jax(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")  # which keras reads when it is imported
     pytest.importorskip("keras")
     with jax.numpy_dtype_promotion("standard"):
         differences = load("keras_on_jax").main(length=32)
