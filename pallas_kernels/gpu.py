@@ -62,6 +62,8 @@ def _side(n: int) -> int:
 def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or why the kernel cannot run the call."""
     schedule, precision = plan.schedule, plan.precision
+    if mask.dropout is not None:
+        return "it has no dropout"
     if str(operands.query.dtype) == "float64":
         return "it has no float64: the matrix units of most GPUs do not"
     if 0 in operands.query.shape or 0 in operands.key.shape or 0 in operands.value.shape:

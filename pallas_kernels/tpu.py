@@ -70,6 +70,8 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or why the kernel cannot run the call."""
     precision = adapt(plan).precision
     stored = (precision.scores, precision.probabilities)
+    if mask.dropout is not None:
+        return "it has no dropout"
     if str(operands.query.dtype) == "float64":
         return "TPUs have no float64"
     if "float16" in (*stored, precision.statistics, precision.accumulator):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pasa_jax import statistics
+from pasa_jax import _dropout, statistics
 from pasa_jax._backends import BACKENDS, Implementation, choose
 from pasa_jax._errors import check_choice, wrong
 from pasa_jax._operands import Operands
@@ -52,6 +52,9 @@ def dot_product_attention(
     precision: str | Precision | None = None,
     schedule: Schedule | None = None,
     return_statistics: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    dropout_broadcast: bool = False,
 ) -> Any:
     r"""softmax(scale · Q·Kᵀ + bias) · V, with scores stored in 16 bits that cannot overflow.
 
@@ -91,6 +94,13 @@ def dot_product_attention(
         the shift and β change the numbers within rounding, everything else
         the speed and the order of float32 sums.
       return_statistics: also return `Statistics` of the scores, per head (one more pass).
+      dropout_rate: the share of the weights, in [0, 1), that is set to 0; the others are divided by
+        1 − rate, and the log-sum-exp is that of all. ``"lax"`` and ``"reference"`` have it, and
+        drop the same weights whatever the schedule.
+      dropout_key: a key of `jax.random`; without effect at rate 0. What is dropped depends on it,
+        the batch entry, the head and the two positions alone: under vmap and shard_map, where
+        batch entries are numbered anew, give each part a key of its own.
+      dropout_broadcast: drop the same pairs of positions in every batch entry and head.
 
     Returns:
       The output [B, T, N, E] (or [T, N, E]) of query's type; with ``return_residual`` and/or
@@ -130,6 +140,9 @@ def dot_product_attention(
         beta=beta,
         precision=precision,
         schedule=schedule,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        dropout_broadcast=dropout_broadcast,
     )
     name, _ = choose(implementation, call.operands, call.mask, call.plan)
     if call.empty:
@@ -196,12 +209,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     >>> explain(x, x, x, is_causal=True).shift
     'reference'
     """
-    bound = inspect.signature(dot_product_attention).bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    implementation = arguments.pop("implementation")
-    for option in ("return_residual", "return_statistics"):
-        arguments.pop(option)
+    arguments, implementation = _bound(*args, **kwargs)
     found: list[Explanation] = []
 
     def trace(arrays: dict[str, Any]) -> None:
@@ -230,10 +238,26 @@ _ARRAYS = (
     "key_value_seq_lengths",
     "segment_ids",
     "sinks",
+    "dropout_key",
 )
 
 
 # From the user's arguments to canonical ones. Implementations take no defaults.
+
+
+def canonical(*args: Any, **kwargs: Any) -> _Call:
+    """A call of `dot_product_attention` as an implementation takes it."""
+    return _canonical(**_bound(*args, **kwargs)[0])
+
+
+def _bound(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], Implementation]:
+    """The arguments of `_canonical`, defaults included, and the implementation asked for."""
+    bound = inspect.signature(dot_product_attention).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    for option in ("return_residual", "return_statistics"):
+        arguments.pop(option)
+    return arguments, arguments.pop("implementation")
 
 
 @dataclass(frozen=True)
@@ -283,6 +307,9 @@ def _canonical(
     beta: float | None,
     precision: str | Precision | None,
     schedule: Schedule | None,
+    dropout_rate: float,
+    dropout_key: Array | None,
+    dropout_broadcast: bool,
 ) -> _Call:
     batched = np.ndim(query) == 4
     q, k, v = _query_key_value(query, key, value)
@@ -298,6 +325,7 @@ def _canonical(
         beta=beta,
         paper_scale=static_scale,
         explicit_precision=precision is not None,
+        dropout_rate=_rate(dropout_rate),
     )
     _check_shift(plan)
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
@@ -317,6 +345,7 @@ def _canonical(
             query_segments=ids[0],
             key_segments=ids[1],
             array=_mask_array(mask, full),
+            dropout=_seeds(plan.dropout_rate, dropout_key, dropout_broadcast, q),
         ),
         plan=plan,
         batched=batched,
@@ -425,6 +454,27 @@ def _positive(name: str, value: float) -> float:
     if not isinstance(value, (int, float, np.number)) or not 0 < value < math.inf:
         raise wrong(name, "be a positive, finite number", repr(value))
     return float(value)
+
+
+def _rate(rate: float) -> float:
+    if not isinstance(rate, (int, float, np.number)) or not 0 <= rate < 1:
+        raise wrong("dropout_rate", "be a number in [0, 1)", repr(rate))
+    return float(rate)
+
+
+def _seeds(rate: float, key: Array | None, broadcast: bool, q: Array) -> Array | None:
+    if broadcast not in (True, False):
+        raise wrong("dropout_broadcast", "be True or False", repr(broadcast))
+    if rate == 0:
+        return None
+    if key is None:
+        way_out = "jax.random.key(seed) makes one."
+        raise wrong("dropout_key", "be given where dropout_rate is not 0", None, way_out)
+    array = jnp.asarray(key)
+    typed = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    if array.ndim != (0 if typed else 1) or not (typed or array.dtype == jnp.uint32):
+        raise wrong("dropout_key", "be one key of jax.random", f"{array.dtype}{list(array.shape)}")
+    return _dropout.seeds(array, q.shape[0], q.shape[2], broadcast=bool(broadcast))
 
 
 def _window(window: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -16,9 +16,9 @@ from jax import lax
 
 from pasa_jax import _tile as tile
 from pasa_jax._operands import Keep, Operands, Result, heads_of
-from pasa_jax._prepare import HeadFacts, Plan, prepare
+from pasa_jax._prepare import HeadFacts, Known, Plan, prepare, prepare_known
 from pasa_jax._walk import Walk
-from pasa_jax.mask import Index, Mask, minimum, slice_tile
+from pasa_jax.mask import Index, Mask, minimum, pick, slice_tile
 
 Array = jax.Array
 
@@ -29,9 +29,13 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     return None
 
 
-def forward(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
+def forward(
+    operands: Operands, mask: Mask, plan: Plan, *, keep: Keep, known: Known | None = None
+) -> Result:
     """Attention of all heads."""
-    found, _ = over_heads(operands, mask, plan, lambda walk, b, h: (_forward_head(walk), None))
+    found, _ = over_heads(
+        operands, mask, plan, lambda walk, b, h: (_forward_head(walk), None), known
+    )
     return found.only(keep)
 
 
@@ -85,11 +89,13 @@ def over_heads(
     mask: Mask,
     plan: Plan,
     program: Callable[[HeadWalk, Index, Index], tuple[Any, Array | None]],
+    known: Known | None = None,
 ) -> tuple[Any, Array | None]:
     """Runs ``program`` for every key head, one after another or all at once.
 
     Arguments:
       program: (walk, b, h) -> (arrays [L, g, …], an addend to the bias's gradient or None).
+      known: what a cache has kept of keys and values, [B, K, …], or None.
 
     Returns:
       The arrays as [B, L, K·g, …] and the bias's gradient.
@@ -100,7 +106,9 @@ def over_heads(
     plan = replace(plan, schedule=plan.schedule.fitted(plan.schedule.block_q, keys))
 
     def one(b: Index, h: Index) -> tuple[Any, Array | None]:
-        return program(HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan), b, h)
+        of_head = None if known is None else jax.tree.map(lambda x: pick(pick(x, b), h), known)
+        walk = HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan, of_head)
+        return program(walk, b, h)
 
     if plan.schedule.batch_heads:
         placed, d_bias = heads_at_once(one, batch, kv_heads)
@@ -191,8 +199,11 @@ class HeadWalk(Walk):
     facts: HeadFacts
 
     @staticmethod
-    def of(head: Operands, mask: Mask, plan: Plan) -> HeadWalk:
-        facts = prepare(head.query, head.key, head.value, head.scale, mask, plan)
+    def of(head: Operands, mask: Mask, plan: Plan, known: Known | None = None) -> HeadWalk:
+        if known is None:
+            facts = prepare(head.query, head.key, head.value, head.scale, mask, plan)
+        else:
+            facts = prepare_known(head.query, head.key, known, head.scale, mask, plan)
         length, groups = head.query.shape[:2]
         return HeadWalk(
             mask=mask,
@@ -346,7 +357,8 @@ def _backward_head(
             s = tile.scores(query, key, state, seen, bias, numerics, with_slope=True)
             k, _, usable = walk.raw_keys(j)
             k = tile.zero_unusable(k, usable)
-            g = tile.gradients(s, query, key, q, k, m, l, d_o, delta, numerics)
+            kept = walk.kept(start, j)
+            g = tile.gradients(s, query, key, q, k, m, l, d_o, delta, numerics, kept)
             at = walk.key_start(j)
             if d_bias is not None:
                 tiled = g.scores.reshape(walk.groups, walk.block_q, walk.block_kv)

@@ -43,6 +43,7 @@ class Plan:
       paper_scale: 1/α as a Python number, which `paper` folds into M; None for other shifts.
       explicit_precision: whether the caller named the precision.
       dialect: the forms that the implementation's machine likes.
+      dropout_rate: the share of the weights that dropout drops.
     """
 
     shift: str
@@ -53,6 +54,7 @@ class Plan:
     paper_scale: float | None = None
     explicit_precision: bool = False
     dialect: Dialect = field(default_factory=Dialect)
+    dropout_rate: float = 0.0
 
     @property
     def resolved(self) -> str:
@@ -101,8 +103,8 @@ class Plan:
     def numerics(self, keys: int) -> Numerics:
         shift = "mean" if self.resolved == "mean_past" else self.resolved
         inva = self.paper_blocks(keys).inva if shift == "paper" else 1.0
-        cap, dialect = self.logits_soft_cap, self.dialect
-        return Numerics(shift, self.precision, self.reachable, inva, cap, dialect)
+        cap, dialect, kept = self.logits_soft_cap, self.dialect, 1 - self.dropout_rate
+        return Numerics(shift, self.precision, self.reachable, inva, cap, dialect, kept)
 
     def gain(self, scale: Array) -> Array:
         """The factor of the product: 1/α, or 1 for `paper`, whose M carries it."""
@@ -173,8 +175,8 @@ def prepare(q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan) 
     if plan.promises_finite and k.dtype != jnp.float16:
         key_gain, value_gain = (_range_gain(x, usable, _SUMMABLE_LOG2) for x in (k, v))
         k = k * key_gain.astype(k.dtype)
-    if plan.precision.products == "float16":  # P is at most 1: a block's P·V stays below 2^15
-        value_gain = _range_gain(v, usable, 15 - (plan.schedule.block_kv - 1).bit_length())
+    if plan.precision.products == "float16":
+        value_gain = _range_gain(v, usable, _product_log2(plan))
     kappa = chosen = None
     if plan.needs_kappa():
         n = plan.schedule.block_kv
@@ -182,16 +184,78 @@ def prepare(q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan) 
         if plan.chooses_per_head:
             chosen = _shifting_helps(q, k, usable, kappa, n)
             kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
-    guard = _guard(q, k, usable, kappa, scale, plan, key_gain)
+    guard = None
+    if _guards(plan, q.dtype):
+        guard = _guard(q, key_norms(k, usable, kappa, plan), scale, plan, key_gain)
+    return HeadFacts(usable, kappa, chosen, guard, key_gain, value_gain)
+
+
+class Known(NamedTuple):
+    """What a cache keeps of one head's finite keys and values, so that none is looked at again."""
+
+    finite: Array  # [S] bool: key and value are there, and finite
+    total: Array  # [blocks, D] sum of each block's keys, float32 (float64 for float64)
+    key_norm: Array  # [] log2 of the largest norm of a key, float32
+    key_top: Array  # [] largest magnitude in a key
+    value_top: Array  # [] largest magnitude in a value
+
+
+def prepare_known(
+    q: Array, k: Array, known: Known, scale: Array, mask: Mask, plan: Plan
+) -> HeadFacts:
+    """`prepare` for the keys of a cache, in O(S + blocks·D).
+
+    A block's mean is of all its finite keys, and the bounds on shifted keys are coarser
+    (‖k − κ‖ ≤ 2·max‖k‖). Where `auto` chooses by the data, it looks at k.
+    """
+    usable = known.finite & mask.visible_keys()
+    wide = wide_type(k.dtype)
+    key_gain = value_gain = None
+    key_norm = known.key_norm
+    if plan.promises_finite and k.dtype != jnp.float16:
+        key_gain, value_gain = (_gain(x, _SUMMABLE_LOG2) for x in (known.key_top, known.value_top))
+        key_norm = key_norm + jnp.log2(key_gain).astype(jnp.float32)
+    if plan.precision.products == "float16":
+        value_gain = _gain(known.value_top, _product_log2(plan))
+    kappa = chosen = None
+    if plan.needs_kappa():
+        n = plan.schedule.block_kv
+        count = _per_block(known.finite[:, None], n, lambda x, axis: jnp.sum(x, axis, dtype=wide))
+        kappa = mean_key(known.total, count, wide)
+        if plan.resolved == "mean_past":
+            first = jnp.where(known.finite[:1, None], k[:1], jnp.zeros_like(k[:1]))
+            kappa = jnp.concatenate([first.astype(wide), kappa[:-1]])
+        kappa = kappa if key_gain is None else kappa * key_gain
+        fits = known.key_top < float(jnp.finfo(k.dtype).max) / 4
+        fits = fits & jnp.isfinite(kappa)  # their sum may not be
+        kappa = jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(k.dtype)
+        if plan.chooses_per_head:
+            gained = k if key_gain is None else k * key_gain.astype(k.dtype)
+            chosen = _shifting_helps(q, gained, usable, kappa, n)
+            kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
+    guard = None
+    if _guards(plan, q.dtype):
+        shifts = plan.resolved == "paper" or (kappa is not None and plan.resolved != "reference")
+        guard = _guard(q, (key_norm, key_norm + float(shifts)), scale, plan, key_gain)
     return HeadFacts(usable, kappa, chosen, guard, key_gain, value_gain)
 
 
 def _range_gain(x: Array, usable: Array, log2: int) -> Array:
     """The power of two, at most 1, that brings the usable rows of x to 2^log2 or below."""
-    wide = wide_type(x.dtype)
     top = jnp.max(jnp.where(usable[:, None], jnp.abs(x), jnp.zeros_like(x)), initial=0)
+    return _gain(top, log2)
+
+
+def _gain(top: Array, log2: int) -> Array:
+    """The power of two, at most 1, that brings ``top`` to 2^log2 or below."""
+    wide = wide_type(top.dtype)
     excess = jnp.maximum(jnp.frexp(top.astype(wide))[1] - log2, 0)
     return jnp.ldexp(jnp.ones((), wide), -excess)
+
+
+def _product_log2(plan: Plan) -> int:
+    """What values may be where P·V is added up in float16: P ≤ 1, a block's sum below 2^15."""
+    return 15 - (plan.schedule.block_kv - 1).bit_length()
 
 
 def _per_block(x: Array, n: int, reduce: Callable[[Array, int], Array]) -> Array:
@@ -248,28 +312,32 @@ def _shifting_helps(q: Array, k: Array, usable: Array, kappa: Array, n: int) -> 
     return jnp.mean(offset) > jnp.sum(weights * around)
 
 
-def _guard(
-    q: Array,
-    k: Array,
-    usable: Array,
-    kappa: Array | None,
-    scale: Array,
-    plan: Plan,
-    key_gain: Array | None,
-) -> Guard | None:
-    """The powers of two of eq. 12, or None where nothing can leave its range."""
+def _stores16(plan: Plan) -> bool:
+    """Whether scores of any size would be stored in float16."""
     late = plan.resolved == "reference" and plan.reachable  # stores S' ≤ 0, clamped
-    narrow = (plan.precision.scores, plan.precision.products)
-    stores16 = "float16" in narrow and not late
-    products_fit = q.dtype == jnp.float16
-    if not plan.promises_finite or (products_fit and not stores16):
-        return None
+    return "float16" in (plan.precision.scores, plan.precision.products) and not late
+
+
+def _guards(plan: Plan, dtype: jnp.dtype) -> bool:
+    """Whether anything can leave its range, for inputs of ``dtype``."""
+    return plan.promises_finite and (dtype != jnp.float16 or _stores16(plan))
+
+
+def _guard(
+    q: Array, norms: tuple[Array, Array], scale: Array, plan: Plan, key_gain: Array | None
+) -> Guard:
+    """The powers of two of eq. 12.
+
+    Arguments:
+      norms: as from `key_norms`, or bounds on them.
+    """
+    stores16 = _stores16(plan)
     of_q, of_scale = log2_norm(q), jnp.log2(jnp.abs(scale.astype(jnp.float32)))
-    of_k, of_shifted = key_norms(k, usable, kappa, plan)
+    of_k, of_shifted = norms
     excess = (
         of_q + of_shifted + of_scale - _LIMIT_LOG2["float16" if stores16 else plan.precision.scores]
     )
-    if not products_fit:
+    if q.dtype != jnp.float16:
         range_log2 = _LIMIT_LOG2["float64" if q.dtype == jnp.float64 else "float32"]
         whole = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0)
         excess = jnp.maximum(excess, whole - range_log2)

@@ -66,6 +66,7 @@ class Numerics:
       inva: Inva of eq. 5 for ``paper``; 1 for the other shifts, whose offset is put back whole.
       logits_soft_cap: cap of s ↦ cap·tanh(s/cap), or None.
       dialect: the forms that the machine likes.
+      kept: the share of the weights that dropout keeps, or 1.
     """
 
     shift: str
@@ -74,6 +75,7 @@ class Numerics:
     inva: float = 1.0
     logits_soft_cap: float | None = None
     dialect: Dialect = Dialect()
+    kept: float = 1.0
 
     @property
     def statistics(self) -> jnp.dtype:
@@ -458,16 +460,18 @@ def update(
     key: KeyTile,
     count: Array | float,
     numerics: Numerics,
+    kept: Array | None = None,
 ) -> State:
     """One step of the online softmax with the mean recovered globally (eq. 10).
 
     Arguments:
       count: how many blocks have been seen, this one included (`paper`'s running mean F).
+      kept: [R, n] bool, the weights that dropout keeps; None: all. Dropped ones count in l.
     """
     stat, acc = numerics.statistics, jnp.dtype(numerics.precision.accumulator)
     wide = numerics.product
     p = probabilities(s, query, numerics)
-    l_loc, pv = _sum_and_product(p, key.v, numerics)
+    l_loc, pv = _sum_and_product(p, key.v, numerics, kept)
     pv = pv.astype(acc)
     if numerics.follows_maximum:  # a row that has seen no key yet is wiped by its first one
         keep = numerics.exp(_tempered(state.m - s.base, query.temper))
@@ -502,21 +506,29 @@ def update(
     )
 
 
-def _sum_and_product(p: Array, v: Array, numerics: Numerics) -> tuple[Array, Array]:
-    """P's row sums [R, 1] and P·V [R, E]."""
+def _sum_and_product(
+    p: Array, v: Array, numerics: Numerics, kept: Array | None
+) -> tuple[Array, Array]:
+    """P's row sums [R, 1] and P·V [R, E], the latter of what dropout keeps."""
     if numerics.dialect.sum_columns:
         ones = jnp.ones((v.shape[0], numerics.dialect.sum_columns), p.dtype)
         l_loc = numerics.over_row(jnp.max, _dot(p, ones, (1, 0), numerics.product))  # all equal
-        return l_loc.astype(numerics.statistics), _dot(p, v, (1, 0), numerics.accumulated)
+        l_loc = l_loc.astype(numerics.statistics)
+        return l_loc, _dot(_undropped(p, kept), v, (1, 0), numerics.accumulated)
     size = v.shape[1]
     idle = -size % numerics.dialect.matrix_columns if numerics.dialect.matrix_columns else 0
-    if idle == 0:
+    if idle == 0 or kept is not None:
         l_loc = numerics.over_row(jnp.sum, p.astype(numerics.statistics))
-        return l_loc, _dot(p, v, (1, 0), numerics.accumulated)
+        return l_loc, _dot(_undropped(p, kept), v, (1, 0), numerics.accumulated)
     # As few of them as fill whole vectors.
     ones = jnp.ones((v.shape[0], -size % _LANES or _LANES), v.dtype)
     both = _dot(p, jnp.concatenate([v, ones], axis=1), (1, 0), numerics.product)
     return both[:, size : size + 1].astype(numerics.statistics), both[:, :size]
+
+
+def _undropped(x: Array, kept: Array | None) -> Array:
+    """x [R, n] where dropout keeps it, zeros elsewhere."""
+    return x if kept is None else jnp.where(kept, x, jnp.zeros_like(x))
 
 
 def settle(state: State, numerics: Numerics) -> State:
@@ -550,7 +562,8 @@ def finish(
 ) -> tuple[Array, Array]:
     """Output [R, E] and log-sum-exp [R, 1] of a settled state (eq. 14).
 
-    A row that saw no key gives output 0 and the lowest finite log-sum-exp.
+    A row that saw no key gives output 0 and the lowest finite log-sum-exp. What dropout kept stands
+    for all, so it is divided by its share.
 
     Arguments:
       value_gain: [] what `key_tile` multiplied the values by, or None.
@@ -562,6 +575,8 @@ def finish(
     out = jnp.where(_beside(some), out, jnp.zeros_like(out))
     if value_gain is not None:
         out = out / value_gain.astype(out.dtype)
+    if numerics.kept != 1:
+        out = out * out.dtype.type(1 / numerics.kept)
     floor = lowest(state.m.dtype)
     m = _tempered(state.m, temper) * l.dtype.type(1 / numerics.unit)
     lse = jnp.clip(m, m.dtype.type(floor), m.dtype.type(-floor)) + jnp.log(l)
@@ -613,6 +628,7 @@ def gradients(
     d_out: Array,
     delta: Array,
     numerics: Numerics,
+    kept: Array | None = None,
 ) -> TileGradients:
     """The reverse of one tile, from the row statistics of the forward pass (eq. 15).
 
@@ -623,6 +639,7 @@ def gradients(
       m, l: [R, 1] of the finished state, sinks included.
       d_out: [R, E] cotangent of the output, in the product's type.
       delta: [R, 1] Σ d_out·out minus the cotangent of the log-sum-exp.
+      kept: as in `update`.
     """
     wide = numerics.product
     p = probabilities(s, query, numerics).astype(wide)
@@ -635,12 +652,14 @@ def gradients(
     p = p * jnp.where(seen, share, jnp.zeros_like(share))
     # float16 cannot hold gradients (their range is the loss's business): they stay in float32.
     operand = wide if q.dtype == jnp.float16 else q.dtype
-    d_p = _dot(d_out.astype(operand), key.v.astype(operand), (1, 1), wide)
+    if kept is not None:
+        d_out = d_out * wide.type(1 / numerics.kept)
+    d_p = _undropped(_dot(d_out.astype(operand), key.v.astype(operand), (1, 1), wide), kept)
     d_s = p * (d_p - delta)
     d_raw = (d_s if s.slope is None else d_s * s.slope.astype(wide)).astype(operand)
     return TileGradients(
         q=_dot(d_raw, k.astype(operand), (1, 0), wide),
         k=_dot(d_raw, q.astype(operand), (0, 0), wide),
-        v=_dot(p.astype(operand), d_out.astype(operand), (0, 0), wide),
+        v=_dot(_undropped(p, kept).astype(operand), d_out.astype(operand), (0, 0), wide),
         scores=d_s,
     )

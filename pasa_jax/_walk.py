@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pasa_jax import _dropout
 from pasa_jax import _tile as tile
 from pasa_jax._prepare import Plan
 from pasa_jax.mask import Index, KeyRange, Mask, div, where
@@ -110,6 +111,15 @@ class Walk(ABC):
         array = self.array(start, j)
         return seen if array is None else seen & array
 
+    def kept(self, start: Index, j: Index) -> Array | None:
+        """[R, n] bool: the weights of one tile that dropout keeps, or None: all."""
+        if self.mask.dropout is None:
+            return None
+        rows = start + jnp.arange(self.block_q, dtype=jnp.int32)
+        columns = self.key_start(j) + jnp.arange(self.block_kv, dtype=jnp.int32)
+        rate = self.plan.dropout_rate
+        return _dropout.kept(self.mask.dropout, self.groups, rows, columns, rate)
+
     # The loop over key tiles.
 
     def key_range(self, start: Index) -> KeyRange:
@@ -169,7 +179,8 @@ class Walk(ABC):
         state, count = carry[0], carry[1] + 1
         key = self.key(j)
         s = tile.scores(query, key, state, seen, self.bias(start, j), self.numerics)
-        return tile.update(state, s, query, key, count, self.numerics), count
+        kept = self.kept(start, j)
+        return tile.update(state, s, query, key, count, self.numerics, kept), count
 
     def close(self, start: Index, query: tile.QueryTile, state: tile.State) -> Rows:
         """The results of a query tile that has seen all its keys."""

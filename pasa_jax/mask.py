@@ -43,6 +43,8 @@ class Mask:
       query_segments, key_segments: [B, T], [B, S] int32 (one head: [T], [S]); a query sees the
         keys of its own segment.
       array: [B|1, N|1, T|1, S|1] bool (one head: [G|1, T|1, S|1]), True where the query sees.
+      dropout: [B|1, N|1, 2] uint32 (one head: [G|1, 2]), the seeds of which weights dropout keeps
+        (`_dropout.kept`). It hides nothing: a key that is dropped is still seen.
     """
 
     query_length: int = field(metadata={"static": True})
@@ -55,6 +57,7 @@ class Mask:
     query_segments: Array | None = None
     key_segments: Array | None = None
     array: Array | None = None
+    dropout: Array | None = None
 
     def __post_init__(self) -> None:
         check_choice("causal_alignment", self.causal_alignment, ALIGNMENTS)
@@ -67,16 +70,20 @@ class Mask:
         def of(x: Array | None) -> Array | None:
             return None if x is None else pick(x, b)
 
-        array = of(self.array)
-        if array is not None and array.shape[0] > 1:
-            array = lax.dynamic_slice_in_dim(array, h * groups, groups)
+        def of_heads(x: Array | None) -> Array | None:
+            x = of(x)
+            if x is None or x.shape[0] == 1:
+                return x
+            return lax.dynamic_slice_in_dim(x, h * groups, groups)
+
         return replace(
             self,
             query_lengths=of(self.query_lengths),
             key_lengths=of(self.key_lengths),
             query_segments=of(self.query_segments),
             key_segments=of(self.key_segments),
-            array=array,
+            array=of_heads(self.array),
+            dropout=of_heads(self.dropout),
         )
 
     # Which tiles.

@@ -5,9 +5,12 @@ It differentiates in every mode (`jax.jvp`, `jax.hessian`) and is what the other
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from pasa_jax import _dropout
 from pasa_jax._operands import Operands
 from pasa_jax._prepare import Plan
 from pasa_jax._tile import lowest, wide_type
@@ -62,7 +65,11 @@ def attend(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> tuple[Array
         total = total + jnp.exp(operands.sinks.astype(wide)[None, :, None, None] - m)
     some = total != 0
     total = jnp.where(some, total, jnp.ones_like(total))
-    out = jnp.einsum("bkgts,bske->btkge", (p / total).reshape(grouped), value, precision=highest)
+    p = p / total
+    if mask.dropout is not None:
+        kept = _kept(mask, batch, heads, plan.dropout_rate)
+        p = jnp.where(kept, p, jnp.zeros_like(p)) / (1 - plan.dropout_rate)
+    out = jnp.einsum("bkgts,bske->btkge", p.reshape(grouped), value, precision=highest)
     logs = jnp.where(some, m + jnp.log(total), lowest(wide))[..., 0]
     out, logs = out.reshape(batch, length, heads, -1), jnp.swapaxes(logs, 1, 2)
     valid = mask.row_valid()
@@ -77,12 +84,33 @@ def _seen(mask: Mask, batch: int, heads: int) -> Array:
     """[B, N, T, S] bool."""
     length, keys = mask.query_length, mask.key_length
 
-    def one(b: Array, h: Array) -> Array:
-        head = mask.head(b, h, 1)
-        rows, columns = (jnp.arange(x, dtype=jnp.int32) for x in (length, keys))
+    def one(head: Mask, rows: Array, columns: Array) -> Array:
         seen = head.visible(rows[:, None], columns[None])
         array = head.tile_array(0, length, 0, keys, 1)
         return seen if array is None else seen & array
 
+    return _per_head(one, mask, batch, heads)
+
+
+def _kept(mask: Mask, batch: int, heads: int, rate: float) -> Array:
+    """[B, N, T, S] bool: the weights that dropout keeps."""
+
+    def one(head: Mask, rows: Array, columns: Array) -> Array:
+        assert head.dropout is not None
+        return _dropout.kept(head.dropout, 1, rows, columns, rate)
+
+    return _per_head(one, mask, batch, heads)
+
+
+def _per_head(
+    one: Callable[[Mask, Array, Array], Array], mask: Mask, batch: int, heads: int
+) -> Array:
+    """``one(mask of the head, positions of queries, positions of keys)`` of every query head."""
+    lengths = (mask.query_length, mask.key_length)
+    rows, columns = (jnp.arange(x, dtype=jnp.int32) for x in lengths)
+
+    def of(b: Array, h: Array) -> Array:
+        return one(mask.head(b, h, 1), rows, columns)
+
     index = (jnp.arange(batch, dtype=jnp.int32), jnp.arange(heads, dtype=jnp.int32))
-    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(*index)
+    return jax.vmap(jax.vmap(of, (None, 0)), (0, None))(*index)

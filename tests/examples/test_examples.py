@@ -3,7 +3,9 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -22,5 +24,26 @@ def test_find_the_overflow(capsys):
     assert "head 1: max |score|" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("default")
+def test_flax_inline_einsum():
+    with jax.numpy_dtype_promotion("standard"):
+        errors = load("flax_inline_einsum").main(length=128, width=32)
+    assert np.isnan(errors["EinsumAttention float16"])
+    assert errors["EinsumAttention bfloat16"] > 0.1
+    assert errors["PasaAttention float16"] < 1e-3
+    assert errors["PasaAttention bfloat16"] < 1e-2
+
+
+@pytest.mark.filterwarnings("default")
+def test_keras_on_jax(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")  # which keras reads when it is imported
+    pytest.importorskip("keras")
+    with jax.numpy_dtype_promotion("standard"):
+        differences = load("keras_on_jax").main(length=32)
+    assert differences["float16"] < 2e-3
+    assert differences["bfloat16"] < 2e-2
+
+
 def test_every_example_is_tested():
-    assert {p.stem for p in EXAMPLES.glob("*.py")} == {"find_the_overflow"}
+    tested = {"find_the_overflow", "flax_inline_einsum", "keras_on_jax"}
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == tested

@@ -1,0 +1,16 @@
+"""pasa_jax in flax models, and in code that calls `jax.nn.dot_product_attention`.
+
+`nnx.attention_fn`, `linen.attention_fn`   for the ``attention_fn`` of flax's attention modules
+`patch`                                    swaps the attention of a finished nnx model
+`linen.replaced`                           the same for linen, while a context lasts
+`replace_jax_nn`                           the same for callers of `jax.nn.dot_product_attention`
+`KVCache`                                  keys and values of a decoder, with what PASA asks of them
+
+Nothing here is imported by `import pasa_jax`. docs/flax.md shows each at work.
+"""
+
+from pasa_jax.plugins import linen, nnx
+from pasa_jax.plugins.cache import KVCache
+from pasa_jax.plugins.patching import Patch, patch, replace_jax_nn
+
+__all__ = ["KVCache", "Patch", "linen", "nnx", "patch", "replace_jax_nn"]

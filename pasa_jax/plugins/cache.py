@@ -1,0 +1,250 @@
+"""`KVCache`: keys and values of a decoder, with what PASA asks of them kept beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from pasa_jax import _lax
+from pasa_jax._api import _lengths, canonical
+from pasa_jax._errors import wrong
+from pasa_jax._prepare import Known, log2_norm
+from pasa_jax._tile import wide_type
+from pasa_jax.precision import FLOATS
+from pasa_jax.schedule import Schedule
+from pasa_jax.target import target_of_device
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys and values of up to S tokens, made by `empty`, grown by `append`, read by `attend`.
+
+    A pytree: it goes through jit (donate it: `append` then writes in place), scan and vmap. Beside
+    keys and values it keeps the sums of their blocks and three maxima, which `append` brings up
+    to date in O(tokens appended); so `attend` reads each key and value once, where
+    `pasa_jax.dot_product_attention` also asks all of them whether they are finite, how large and
+    how biased they are.
+
+    Letters as in `pasa_jax.dot_product_attention`; S is the most that fits.
+
+    Arguments:
+      key, value: [B, S, K, D], [B, S, K, E].
+      length: [B] int32, tokens appended to each batch entry so far; more than S if they did not
+        fit.
+      known: what is kept beside them, [B, K, …].
+      schedule: tile sizes; a block of its ``block_kv`` keys has one sum.
+    """
+
+    key: Array
+    value: Array
+    length: Array
+    known: Known
+    schedule: Schedule = field(metadata={"static": True})
+
+    @staticmethod
+    def empty(
+        batch: int,
+        max_length: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: Any,
+        *,
+        value_head_dim: int | None = None,
+        schedule: Schedule | None = None,
+    ) -> KVCache:
+        """A cache of no tokens.
+
+        Arguments:
+          batch, max_length, kv_heads, head_dim: B, S, K, D; positive.
+          dtype: float16, bfloat16, float32, or float64 under x64.
+          value_head_dim: E; default D.
+          schedule: default that of the device.
+
+        Raises:
+          ValueError: a size or a type that is not allowed.
+
+        >>> KVCache.empty(1, 64, 2, 16, "float16").key.shape
+        (1, 64, 2, 16)
+        """
+        sizes = {"batch": batch, "max_length": max_length, "kv_heads": kv_heads}
+        value_size = head_dim if value_head_dim is None else value_head_dim
+        sizes |= {"head_dim": head_dim, "value_head_dim": value_size}
+        for name, size in sizes.items():
+            if not isinstance(size, (int, np.integer)) or size < 1:
+                raise wrong(name, "be a positive int", repr(size))
+        dtype = jnp.dtype(dtype)
+        if str(dtype) not in FLOATS:
+            raise wrong("dtype", f"be one of {', '.join(FLOATS)}", str(dtype))
+        schedule = _fitted(schedule, max_length, head_dim, value_size, str(dtype))
+        heads, blocks = (batch, kv_heads), -(-max_length // schedule.block_kv)
+        return KVCache(
+            key=jnp.zeros((batch, max_length, kv_heads, head_dim), dtype),
+            value=jnp.zeros((batch, max_length, kv_heads, value_size), dtype),
+            length=jnp.zeros((batch,), jnp.int32),
+            known=Known(
+                finite=jnp.zeros((*heads, max_length), bool),
+                total=jnp.zeros((*heads, blocks, head_dim), wide_type(dtype)),
+                key_norm=jnp.full(heads, -jnp.inf, jnp.float32),
+                key_top=jnp.zeros(heads, dtype),
+                value_top=jnp.zeros(heads, dtype),
+            ),
+            schedule=schedule,
+        )
+
+    @property
+    def max_length(self) -> int:
+        """S."""
+        return self.key.shape[1]
+
+    def append(self, key: Array, value: Array, *, lengths: ArrayLike | None = None) -> KVCache:
+        """This cache with more tokens: a prompt, or the next one.
+
+        Arguments:
+          key, value: [B, T, K, D], [B, T, K, E] of the cache's type.
+          lengths: [B] integers, how many of the T tokens of each batch entry are no padding;
+            default T. Clipped to [0, T].
+
+        Returns:
+          The new cache. Tokens that do not fit are not written, and every later `attend` of that
+          batch entry gives NaN; where the length is known (not under jit) that is an error.
+
+        Raises:
+          ValueError: a wrong shape or type, or tokens that do not fit.
+        """
+        tokens = self._check_new(key, value)
+        added = _lengths("lengths", lengths, key)
+        added = jnp.full_like(self.length, tokens) if added is None else added
+        length = self.length + added
+        if _is_known(length) and int(jnp.max(length)) > self.max_length:
+            allowed = f"hold tokens that fit beside the cache's: at most {self.max_length} in all"
+            raise wrong("key", allowed, int(jnp.max(length)), "Make a longer cache.")
+        step = jnp.arange(tokens, dtype=jnp.int32)
+        new = step < added[:, None]  # [B, T]
+        place = jnp.where(new, self.length[:, None] + step, self.max_length)
+        rows = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
+
+        def written(old: Array, x: Array) -> Array:
+            return old.at[rows, place].set(x, mode="drop")
+
+        return KVCache(
+            key=written(self.key, key),
+            value=written(self.value, value),
+            length=length,
+            known=self._known_with(key, value, new, rows, place),
+            schedule=self.schedule,
+        )
+
+    def attend(self, query: Array, *, lengths: ArrayLike | None = None, **options: Any) -> Array:
+        """Attention of the last T tokens: each sees itself and what came before it.
+
+        Arguments:
+          query: [B, T, N, D] of the T tokens that were appended last, of the cache's type.
+          lengths: [B], how many of them are no padding, as given to `append`.
+          options: ``scale``, ``local_window_size``, ``logits_soft_cap``, ``sinks``, ``shift``,
+            ``beta``, ``precision``, as in `pasa_jax.dot_product_attention`.
+
+        Returns:
+          [B, T, N, E] of query's type, computed by the lax walk: what one causal call over all
+          tokens gives for these, to within the rounding of the stored scores (their blocks' means
+          hold other keys). NaN for a batch entry whose tokens did not fit, or that has fewer than
+          there are queries. There is no gradient.
+
+        Raises:
+          ValueError: a wrong shape or type, an unknown option, or (where lengths are known)
+            tokens that did not fit or more queries than tokens.
+        """
+        for name in options:
+            if name not in _ATTEND:
+                raise wrong("options", f"be among {', '.join(_ATTEND)}", name)
+        call = canonical(
+            query,
+            self.key,
+            self.value,
+            is_causal=True,
+            causal_alignment="bottom_right",
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=self.length,
+            schedule=self.schedule,
+            **options,
+        )
+        asked = call.mask.query_lengths
+        asked = jnp.full_like(self.length, query.shape[1]) if asked is None else asked
+        lost = (self.length > self.max_length) | (self.length < asked)
+        if _is_known(lost) and bool(jnp.any(lost)):
+            allowed = "hold at most as many tokens as were appended, all of which fit"
+            raise wrong("query", allowed, f"{query.shape[1]} beside {self.length.tolist()}")
+        out = _lax.forward(call.operands, call.mask, call.plan, keep="out", known=self.known).out
+        return jnp.where(lost[:, None, None, None], jnp.full_like(out, jnp.nan), out)
+
+    def _check_new(self, key: Array, value: Array) -> int:
+        """The number of tokens in ``key`` and ``value``."""
+        tokens = key.shape[1] if key.ndim == 4 else 0
+        for name, new, old in (("key", key, self.key), ("value", value, self.value)):
+            expected = (old.shape[0], tokens, *old.shape[2:])
+            if new.shape != expected or tokens == 0:
+                allowed = f"be [{expected[0]}, T, {expected[2]}, {expected[3]}] with one T ≥ 1"
+                raise wrong(name, allowed, new.shape)
+            if new.dtype != old.dtype:
+                raise wrong(name, f"be of the cache's type {old.dtype}", new.dtype, "Cast it.")
+        if tokens > self.max_length:
+            allowed = f"hold at most the cache's {self.max_length} tokens"
+            raise wrong("key", allowed, tokens, "Make a longer cache.")
+        return tokens
+
+    def _known_with(self, key: Array, value: Array, new: Array, rows: Array, place: Array) -> Known:
+        """`known` with the tokens ``new`` [B, T] of key and value, written at ``place``."""
+        finite = jnp.all(jnp.isfinite(key), -1) & jnp.all(jnp.isfinite(value), -1)
+        finite = finite & (new & (place < self.max_length))[..., None]  # [B, T, K]
+        key, value = (jnp.where(finite[..., None], x, jnp.zeros_like(x)) for x in (key, value))
+        old = self.known
+        wide, block = old.total.dtype, place // self.schedule.block_kv
+        norms = jnp.where(finite, log2_norm(key), -jnp.inf)
+        return Known(
+            finite=old.finite.at[rows, :, place].set(finite, mode="drop"),
+            total=old.total.at[rows, :, block].add(key.astype(wide), mode="drop"),
+            key_norm=jnp.maximum(old.key_norm, jnp.max(norms, axis=1)),
+            key_top=jnp.maximum(old.key_top, jnp.max(jnp.abs(key), axis=(1, 3))),
+            value_top=jnp.maximum(old.value_top, jnp.max(jnp.abs(value), axis=(1, 3))),
+        )
+
+
+_ATTEND = (
+    "scale",
+    "local_window_size",
+    "logits_soft_cap",
+    "sinks",
+    "shift",
+    "beta",
+    "precision",
+)
+
+
+def _is_known(x: Array) -> bool:
+    return not isinstance(x, Tracer)
+
+
+def _fitted(
+    schedule: Schedule | None, length: int, size: int, value_size: int, dtype: str
+) -> Schedule:
+    if schedule is None:
+        device = jax.devices()[0]
+        schedule = Schedule.for_target(
+            target_of_device(device.platform, device.device_kind),
+            head_dim=size,
+            value_head_dim=value_size,
+            dtype=dtype,
+            length=length,
+            is_causal=True,
+        )
+    elif not isinstance(schedule, Schedule):
+        raise wrong("schedule", "be a pasa_jax.Schedule or None", repr(schedule))
+    return schedule.fitted(schedule.block_q, length)

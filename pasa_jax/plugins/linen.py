@@ -1,0 +1,148 @@
+"""The plug-in for `flax.linen.MultiHeadDotProductAttention` and `SelfAttention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import jax
+from flax import linen
+from flax.linen.dtypes import promote_dtype
+
+from pasa_jax.plugins._adapter import (
+    Choose,
+    Options,
+    attend,
+    check_softmax,
+    checked,
+    options_for,
+    refuse,
+    refuse_to_sow,
+)
+
+Array = jax.Array
+
+
+def attention_fn(**options: Any) -> Callable[..., Array]:
+    """A function for ``flax.linen.MultiHeadDotProductAttention(attention_fn=…)``.
+
+    Linen passes only the keywords that the function's signature names, so it names them all:
+    query [batch…, T, N, D], key and value [batch…, S, N, D], and
+
+      mask, bias, dropout_rng, dropout_rate, broadcast_dropout, deterministic, dtype, precision: as
+        in `pasa_jax.plugins.nnx.attention_fn`.
+      force_fp32_for_softmax: always so, unless ``precision`` among the options says float16: then
+        it is refused.
+      einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: refused, for there is
+        no einsum.
+      module: refused, for there are no attention weights to sow.
+
+    Arguments:
+      options: as in `pasa_jax.plugins.nnx.attention_fn`; equal options give the same function.
+
+    Returns:
+      The function; its output is [batch…, T, N, E].
+
+    Raises:
+      ValueError: an unknown option; when called, a wrong or refused argument, by name.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen
+    >>> attention = linen.MultiHeadDotProductAttention(4, attention_fn=attention_fn())
+    >>> x = jnp.ones((2, 10, 32))
+    >>> attention.init_with_output(jax.random.key(0), x)[0].shape
+    (2, 10, 32)
+    """
+    return _attention_fn(checked(options))
+
+
+@cache
+def _attention_fn(options: Options) -> Callable[..., Array]:
+    def attention(
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Any = None,
+        precision: Any = None,
+        module: Any = None,
+        force_fp32_for_softmax: bool = False,
+        einsum_dot_general: Any = None,
+        qk_attn_weights_einsum: Any = None,
+        attn_weights_value_einsum: Any = None,
+    ) -> Array:
+        refuse_to_sow(module)
+        way_out = "Leave it out, or use flax's own attention_fn in this module."
+        refuse("einsum_dot_general", einsum_dot_general, way_out)
+        refuse("qk_attn_weights_einsum", qk_attn_weights_einsum, way_out)
+        refuse("attn_weights_value_einsum", attn_weights_value_einsum, way_out)
+        check_softmax(force_fp32_for_softmax, dict(options))
+        query, key, value = promote_dtype(query, key, value, dtype=dtype)
+        return attend(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            is_causal=False,
+            dropout_rng=dropout_rng,
+            dropout_rate=dropout_rate,
+            broadcast_dropout=broadcast_dropout,
+            deterministic=deterministic,
+            precision=precision,
+            options=dict(options),
+        )
+
+    return attention
+
+
+@contextmanager
+def replaced(choose: Choose | None = None, **options: Any) -> Iterator[list[str]]:
+    """While it lasts, linen's attention modules compute with `attention_fn`.
+
+    Linen makes its modules anew at each call, so there is nothing to change in a model; instead,
+    every `MultiHeadDotProductAttention` (and what derives from it) that is called within the
+    context, at whatever depth, takes another ``attention_fn`` for that call. A function that jit
+    has compiled before is not traced again and stays as it was.
+
+    Arguments:
+      choose: (path, module) -> options for this module beside ``options``, or None to leave it;
+        path as ``"encoder.layers_0.attention"``. Without it, every module is changed, and must
+        have flax's own attention.
+      options: as in `attention_fn`.
+
+    Returns:
+      A context manager; it yields a list, to which the path of each changed module is added.
+
+    Raises:
+      ValueError: an unknown option, or an ``attention_fn`` that is not flax's own.
+    """
+    checked(options)
+    changed: list[str] = []
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if not isinstance(module, linen.MultiHeadDotProductAttention):
+            return call(*args, **kwargs)
+        path, before = ".".join(module.path), module.attention_fn
+        chosen = options_for(path, module, choose, options, linen.dot_product_attention)
+        if chosen is None or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        if path not in changed:
+            changed.append(path)
+        # The module is a clone that lives for this call alone.
+        object.__setattr__(module, "attention_fn", attention_fn(**chosen))
+        try:
+            return call(*args, **kwargs)
+        finally:
+            object.__setattr__(module, "attention_fn", before)
+
+    with linen.intercept_methods(intercept):
+        yield changed
