@@ -1035,12 +1035,12 @@ RULES: dict[str, Callable[[Lowering, Equation, list[Any]], Value]] = {
 NAMES = {
     "reduce_max": "row_max",
     "reduce_sum": "row_sum",
-    "exp": "exp_",
-    "log": "log_",
-    "convert_element_type": "cast_",
+    "exp": "exponential",
+    "log": "logarithm",
+    "convert_element_type": "cast",
     "select_n": "chosen",
     "dot_general": "dot",
-    "max": "max_",
-    "min": "min_",
+    "max": "larger",
+    "min": "smaller",
     "div": "quotient",
 }

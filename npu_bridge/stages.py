@@ -372,7 +372,7 @@ def _cut(traced: Trace) -> Step:
             if isinstance(x, Var) and made.get(x) == 1 and x not in carried.values():
                 if x.aval.shape[-1:] != (1,):
                     raise LoweringError(f"only columns are kept for the output, not {x.aval}")
-                carried[f"keep{len(carried)}" if carried else "keep"] = x
+                carried[f"factor{len(carried) + 1}"] = x
     for x in outputs.values():
         if isinstance(x, Scalar):
             raise LoweringError("a state of the softmax is a plain number")
