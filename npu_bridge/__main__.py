@@ -36,6 +36,9 @@ Window = Annotated[
 SoftCap = Annotated[float | None, typer.Option(help="c of c·tanh(s/c).")]
 Bias = Annotated[str | None, typer.Option(help="Axes of a bias: BNTS, 1NTS, B1TS or 11TS.")]
 Lengths = Annotated[bool, typer.Option("--lengths", help="Each batch entry has its own keys.")]
+Decode = Annotated[
+    bool, typer.Option("--decode", help="One query; its keys are split over the cores.")
+]
 Lse = Annotated[bool, typer.Option("--lse", help="Also write the log-sum-exp.")]
 PrecisionOf = Annotated[
     str | None, typer.Option(help="float16, bfloat16, paper (all float16), or scores32.")
@@ -77,6 +80,7 @@ def emit(
     bias: Bias = None,
     lengths: Lengths = False,
     return_lse: Lse = False,
+    decode: Decode = False,
     precision: PrecisionOf = None,
     block_q: BlockQ = 128,
     block_kv: BlockKv = None,

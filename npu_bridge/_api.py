@@ -48,6 +48,7 @@ def kernel(
     bias: str | None = None,
     lengths: bool = False,
     return_lse: bool = False,
+    decode: bool = False,
 ) -> Kernel:
     """What a kernel computes. Batch, heads and lengths are given when it runs.
 
@@ -66,6 +67,8 @@ def kernel(
       bias: the axes that a bias of ``dtype`` has, "BNTS" with 1 for B or N that are broadcast.
       lengths: whether the kernel takes a number of keys for each batch entry.
       return_lse: whether it also writes the log-sum-exp, float32.
+      decode: a kernel for one query (T = 1): the N/K query heads of a key head, 128 at most, are
+        the rows of a tile, and the keys are split over the cores. Takes no bias.
 
     Raises:
       ValueError: an argument is not one of these; the message says which are.
@@ -83,6 +86,8 @@ def kernel(
         raise wrong("beta", "be given with shift='paper' only", repr(beta))
     if beta is not None:
         check_beta(beta)
+    if decode and bias is not None:
+        raise wrong("bias", "be None for a decoding kernel", repr(bias), "Use decode=False.")
     found = Kernel(
         head_dim=head_dim,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
@@ -100,6 +105,7 @@ def kernel(
         bias=bias,
         lengths=lengths,
         return_lse=return_lse,
+        decode=decode,
     )
     if find_target(found.schedule.target).name not in TARGETS.values():
         raise wrong("schedule.target", "be 'ascend_910b'", found.schedule.target)

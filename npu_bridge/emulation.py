@@ -80,6 +80,7 @@ def problem(
     seed: int = 0,
 ) -> dict[str, jax.Array]:
     """Random inputs as the paper's benchmark draws them: uniform around ``mean``."""
+    queries = 1 if kernel.decode else queries
     rng = np.random.default_rng(seed)
     shapes = {
         "query": (batch, queries, heads, kernel.head_dim),

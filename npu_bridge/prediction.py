@@ -244,8 +244,8 @@ def cost(
     keys = queries if keys is None else keys
     kv_heads = heads if kv_heads is None else kv_heads
     k = program.kernel
-    numbers = _numbers(program, batch, heads, kv_heads, queries, keys)
-    rounds = -(-batch * heads * numbers["queryTiles"] // rates.blocks)
+    numbers = _numbers(program, rates.blocks, batch, heads, kv_heads, queries, keys)
+    rounds = -(-batch * numbers["heads"] * numbers["queryTiles"] * numbers["parts"] // rates.blocks)
     followed = rounds if items is None else min(rounds, items)
     cycles, runs = _block(program, rates, numbers, followed)
     busy = _busy(runs)
@@ -267,9 +267,14 @@ def cost(
 
 
 def _numbers(
-    program: Program, batch: int, heads: int, kv_heads: int, queries: int, keys: int
+    program: Program, blocks: int, batch: int, heads: int, kv_heads: int, queries: int, keys: int
 ) -> dict[str, Any]:
-    s = program.kernel.schedule
+    """The numbers of a call as the kernel's `Problem` holds them (templates/kernel.cpp.j2)."""
+    k, s = program.kernel, program.kernel.schedule
+    key_blocks, parts, of_mask = -(-keys // s.block_kv), 1, queries
+    if k.decode:
+        parts = min(key_blocks, -(-blocks // (batch * kv_heads)))
+        heads, queries = kv_heads, heads // kv_heads
     return {
         "batch": batch,
         "heads": heads,
@@ -278,8 +283,12 @@ def _numbers(
         "queryLength": queries,
         "keyLength": keys,
         "queryTiles": -(-queries // s.block_q),
-        "keyBlocks": -(-keys // s.block_kv),
-        "scale": program.kernel.head_dim**-0.5,
+        "keyBlocks": key_blocks,
+        "parts": parts,
+        "queries": of_mask,
+        "rowStride": 1 if k.decode else heads,
+        "headStride": queries if k.decode else 1,
+        "scale": k.head_dim**-0.5,
         "lengths": _Lengths(keys),
     }
 
@@ -297,7 +306,7 @@ def _block(
     """
     blocks, tiles = rates.blocks, numbers["queryTiles"]
     stride = max(1, tiles // rounds)
-    total = numbers["batch"] * numbers["heads"] * tiles
+    total = numbers["batch"] * numbers["heads"] * tiles * numbers["parts"]
     items = range(stride // 2, min(total, stride * rounds), stride)
     numbers = {**numbers, "cores": blocks, "items": total, "core": 0}
     cube = _CoreRun(program.cube, "AIC", numbers, rates, items)

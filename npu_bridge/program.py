@@ -47,6 +47,7 @@ from npu_bridge.stages import COLUMNS, Kernel
 # Names of numbers in the functions, which values must not take.
 _NUMBERS = ("row", "slot", "first", "place", "lane", "slab", "unit", "valid", "keys", "count")
 VECTOR_CORES = 2  # of one cube core
+CLOSING = 16  # rows whose output is computed at once
 LEAST = 16  # rows and columns that the cube unit multiplies at least
 SUB = 128  # side of the tiles that the cube unit multiplies
 AHEAD = 2  # key tiles by which the scores are ahead of the values
@@ -155,6 +156,11 @@ def aliased(nodes: list[Node]) -> list[Buffer]:
     return list(found)
 
 
+def _row(row: str) -> str:
+    """Where a row of queries or outputs lies, in rows."""
+    return f"int64_t(entry) * queryLength * heads + ({row}) * rowStride + head * headStride"
+
+
 class Slabs(NamedTuple):
     """How a vector core cuts its rows.
 
@@ -231,6 +237,10 @@ class _Builder:
         if "sums" in types:
             gm("ones", self.dtype, f"[{SUB}, {LEAST}] ones")
             gm("sums", types["sums"], f"[{DEPTH}, block_q, {LEAST}] per core: row sums of P")
+        if k.decode:
+            gm("partO", "float", "[items, block_q, E] O of a part of the keys")
+            gm("partM", "float", "[items, block_q] m of it")
+            gm("partL", "float", "[items, block_q] l of it")
         gm("scores", types["scores"], f"[{DEPTH}, block_q, n] per core: S'")
         gm("p", self.dtype, f"[{DEPTH}, block_q, n] per core: P")
         gm("update", types["update"], f"[{DEPTH}, block_q, E] per core: P·V")
@@ -259,18 +269,26 @@ class _Builder:
         lets: list[Node] = [
             Let("tile", "Mod(item, queryTiles)"),
             Let("head", "Mod(Div(item, queryTiles), heads)"),
-            Let("entry", "Div(item, queryTiles * heads)"),
+            Let("entry", "Mod(Div(item, queryTiles * heads), batch)"),
             Let("kvHead", "Div(head, groups)"),
-            Let("start", f"tile * {q}"),
+            Let("start", "0" if self.k.decode else f"tile * {q}"),
             self._keys_of("entry"),
             Comment("The key tiles that these queries see."),
             *bounds,
-            Let("lo", names["lo"]),
-            Let("tiles", f"{names['hi']} - {names['lo']}"),
+            *self._part(names["lo"], names["hi"]),
             Let("fullLo", names["full_lo"]),
             Let("fullHi", names["full_hi"]),
         ]
         return [For("item", "core", "items", [*lets, *body], "cores")]
+
+    @staticmethod
+    def _part(lo: str, hi: str) -> list[Node]:
+        """The key tiles of this item's part of the keys."""
+        return [
+            Let("part", "Div(item, queryTiles * heads * batch)"),
+            Let("lo", f"{lo} + Div(({hi} - {lo}) * part, parts)"),
+            Let("tiles", f"{lo} + Div(({hi} - {lo}) * (part + 1), parts) - lo"),
+        ]
 
     def _keys_of(self, entry: str) -> Let:
         if self.k.lengths:
@@ -314,10 +332,16 @@ class _Builder:
             )
         if self.k.bias is not None:
             self.rings["bias"] = keep("biasIn", self.dtype, r * self.n, 2, "bias of a slab")
-        self.closing = {"out": keep("outOut", self.dtype, 16 * self.e, note="output rows")}
+        self.closing = {"out": keep("outOut", self.dtype, CLOSING * self.e, note="output rows")}
         if self.k.return_lse:
-            self.closing["lse"] = keep("lseOut", "float", 16 * 8, note="log-sum-exp, a block each")
-            self.closing["column"] = keep("lseColumn", "float", 16, note="log-sum-exp")
+            spread = "log-sum-exp, a block each"
+            self.closing["lse"] = keep("lseOut", "float", CLOSING * 8, note=spread)
+            self.closing["column"] = keep("lseColumn", "float", CLOSING, note="log-sum-exp")
+        self.merging: dict[str, Buffer] = {}
+        for name in ("m", "l", "o", "m2", "l2", "o2") if self.k.decode else ():
+            size = CLOSING * (self.e if name[0] == "o" else 1)
+            note = f"{name[0]} of a part of the keys"
+            self.merging[name] = keep(f"part{name.capitalize()}UB", "float", size, note=note)
         self.vector.counters = ("softmaxTurn", "updateTurn", "tileTurn")
 
         self._first = True  # what comes before the main loop may use all of the memory
@@ -362,8 +386,12 @@ class _Builder:
                 ),
             ],
         )
-        ending = [Call(close, ("entry", "head", "start")), Advance("tileTurn", "tiles")]
-        items = self._items([Call(begin, ()), loop, *ending])
+        end = Call(close, ("entry", "head", "start"))
+        merged: list[Node] = []
+        if self.k.decode:
+            end = Call(self._store_state(), ("item",))
+            merged = [Barrier("ALL"), SyncAll(), Call(self._merge(close), ())]
+        items = self._items([Call(begin, ()), loop, end, Advance("tileTurn", "tiles")])
         ids = [SOFTMAX, SOFTMAX + 1, UPDATE, UPDATE + 1, SINGLE]
         self.vector.body = [
             *[SetFlag("V", "MTE2", i) for i in ids],
@@ -372,6 +400,7 @@ class _Builder:
             *self._prologue(prologue),
             *self._load_weights(),
             *items,
+            *merged,
             *[WaitFlag("V", "MTE2", i) for i in ids],
             *[WaitFlag("MTE3", "V", i) for i in ids],
             WaitFlag("MTE3", "MTE2", 0),
@@ -565,8 +594,8 @@ class _Builder:
                 traced.inputs["scale"]: Scalar("scale"),
             }
             output = traced.outputs["scaled"]
-            at = "((int64_t(entry) * queryLength + row) * heads + head) * " + str(self.d)
-            gap = f"(heads - 1) * {self.d}"
+            at = f"({_row('row')}) * {self.d}"
+            gap = f"(rowStride - 1) * {self.d}"
             loads = self._padded_load(
                 source, self.globals["query"].at(at), rows, "valid", self.d, gap
             )
@@ -864,7 +893,9 @@ class _Builder:
             return Vector(self.state[given].at(place, r), r, 1)
         if given in self.state:
             return Vector(self.state[given].at("row", r), r, 1)
-        return Scalar({"start": "first", "queries": "queryLength"}.get(given, given))
+        if given == "start":  # all rows of a decoding tile are one position
+            return Scalar(0 if self.k.decode else "first")
+        return Scalar(given)
 
     def _bias_load(self, r: int) -> list[Node]:
         """A slab of the bias; what lies beyond its end is zero, and masked."""
@@ -944,27 +975,115 @@ class _Builder:
         comment = "Rescales O and adds P·V of a tile (eq. 10)."
         return self._function(self.vector, "Accumulate", ("t",), comment, body)
 
+    def _slab_state(self, row: Expr) -> dict[str, Value]:
+        """The state of `CLOSING` rows from ``row`` on."""
+        r = CLOSING
+        found: dict[str, Value] = {
+            name: Vector(self.state[name].at(row, r), r, 1) for name in ("m", "l", "f")
+        }
+        found["o"] = Vector(self.state["o"].at(times(row, self.e), r * self.e), r, self.e)
+        return found
+
+    def _settled(self, which: str) -> dict[str, Value]:
+        """One of the two states that are merged."""
+        r = CLOSING
+        found: dict[str, Value] = {
+            name: Vector(self.merging[name + which].at(), r, 1) for name in ("m", "l")
+        }
+        found["o"] = Vector(self.merging["o" + which].at(), r, self.e)
+        return found
+
+    def _part_copies(self, row: str, which: str, pipe: str) -> list[Node]:
+        """Copies of m, l and o between a merging buffer and rows of the workspace."""
+        r, found = CLOSING, []
+        for name, width in (("m", 1), ("l", 1), ("o", self.e)):
+            local = self.merging[name + which].at()
+            place = self.globals[f"part{name.upper()}"].at(f"({row}) * {width}")
+            pair = (local, place) if pipe == "MTE2" else (place, local)
+            found.append(self._copy(*pair, r * width, pipe))
+        return found
+
+    def _store_state(self) -> Function:
+        r = CLOSING
+        traced = stages.settle(self.k, r)
+
+        def body() -> list[Node]:
+            inputs = {traced.inputs[n]: x for n, x in self._slab_state("row").items()}
+            outputs: dict[Any, tuple[Slice, Buffer | None]] = {
+                traced.outputs[name]: (self.merging[name].at(), None) for name in ("m", "l", "o")
+            }
+            compute = self._lowered(traced.equations, inputs, r, outputs)
+            row = f"int64_t(item) * {2 * self.half} + firstRow + row"
+            slab: list[Node] = [
+                WaitFlag("MTE3", "V", SINGLE),
+                *compute,
+                SetFlag("V", "MTE3", SINGLE),
+                WaitFlag("V", "MTE3", SINGLE),
+                *self._part_copies(row, "", "MTE3"),
+                SetFlag("MTE3", "V", SINGLE),
+            ]
+            return [For("row", 0, self.half, slab, r)]
+
+        comment = "Keeps m, l and O of a part of the keys, to be merged."
+        return self._function(self.vector, "StoreState", ("item",), comment, body)
+
+    def _merge(self, close: Function) -> Function:
+        r = CLOSING
+        traced = stages.merge(self.k, r)
+
+        def body() -> list[Node]:
+            given = self._settled("") | {f"{n}2": x for n, x in self._settled("2").items()}
+            inputs = {traced.inputs[n]: x for n, x in given.items()}
+            outputs: dict[Any, tuple[Slice, Buffer | None]] = {}
+            for name in ("m", "l", "o"):
+                old = self.merging[name]
+                outputs[traced.outputs[name]] = (old.at(), old)
+            compute = self._lowered(traced.equations, inputs, r, outputs)
+            row = f"int64_t(unit) * {2 * self.half} + row"
+            first = self._slab(SINGLE, self._part_copies(row, "", "MTE2"), [], [])
+            other = f"(int64_t(part) * batch * heads + unit) * {2 * self.half} + row"
+            more = self._slab(SINGLE, self._part_copies(other, "2", "MTE2"), compute, [])
+            slab: list[Node] = [
+                *first,
+                For("part", 1, "parts", more),
+                Call(close, ("entry", "head", "row")),
+                # The next slab is loaded where this one was computed.
+                SetFlag("V", "MTE2", PADDING),
+                WaitFlag("V", "MTE2", PADDING),
+            ]
+            return self._spread_units(
+                "batch * heads",
+                [
+                    Let("head", "Mod(unit, heads)"),
+                    Let("entry", "Div(unit, heads)"),
+                    For("row", 0, "queryLength", slab, r),
+                ],
+            )
+
+        comment = "The states of all parts of the keys in one (eq. 13)."
+        return self._function(self.vector, "Merge", (), comment, body)
+
     def _close(self) -> Function:
-        r = 16
+        r = CLOSING
         traced = stages.close(self.k, r)
 
         def body() -> list[Node]:
-            given = {name: Vector(self.state[name].at("row", r), r, 1) for name in ("m", "l", "f")}
-            given["o"] = Vector(self.state["o"].at(f"row * {self.e}", r * self.e), r, self.e)
-            inputs: dict[Any, Value] = {traced.inputs[n]: x for n, x in given.items()}
+            if self.k.decode:
+                given = self._settled("") | {"f": Scalar(0.0)}  # which settling has put into m
+            else:
+                given = self._slab_state("row")
+            inputs: dict[Any, Value] = {v: given[n] for n, v in traced.inputs.items()}
             out = self.closing["out"]
             outputs: dict[Any, tuple[Slice, Buffer | None]] = {
                 traced.outputs["out"]: (out.at(), None)
             }
             stores: list[Node] = [
                 self._rows_out(
-                    self.globals["output"].at(
-                        f"((int64_t(entry) * queryLength + first) * heads + head) * {self.e}"
-                    ),
+                    self.globals["output"].at(f"({_row('first')}) * {self.e}"),
                     out.at(),
                     "valid",
                     self.e,
-                    f"(heads - 1) * {self.e}",
+                    f"(rowStride - 1) * {self.e}",
                 )
             ]
             if self.k.return_lse:
@@ -979,17 +1098,11 @@ class _Builder:
                 ]
                 stores.append(
                     self._rows_out(
-                        self.globals["lse"].at(
-                            "(int64_t(entry) * queryLength + first) * heads + head"
-                        ),
-                        lse.at(),
-                        "valid",
-                        1,
-                        "heads - 1",
+                        self.globals["lse"].at(_row("first")), lse.at(), "valid", 1, "rowStride - 1"
                     )
                 )
             lets: list[Node] = [
-                Let("first", "start + firstRow + row"),
+                Let("first", "start" if self.k.decode else "start + firstRow + row"),
                 Let("valid", f"Max(0, Min({r}, queryLength - first))"),
             ]
             slab: list[Node] = [
@@ -1000,6 +1113,8 @@ class _Builder:
                 If("valid > 0", stores),
                 SetFlag("MTE3", "V", SINGLE),
             ]
+            if self.k.decode:  # one slab, which `Merge` has made
+                return [*lets, *slab]
             return [For("row", 0, self.half, [*lets, *slab], r)]
 
         comment = "O/l, rounded to the output's type (eq. 14)."
@@ -1079,6 +1194,7 @@ class _Builder:
             *self._prologue(prologue),
             *self._load_ones(),
             *self._items([*query, loop, *done]),
+            *([SyncAll()] if self.k.decode else []),  # the vector cores merge what they have
             *[WaitFlag("MTE1", "MTE2", i) for i in l1_ids],
             *[WaitFlag("M", "MTE1", i) for i in both],
             *[WaitFlag("FIX", "M", i) for i in both],

@@ -46,6 +46,8 @@ class Kernel:
       bias: which of the axes [B, N, T, S] a bias has, as a string like "1NTS"; None: no bias.
       lengths: whether each batch entry has a length of its own for its keys.
       return_lse: whether the log-sum-exp is written too.
+      decode: one query (T = 1): the query heads of a key head are the rows of a tile, and the keys of
+        a head are split over several cores, whose states are merged.
     """
 
     head_dim: int
@@ -62,6 +64,7 @@ class Kernel:
     bias: str | None = None
     lengths: bool = False
     return_lse: bool = False
+    decode: bool = False
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -109,8 +112,8 @@ class Kernel:
             mask=self.mask(queries, keys),
             plan=self.plan,
             numerics=self.numerics,
-            groups=1,
-            block_q=rows,
+            groups=rows if self.decode else 1,
+            block_q=1 if self.decode else rows,
             value_size=self.value_head_dim,
             parts=parts,
         )
@@ -173,9 +176,9 @@ def trace(function: Callable[..., dict[str, Any]], shapes: dict[str, Any]) -> Tr
 
 def key_range(kernel: Kernel) -> tuple[list[Node], dict[str, str]]:
     """The key tiles that the queries from ``start`` on see, as the mask itself says it: statements
-    and the names of lo, full_lo, full_hi, hi. Numbers: start, queryLength, keys.
+    and the names of lo, full_lo, full_hi, hi. Numbers: start, queries, keys.
     """
-    rows = kernel.schedule.block_q
+    rows = 1 if kernel.decode else kernel.schedule.block_q
 
     def found(start: Array, queries: Array, keys: Array) -> dict[str, Any]:
         mask = kernel.mask(queries, keys)
@@ -183,8 +186,7 @@ def key_range(kernel: Kernel) -> tuple[list[Node], dict[str, str]]:
         return {name: jnp.asarray(x, jnp.int32) for name, x in r._asdict().items()}
 
     traced = trace(found, {"start": _INT, "queries": _INT, "keys": _INT})
-    numbers = {"queries": "queryLength"}
-    inputs: dict[Var, Value] = {v: Scalar(numbers.get(n, n)) for n, v in traced.inputs.items()}
+    inputs: dict[Var, Value] = {v: Scalar(n) for n, v in traced.inputs.items()}
     low = Lowering(1, _no_memory, inputs, prefix="at")
     low.lower(traced.equations)
     values = {name: low.value(x) for name, x in traced.outputs.items()}
@@ -415,11 +417,49 @@ def _rounded(var: Var, equations: list[Equation]) -> tuple[Var, str]:
     return var, str(var.aval.dtype)
 
 
+_PARTIAL = ("m", "l", "o")  # of a state that is settled
+
+
+def _state_shapes(kernel: Kernel, rows: int, *, settled: bool) -> dict[str, Any]:
+    stat = jnp.dtype(jnp.float32) if settled else kernel.numerics.statistics
+    acc = jnp.dtype(jnp.float32 if settled else kernel.precision.accumulator)
+    column = jax.ShapeDtypeStruct((rows, 1), stat)
+    o = jax.ShapeDtypeStruct((rows, kernel.value_head_dim), acc)
+    return {"m": column, "l": column, "o": o, "f": column}
+
+
+def _needed(traced: Trace) -> Trace:
+    """The trace without what its outputs do not need."""
+    kept = _stage(traced.equations, {v: n for n, v in traced.inputs.items()}, traced.outputs)
+    return replace(traced, equations=kept.equations)
+
+
+def settle(kernel: Kernel, rows: int) -> Trace:
+    """m, l and o of a slab that has seen some keys, to be merged, in float32."""
+
+    def found(m: Array, l: Array, o: Array, f: Array) -> dict[str, Any]:  # noqa: E741
+        state = tile.settle(tile.State(m, l, o, f), kernel.numerics)
+        return {name: getattr(state, name) for name in _PARTIAL}
+
+    return _needed(trace(found, _state_shapes(kernel, rows, settled=False)))
+
+
+def merge(kernel: Kernel, rows: int) -> Trace:
+    """The state over the keys of two settled ones; the other's names have a 2."""
+    one = _state_shapes(kernel, rows, settled=True)
+    shapes = {n: one[n] for n in _PARTIAL} | {f"{n}2": one[n] for n in _PARTIAL}
+
+    def found(**x: Array) -> dict[str, Any]:
+        zero = jnp.zeros_like(x["m"])
+        a, b = (tile.State(x[f"m{n}"], x[f"l{n}"], x[f"o{n}"], zero) for n in ("", "2"))
+        state = tile.merge(a, b, kernel.numerics)
+        return {name: getattr(state, name) for name in _PARTIAL}
+
+    return _needed(trace(found, shapes))
+
+
 def close(kernel: Kernel, rows: int) -> Trace:
     """The output and the log-sum-exp of a slab that has seen all its keys."""
-    stat = kernel.numerics.statistics
-    column = jax.ShapeDtypeStruct((rows, 1), stat)
-    o = jax.ShapeDtypeStruct((rows, kernel.value_head_dim), jnp.dtype(kernel.precision.accumulator))
 
     def found(m: Array, l: Array, o: Array, f: Array) -> dict[str, Any]:  # noqa: E741
         walk = kernel.walk(rows, 0, 0)
@@ -428,6 +468,4 @@ def close(kernel: Kernel, rows: int) -> Trace:
         out, _ = walk.rounded(done.out, jnp.dtype(kernel.dtype))
         return {"out": out, "lse": done.lse if kernel.return_lse else None}
 
-    traced = trace(found, {"m": column, "l": column, "o": o, "f": column})
-    kept = _stage(traced.equations, {v: n for n, v in traced.inputs.items()}, traced.outputs)
-    return replace(traced, equations=kept.equations)
+    return _needed(trace(found, _state_shapes(kernel, rows, settled=kernel.decode)))

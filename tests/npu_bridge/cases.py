@@ -59,7 +59,23 @@ CASES: dict[str, Case] = {
     "8 query heads a key head": Case(
         {"is_causal": True}, {"heads": 8, "kv_heads": 1, "queries": 130, "keys": 300}, full=True
     ),
-    "decode": Case({}, {"queries": 1, "keys": 1500, "heads": 4}, 512, full=True),
+    "decode, split keys": Case(
+        {
+            "decode": True,
+            "is_causal": True,
+            "causal_alignment": "bottom_right",
+            "lengths": True,
+            "return_lse": True,
+        },
+        {"batch": 3, "keys": 900, "heads": 20, "kv_heads": 1},
+        128,
+    ),
+    "decode, split keys, paper": Case(
+        {"decode": True, "shift": "paper", "precision": "paper"},
+        {"keys": 600, "heads": 4, "kv_heads": 4},
+        full=True,
+    ),
+    "one query, not split": Case({}, {"queries": 1, "keys": 1500, "heads": 4}, 512, full=True),
     "one key": Case({}, {"queries": 3, "keys": 1}, full=True),
     "head size 64": Case({"head_dim": 64}, _ODD, 512, full=True),
     "head size 192": Case({"head_dim": 192, "is_causal": True}, _ODD, full=True),
