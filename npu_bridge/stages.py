@@ -46,8 +46,8 @@ class Kernel:
       bias: which of the axes [B, N, T, S] a bias has, as a string like "1NTS"; None: no bias.
       lengths: whether each batch entry has a length of its own for its keys.
       return_lse: whether the log-sum-exp is written too.
-      decode: one query (T = 1): the query heads of a key head are the rows of a tile, and the keys of
-        a head are split over several cores, whose states are merged.
+      decode: one query (T = 1): the query heads of a key head are the rows of a tile, and the keys
+        of a head are split over several cores, whose states are merged.
     """
 
     head_dim: int
