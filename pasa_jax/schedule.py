@@ -123,8 +123,8 @@ class Schedule:
             tiles = slab * self.block_kv * (3 * item + 4) + slab * e * (4 + item)
             return {
                 "L1": 4 * sub * (head_dim + sub) * item,
-                "L0A": 2 * sub * sub * item,
-                "L0B": 2 * sub * sub * item,
+                "L0A": 2 * sub * min(head_dim, sub) * item,
+                "L0B": 2 * sub * min(max(head_dim, e), sub) * item,
                 "L0C": 2 * sub * sub * 4,
                 "UB": half * e * 4 + tiles + 6 * 1024,  # and what is one number a row
             }
