@@ -329,6 +329,18 @@ def device(target: str) -> Any:
     ).devices[0]
 
 
+def _as_if_on(target: str) -> contextlib.AbstractContextManager[Any]:
+    """Names the GPU that Triton is lowered for; newer versions of JAX ask for one."""
+    gpu = GPUS.get(target)
+    if gpu is None:
+        return contextlib.nullcontext()
+    # JAX 0.12 knows GPUs by name, the RTX 5090 not; the RTX PRO 6000 has its architecture.
+    name = "NVIDIA RTX PRO 6000" if target == "rtx5090" else gpu.name
+    device = jax.sharding.AbstractDevice(name, gpu.cores, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def _compile(job: dict[str, Any], dump: Path) -> Report:
     for part in _PARTS:
         shutil.rmtree(dump / part, ignore_errors=True)
@@ -343,7 +355,7 @@ def _compile(job: dict[str, Any], dump: Path) -> Report:
     start = time.perf_counter()
     x64 = jax.enable_x64(True) if job["x64"] else contextlib.nullcontext()
     try:
-        with x64:
+        with x64, _as_if_on(target):
             make = getattr(importlib.import_module(module), name)
             function, arguments = make(array, **job["arguments"])
             lowered = jax.jit(function).lower(*arguments)
