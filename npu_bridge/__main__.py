@@ -25,7 +25,7 @@ Target = Annotated[str, typer.Option(help="910b or 910_93.")]
 HeadDim = Annotated[int, typer.Option(help="D: 64, 128, 192 or 256.")]
 ValueDim = Annotated[int | None, typer.Option("--value-head-dim", help="E; default D.")]
 Dtype = Annotated[str, typer.Option(help="float16 or bfloat16.")]
-Shift = Annotated[str, typer.Option(help="none, paper or mean.")]
+Shift = Annotated[str, typer.Option(help="none, paper, mean or reference.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Query i sees keys up to i.")]
 BottomRight = Annotated[
     bool, typer.Option("--bottom-right", help="The last query stands at the last key.")

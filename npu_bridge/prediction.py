@@ -436,6 +436,7 @@ NAMED = {
     "mean, float16 tiles": ("mean", _TILES),
     "none, float16 tiles": ("none", _TILES),
     "mean": ("mean", Precision(scores="float16", probabilities="float16")),
+    "reference, float16 tiles": ("reference", _TILES),
     "none": ("none", Precision(scores="float16", probabilities="float16")),
     "paper, all float16": ("paper", Precision.named("paper")),
     "paper, float32 statistics": ("paper", Precision(scores="float16", probabilities="float16")),

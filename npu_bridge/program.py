@@ -54,7 +54,13 @@ AHEAD = 2  # key tiles by which the scores are ahead of the values
 DEPTH = AHEAD + 1  # tiles of each kind in the workspace
 LAG = 1  # key tiles by which the output is behind the probabilities
 CARRIED = LAG + 1
-FLAGS = {"SCORES_READY": 0, "P_READY": 1, "UPDATE_READY": 2}
+FLAGS = {
+    "SCORES_READY": 0,
+    "P_READY": 1,
+    "UPDATE_READY": 2,
+    "REFERENCE_READY": 3,  # these two of the shift "reference" only
+    "SHIFTED_READY": 4,
+}
 # Event ids of the vector core, per pair of pipes.
 SOFTMAX, UPDATE, SINGLE, PADDING = 0, 2, 4, 5
 
@@ -231,7 +237,11 @@ class _Builder:
         if k.shift == "paper":
             gm("keyTail", self.dtype, "[B, K, n, D] the last block, if it is not full")
         gm("valueTail", self.dtype, "[B, K, n, E] the last block, if it is not full")
-        if k.shift == "mean":
+        if self.lags:
+            gm("keyTail", self.dtype, "[B, K, n, D] the last block, if it is not full")
+            gm("shifted", types["shifted"], f"[{DEPTH}, block_q, n] per core: S − r")
+            gm("minus", self.dtype, f"[{DEPTH}, {LEAST}, block_q] per core: −r in two halves")
+        if "offsets" in types:
             gm("kappa", self.dtype, f"[B, K, blocks, {LEAST}, D] κ, rows equal")
             gm("offsets", types["offsets"], f"[{DEPTH}, block_q, {LEAST}] per core: q·κ")
         if "sums" in types:
@@ -247,7 +257,12 @@ class _Builder:
 
     @property
     def shifted(self) -> bool:
-        return self.k.shift in ("mean", "paper")
+        return self.k.shift in ("mean", "paper", "reference")
+
+    @property
+    def lags(self) -> bool:
+        """Whether scores are formed again, minus a row reference that the first ones gave."""
+        return self.full.refer is not None
 
     # The whole.
 
@@ -322,6 +337,11 @@ class _Builder:
             "p": keep("pOut", self.dtype, r * self.n, note="P of a slab"),
             "update": keep("updateIn", p["value"].dtype, r * self.e, self.slots, "P·V of a slab"),
         }
+        if self.lags:
+            self.rings["shifted"] = keep(
+                "shiftedIn", p["raw"].dtype, r * self.n, 2, "S − r of a slab"
+            )
+            self.minus = keep("minusOut", self.dtype, 2 * max(r, LEAST), note="−r in two halves")
         if "kappa" in p:
             self.rings["offsets"] = keep(
                 "offsetsIn", p["kappa"].dtype, r * COLUMNS, 2, "q·κ of a slab"
@@ -347,8 +367,10 @@ class _Builder:
         self._first = True  # what comes before the main loop may use all of the memory
         queries = self._prepare_queries()
         prologue: list[Node] = [Call(queries, ())]
-        if self.k.shift == "mean":
+        if "kappa" in p:
             prologue.append(Call(self._prepare_keys(), ()))
+        if self.lags:
+            prologue.append(Call(self._prepare_minus(), ()))
         if "ones" in p:
             prologue.append(Call(self._prepare_ones(), ()))
         prologue += [Barrier("ALL"), Call(self._prepare_tails(), ())]
@@ -373,6 +395,7 @@ class _Builder:
                     "t < tiles",
                     [
                         CrossWait("MTE2", FLAGS["SCORES_READY"], "SCORES_READY"),
+                        *self._referring(arguments, unmasked),
                         softmax,
                         CrossSet("MTE3", FLAGS["P_READY"], "P_READY"),
                     ],
@@ -788,6 +811,118 @@ class _Builder:
         comment = "Ones, by which the cube unit multiplies P to add it up."
         return self._function(self.vector, "PrepareOnes", (), comment, body)
 
+    def _prepare_minus(self) -> Function:
+        rows = 2 * self.half
+
+        def body() -> list[Node]:
+            size = DEPTH * LEAST * rows
+            zeros = self._temporary("zerosOut", self.dtype, size)
+            fill = Instruction(
+                f"Duplicate(zerosOut.ReinterpretCast<half>(), half(0.0f), {size})",
+                "V",
+                (zeros.at(),),
+                (),
+                size * self.item,
+            )
+            to = self.globals["minus"].at(f"int64_t(core) * {size}")
+            nodes: list[Node] = [
+                WaitFlag("MTE3", "V", SINGLE),
+                fill,
+                SetFlag("V", "MTE3", SINGLE),
+                WaitFlag("V", "MTE3", SINGLE),
+                self._copy(to, zeros.at(), size, "MTE3"),
+                SetFlag("MTE3", "V", SINGLE),
+            ]
+            return [If("(firstRow == 0) & (core < cores)", nodes)]
+
+        comment = "Zeros where the halves of r are two of as many rows as the cube unit multiplies."
+        return self._function(self.vector, "PrepareMinus", (), comment, body)
+
+    def _referring(self, arguments: tuple[str, ...], unmasked: str) -> list[Node]:
+        """Finds r of a tile, and waits for the scores without it."""
+        if not self.lags:
+            return []
+        assert self.full.refer is not None
+        assert self.cut.refer is not None
+        full = self._refer("Refer", self.full.refer, self.rows)
+        cut = self._refer("ReferMasked", self.cut.refer, self.slabs.masked)
+        condition = f"({unmasked}) & (lo + t < fullHi)"
+        return [
+            If(condition, [Call(full, arguments)], [Call(cut, arguments)]),
+            CrossSet("MTE3", FLAGS["REFERENCE_READY"], "REFERENCE_READY"),
+            CrossWait("MTE2", FLAGS["SHIFTED_READY"], "SHIFTED_READY"),
+        ]
+
+    def _refer(self, name: str, stage: stages.Stage, r: int) -> Function:
+        rows = 2 * self.half
+
+        def body() -> list[Node]:
+            inputs = {var: self._stage_input(given, r) for given, var in stage.inputs.items()}
+            outputs: dict[Any, tuple[Slice, Buffer | None]] = {}
+            for out, var in stage.outputs.items():
+                if out in ("high", "low"):
+                    outputs[var] = (self.minus.at(r if out == "low" else 0, r), None)
+                else:
+                    outputs[var] = (self._carried(out, r), None)
+            names = {var: f"new_{out}" for out, var in stage.outputs.items()}
+            compute = self._lowered(stage.equations, inputs, r, outputs, names)
+            both = self.minus.at(0, 2 * r)
+            compute += [
+                Barrier("V"),
+                Instruction(
+                    f"Muls(minusOut, minusOut, {self.dtype}(-1.0f), {2 * r})",
+                    "V",
+                    (both,),
+                    (both,),
+                    2 * r * self.item,
+                ),
+            ]
+            loads = self._stage_loads(stage, r)
+            place = f"(int64_t(core) * {DEPTH} + {self._slot_of(DEPTH, 't')}) * {LEAST * rows}"
+            to = self.globals["minus"].at(f"{place} + firstRow + row")
+            stores: list[Node] = [self._rows_out(to, both, 2, r, f"{rows - r}")]
+            slab = self._slab("slot", loads, compute, stores, SINGLE)
+            return [
+                For("row", 0, self.half, [*self._slab_lets(), *slab, Advance("softmaxTurn")], r)
+            ]
+
+        cut = "with" if name != "Refer" else "without"
+        comment = (
+            f"r, the running maximum, or the block's if there is none (eq. 11), {cut} the mask."
+        )
+        parameters = ("entry", "head", "start", "keys", "j", "t")
+        return self._function(self.vector, name, parameters, comment, body)
+
+    def _carried(self, name: str, r: int) -> Slice:
+        """Where a column that is carried lies, for the tile t."""
+        place = f"{self._slot_of(CARRIED, 't')} * {self.half} + row"
+        return self.state[name].at(place, r)
+
+    def _slab_lets(self) -> list[Node]:
+        """Names of what a slab of S' is."""
+        at = f"int64_t(core) * {DEPTH * 2 * self.half} + " + (
+            f"{self._slot_of(DEPTH, 't')} * {2 * self.half} + firstRow + row"
+        )
+        return [
+            Let("slot", "Mod(softmaxTurn, 2)"),
+            Let("first", "start + firstRow + row"),
+            Let("place", at, "int64_t"),
+        ]
+
+    def _stage_loads(self, stage: stages.Stage, r: int) -> list[Node]:
+        """Loads what a stage reads of scores, offsets and bias."""
+        loads: list[Node] = []
+        for name in ("scores", "shifted"):
+            if name in stage.inputs:
+                to, source = self._ring_slot(name), self.globals[name].at(f"place * {self.n}")
+                loads.append(self._copy(to, source, r * self.n, "MTE2"))
+        if "offsets" in stage.inputs:
+            source = self.globals["offsets"].at(f"place * {LEAST}")
+            loads.append(self._first_columns(self._ring_slot("offsets"), source, r))
+        if "bias" in stage.inputs:
+            loads += self._bias_load(r)
+        return loads
+
     def _begin(self) -> Function:
         def body() -> list[Node]:
             lowest = {"float": "-3.4028234663852886e+38f", "half": "half(-65504.0f)"}
@@ -817,42 +952,19 @@ class _Builder:
         stage = step.softmax
 
         def body() -> list[Node]:
-            inputs: dict[Any, Value] = {}
-            for given, var in stage.inputs.items():
-                inputs[var] = self._stage_input(given, r)
+            inputs = {var: self._stage_input(given, r) for given, var in stage.inputs.items()}
             outputs: dict[Any, tuple[Slice, Buffer | None]] = {}
             for out, var in stage.outputs.items():
                 if out == "p":
                     outputs[var] = (self.rings["p"].at(0, r * self.n), None)
                 elif out in step.carried:
-                    place = f"{self._slot_of(CARRIED, 't')} * {self.half} + row"
-                    outputs[var] = (self.state[out].at(place, r), None)
+                    outputs[var] = (self._carried(out, r), None)
                 else:
                     outputs[var] = (self.state[out].at("row", r), self.state[out])
             names = {var: f"new_{out}" for out, var in stage.outputs.items()}
-            spare = [Slice(s.buffer, s.offset, r * self.n) for s in [self._ring_slot("scores")]]
+            read = self._ring_slot("shifted" if self.lags else "scores")
+            spare = [Slice(read.buffer, read.offset, r * self.n)]
             compute = self._lowered(stage.equations, inputs, r, outputs, names, spare)
-            at = f"int64_t(core) * {DEPTH * 2 * self.half} + " + (
-                f"{self._slot_of(DEPTH, 't')} * {2 * self.half} + firstRow + row"
-            )
-            loads: list[Node] = [
-                self._copy(
-                    self.rings["scores"].slot("slot"),
-                    self.globals["scores"].at(f"place * {self.n}"),
-                    r * self.n,
-                    "MTE2",
-                )
-            ]
-            if "offsets" in self.rings:
-                loads.append(
-                    self._first_columns(
-                        self.rings["offsets"].slot("slot"),
-                        self.globals["offsets"].at(f"place * {LEAST}"),
-                        r,
-                    )
-                )
-            if "bias" in self.rings:
-                loads += self._bias_load(r)
             stores: list[Node] = [
                 self._copy(
                     self.globals["p"].at(f"place * {self.n}"),
@@ -861,13 +973,10 @@ class _Builder:
                     "MTE3",
                 )
             ]
-            lets: list[Node] = [
-                Let("slot", "Mod(softmaxTurn, 2)"),
-                Let("first", "start + firstRow + row"),
-                Let("place", at, "int64_t"),
+            slab = self._slab("slot", self._stage_loads(stage, r), compute, stores, SOFTMAX)
+            return [
+                For("row", 0, self.half, [*self._slab_lets(), *slab, Advance("softmaxTurn")], r)
             ]
-            slab = self._slab("slot", loads, compute, stores, SOFTMAX)
-            return [For("row", 0, self.half, [*lets, *slab, Advance("softmaxTurn")], r)]
 
         cut = "with" if name != "Softmax" else "without"
         comment = f"From S' to P, and the row statistics (eq. 9, 10), {cut} the mask."
@@ -889,8 +998,7 @@ class _Builder:
             place = f"Pick(j == Div(keys, {self.n}), {self.n}, 0)"
             return Vector(self.state["weights"].at(place, self.n), self.n, 1)
         if given in self.full.carried:
-            place = f"{self._slot_of(CARRIED, 't')} * {self.half} + row"
-            return Vector(self.state[given].at(place, r), r, 1)
+            return Vector(self._carried(given, r), r, 1)
         if given in self.state:
             return Vector(self.state[given].at("row", r), r, 1)
         if given == "start":  # all rows of a decoding tile are one position
@@ -1136,6 +1244,10 @@ class _Builder:
         }
         if "ones" in self.full.products:
             self.l1["ones"] = keep("onesL1", self.dtype, SUB * LEAST, note="ones, Nz")
+        if self.lags:
+            self.l1["minus"] = keep("minusL1", self.dtype, LEAST * SUB, 2, "−r by rows, Nz")
+            if "ones" not in self.l1:
+                raise PlanError("the shift 'reference' wants float32 statistics")
         self.l0a = m["L0A"].keep("a", self.dtype, SUB * SUB, 2, "left matrix, Zz")
         self.l0b = m["L0B"].keep("b", self.dtype, SUB * SUB, 2, "right matrix, Zn")
         self.l0c = m["L0C"].keep("c", "float", SUB * SUB, 2, "product in float32, Nz")
@@ -1144,12 +1256,21 @@ class _Builder:
         if self.k.shift == "paper":
             prologue = [SyncAll(), Call(self._shift_keys(), ())]
         scores, values = self._scores(), self._values()
+        # A reference lags by no tile: what it is taken off waits for the tile before.
+        ahead = 1 if self.lags else AHEAD
         arguments = ("entry", "kvHead", "keys", "lo + t", "t")
-        behind = ("entry", "kvHead", "keys", f"lo + t - {AHEAD}", f"t - {AHEAD}")
+        behind = ("entry", "kvHead", "keys", f"lo + t - {ahead}", f"t - {ahead}")
+        shifting: list[Node] = []
+        if self.lags:
+            shifting = [
+                CrossWait("MTE2", FLAGS["REFERENCE_READY"], "REFERENCE_READY"),
+                Call(self._shifted(), behind),
+                CrossSet("FIX", FLAGS["SHIFTED_READY"], "SHIFTED_READY"),
+            ]
         loop = For(
             "t",
             0,
-            f"tiles + {AHEAD}",
+            f"tiles + {ahead}",
             [
                 If(
                     "t < tiles",
@@ -1159,8 +1280,9 @@ class _Builder:
                     ],
                 ),
                 If(
-                    f"t >= {AHEAD}",
+                    f"t >= {ahead}",
                     [
+                        *shifting,
                         CrossWait("MTE2", FLAGS["P_READY"], "P_READY"),
                         Call(values, behind),
                         CrossSet("FIX", FLAGS["UPDATE_READY"], "UPDATE_READY"),
@@ -1327,46 +1449,106 @@ class _Builder:
             )
         ]
 
-    def _scores(self) -> Function:
-        def product(load: list[Node], to: Slice, n: int, stride: int) -> list[Node]:
-            """The query tile times ``n`` rows that ``load`` brings."""
-            left = Slice(self.l1["query"], f"querySlot * {SUB * self.d} + k * {SUB}", SUB * self.d)
-            right = Slice(self.l1["key"], f"slot * {SUB * self.d} + k * {n}", n * self.d)
-            multiply = For(
-                "k",
-                0,
-                self.d,
-                self._multiply(
-                    left, right, n=n, k=self.chunk_d, right_rows=n, by_rows=False, first="k == 0"
-                ),
-                self.chunk_d,
-            )
-            return [
-                Let("slot", "Mod(keyTurn, 2)"),
-                WaitFlag("MTE1", "MTE2", "slot"),
-                *load,
-                SetFlag("MTE2", "MTE1", "slot"),
-                WaitFlag("MTE2", "MTE1", "slot"),
-                *self._collect([multiply, SetFlag("MTE1", "MTE2", "slot")], to, n, stride),
-                Advance("keyTurn"),
-            ]
+    def _by_columns(self, left_slot: str, n: int) -> For:
+        """The query tile times n rows of keys in L1, over the columns of both."""
+        left = Slice(self.l1["query"], f"{left_slot} * {SUB * self.d} + k * {SUB}", SUB * self.d)
+        right = Slice(self.l1["key"], f"slot * {SUB * self.d} + k * {n}", n * self.d)
+        multiply = self._multiply(
+            left, right, n=n, k=self.chunk_d, right_rows=n, by_rows=False, first="k == 0"
+        )
+        return For("k", 0, self.d, multiply, self.chunk_d)
 
+    def _query_times(
+        self, load: list[Node], to: Slice, n: int, stride: int, more: Sequence[Node] = ()
+    ) -> list[Node]:
+        """The query tile times ``n`` rows that ``load`` brings, and what ``more`` adds."""
+        product = [self._by_columns("querySlot", n), *more, SetFlag("MTE1", "MTE2", "slot")]
+        return [
+            Let("slot", "Mod(keyTurn, 2)"),
+            WaitFlag("MTE1", "MTE2", "slot"),
+            *load,
+            SetFlag("MTE2", "MTE1", "slot"),
+            WaitFlag("MTE2", "MTE1", "slot"),
+            *self._collect(product, to, n, stride),
+            Advance("keyTurn"),
+        ]
+
+    def _scores(self) -> Function:
         def body() -> list[Node]:
             to = self.l1["key"].slot("slot")
             nodes: list[Node] = [self._place("t"), Let("querySlot", "Mod(queryTurn, 2)")]
             load = self._key_rows(to, "key", SUB, self.d, "sub")
             out = self.globals["scores"].at(f"place * {self.n} + sub")
-            nodes.append(For("sub", 0, self.n, product(load, out, SUB, self.n), SUB))
+            nodes.append(For("sub", 0, self.n, self._query_times(load, out, SUB, self.n), SUB))
             if "kappa" in self.full.products:
                 at = f"((int64_t(entry) * kvHeads + kvHead) * keyBlocks + j) * {LEAST * self.d}"
                 load = [self._to_l1(to, self.globals["kappa"].at(at), LEAST, self.d, str(self.d))]
                 out = self.globals["offsets"].at(f"place * {LEAST}")
-                nodes += product(load, out, LEAST, LEAST)
+                nodes += self._query_times(load, out, LEAST, LEAST)
             return nodes
 
         comment = "S' = Q·K'ᵀ of a tile (eq. 4, 7), rounded on its way out."
         parameters = ("entry", "kvHead", "keys", "j", "t")
         return self._function(self.cube, "Scores", parameters, comment, body)
+
+    def _shifted(self) -> Function:
+        def body() -> list[Node]:
+            minus = self.l1["minus"]
+            at = self.globals["minus"].at(f"Div(place, {2 * self.half}) * {LEAST * 2 * self.half}")
+            load = self._raw_rows(self.l1["key"].slot("slot"), "key", SUB, self.d, "sub")
+            load.append(self._to_l1(minus.slot("slot"), at, LEAST, SUB, str(SUB)))
+            out = self.globals["shifted"].at(f"place * {self.n} + sub")
+            product = self._query_times(load, out, SUB, self.n, self._minus_product())
+            return [
+                self._place("t"),
+                Let("querySlot", "Mod(queryTurn, 2)"),
+                For("sub", 0, self.n, product, SUB),
+            ]
+
+        comment = "S − r = Q·Kᵀ − r of a tile: −r is two more columns of Q, in halves (eq. 11)."
+        parameters = ("entry", "kvHead", "keys", "j", "t")
+        return self._function(self.cube, "Shifted", parameters, comment, body)
+
+    def _minus_product(self) -> list[Node]:
+        """Adds −r, 16 rows of which two are not zero, times ones."""
+        a, b, c = self.l0a, self.l0b, self.l0c
+        minus, ones = self.l1["minus"], self.l1["ones"]
+        load_a = Instruction(
+            f"LoadData(a[last * {a.count}], {minus.slot('slot')}, "
+            f"LoadData2DParams{{0, {SUB // 16}, 1, 0, 0, true, 0}})",
+            "MTE1",
+            (a.slot("last"),),
+            (minus.slot("slot"),),
+            SUB * LEAST * self.item,
+        )
+        load_b = Instruction(
+            f"LoadData(b[last * {b.count}], {ones.name}, "
+            f"LoadData2DParams{{0, {SUB // 16}, 1, 0, 0, false, 0}})",
+            "MTE1",
+            (b.slot("last"),),
+            (ones.at(),),
+            SUB * LEAST * self.item,
+        )
+        mmad = Instruction(
+            f"Mmad(c[product * {c.count}], a[last * {a.count}], b[last * {b.count}], "
+            f"MmadParams{{{SUB}, {SUB}, {LEAST}, 0, false, false}})",
+            "M",
+            (c.slot("product"),),
+            (a.slot("last"), b.slot("last"), c.slot("product")),
+            SUB * SUB * LEAST,
+        )
+        return [
+            Let("last", "Mod(l0Turn, 2)"),
+            WaitFlag("M", "MTE1", "last"),
+            load_a,
+            load_b,
+            SetFlag("MTE1", "M", "last"),
+            WaitFlag("MTE1", "M", "last"),
+            mmad,
+            Barrier("M"),
+            SetFlag("M", "MTE1", "last"),
+            Advance("l0Turn"),
+        ]
 
     def _accumulated(
         self, left: list[Node], right: list[Node], to: Slice, n: int, stride: int

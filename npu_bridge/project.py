@@ -178,6 +178,8 @@ def _count(name: str, k: Kernel) -> str:
         "partM": "queryRows * parts",
         "partL": "queryRows * parts",
         "scores": "coreRows * PASA_BLOCK_KV",
+        "shifted": "coreRows * PASA_BLOCK_KV",
+        "minus": f"coreRows * {LEAST}",
         "p": "coreRows * PASA_BLOCK_KV",
         "update": "coreRows * PASA_VALUE_HEAD_DIM",
     }[name]

@@ -41,7 +41,7 @@ class Kernel:
     Arguments:
       head_dim, value_head_dim: D and E.
       dtype: of query, key, value and output, "float16" or "bfloat16".
-      shift: "none", "paper" or "mean".
+      shift: "none", "paper", "mean" or "reference".
       is_causal, causal_alignment, window, logits_soft_cap: as `dot_product_attention` takes them.
       bias: which of the axes [B, N, T, S] a bias has, as a string like "1NTS"; None: no bias.
       lengths: whether each batch entry has a length of its own for its keys.
@@ -131,7 +131,9 @@ class TracedWalk(Walk):
 
     def key(self, j: Index) -> tile.KeyTile:
         p = self.parts
-        return tile.KeyTile(p["key"], p["value"], None, p.get("kappa"), p.get("weights"))
+        return tile.KeyTile(
+            p["key"], p["value"], None, p.get("kappa"), p.get("weights"), p.get("raw")
+        )
 
     def key_start(self, j: Index) -> Index:
         return j * self.block_kv
@@ -250,6 +252,7 @@ class Product:
       left: "query", or the name of the value that the vector unit hands over.
       right: "key", "kappa" or "value".
       dtype: the C++ type in which its result is handed over.
+      minus: whether a column that the vector unit hands over is taken off it, in float32.
     """
 
     name: str
@@ -257,6 +260,7 @@ class Product:
     right: str
     columns: int
     dtype: str
+    minus: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,19 +277,28 @@ class Step:
     """One key tile: products and the vector stages between them.
 
     Arguments:
-      products: by what they multiply with: "key", "kappa", "value".
+      products: by what they multiply with: "key", "raw", "kappa", "value", "ones".
+      refer: from the first scores to the row reference that is taken off the second ones, in two
+        halves "high" and "low" of the inputs' type; None but for the shift "reference".
       softmax: from the scores to the probabilities, m, l and f.
       accumulate: the output.
-      carried: columns that the second stage takes over from the first.
+      carried: columns that a stage takes over from the one before.
     """
 
     products: dict[str, Product]
+    refer: Stage | None
     softmax: Stage
     accumulate: Stage
     carried: tuple[str, ...]
 
 
-_PRODUCTS = {"key": "scores", "kappa": "offsets", "value": "update", "ones": "sums"}
+_PRODUCTS = {
+    "key": "scores",
+    "raw": "shifted",
+    "kappa": "offsets",
+    "value": "update",
+    "ones": "sums",
+}
 _STATE = ("m", "l", "o", "f")
 
 
@@ -304,7 +317,9 @@ def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
         "f": column,
         **dict.fromkeys(("start", "queries", "keys", "j", "t"), _INT),
     }
-    if kernel.shift == "mean":
+    if kernel.shift == "reference":
+        shapes["raw"] = jax.ShapeDtypeStruct((n, d), dtype)
+    if kernel.shift in ("mean", "reference"):
         shapes["kappa"] = jax.ShapeDtypeStruct((COLUMNS, d), dtype)
     if kernel.shift == "paper":
         shapes["weights"] = jax.ShapeDtypeStruct((n, 1), jnp.float32)
@@ -327,70 +342,144 @@ def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
 
 def _cut(traced: Trace) -> Step:
     names = {var: name for name, var in traced.inputs.items()}
-    level = dict.fromkeys(names, 1)
-    products: dict[str, Product] = {}
-    stages: dict[int, list[Equation]] = {1: [], 2: []}
-    handed: dict[Var, str] = {}  # what the vector unit gives the cube
-    results: dict[Var, str] = {}
-    alias: dict[Var, Var] = {}
-    equations = list(traced.equations)
-    for eqn in equations:
+    found = _find_products(traced, names)
+    products, results = found.products, found.results
+    vector = [e for e in traced.equations if e.output not in found.inside]
+    level, last = _levels(traced, found.waits)
+    known = {**names, **results}
+    pure = _pure(vector, set(results) | {traced.inputs[n] for n in _STATE})
+    outputs = {n: x for n, x in traced.outputs.items() if x is not traced.inputs.get(n)}
+    for x in outputs.values():
+        if isinstance(x, Scalar):
+            raise LoweringError("a state of the softmax is a plain number")
+    handed = {  # level -> what the vector unit gives the cube at its end, by name
+        at: {n: x for x, n in found.given.items() if level.get(x, 1) == at} for at in range(1, last)
+    }
+    carried: dict[str, Var] = {}
+    for at in range(2, last + 1):  # columns that are used in a later stage than they are made in
+        for eqn in (e for e in vector if level[e.output] == at and e.output not in pure):
+            for x in eqn.inputs:
+                early = isinstance(x, Var) and x not in known and level[x] < at
+                if not early or x in pure or x in carried.values():
+                    continue
+                if x.aval.shape[-1:] != (1,):
+                    raise LoweringError(f"only columns are kept for a later stage, not {x.aval}")
+                carried[f"factor{len(carried) + 1}"] = x
+    taken = {var: name for name, var in carried.items()}
+    stages = []
+    for at in range(1, last + 1):
+        body = [e for e in vector if level[e.output] == at or e.output in pure]
+        wanted = {n: x for n, x in outputs.items() if level.get(x, 1) == at}
+        wanted |= {n: x for n, x in carried.items() if level[x] == at}
+        wanted |= handed.get(at, {})
+        before = {x: n for x, n in taken.items() if level[x] < at}
+        stages.append(_stage(body, {**known, **before}, wanted))
+    refer = stages[0] if last == 3 else None
+    return Step(products, refer, *stages[-2:], tuple(carried))
+
+
+@dataclass(frozen=True)
+class _Products:
+    """The products of a step.
+
+    Arguments:
+      results: the variables that they result in, by the products' names.
+      given: what the vector unit hands over for them, by name.
+      waits: result -> what must be computed before it can be multiplied, or None.
+      inside: what the cube unit computes.
+    """
+
+    products: dict[str, Product] = field(default_factory=dict)
+    results: dict[Var, str] = field(default_factory=dict)
+    given: dict[Var, str] = field(default_factory=dict)
+    waits: dict[Var, Var | None] = field(default_factory=dict)
+    inside: set[Var] = field(default_factory=set)
+
+
+def _find_products(traced: Trace, names: dict[Var, str]) -> _Products:
+    found = _Products()
+    for eqn in traced.equations:
         if eqn.primitive != "dot_general" or eqn.output.aval.shape[1] == 1:
             continue
         left, right = eqn.inputs
         if isinstance(right, Scalar):
-            right_name = "ones" if right.value == 1 else ""
+            name = "ones" if right.value == 1 else ""
         else:
-            right_name = names.get(right, "")
-        if right_name not in _PRODUCTS:
+            name = names.get(right, "")
+        if name not in _PRODUCTS:
             raise LoweringError(
                 "the cube unit multiplies with keys, κ or values as they lie in memory; "
                 f"a product with something computed comes from {eqn.source}"
             )
-        result, dtype = _rounded(eqn.output, equations)
-        alias[eqn.output] = result
-        name = _PRODUCTS[right_name]
+        out, waits = eqn.output, left if left not in names else None
+        found.inside.add(out)
+        minus = _minus(out, traced.equations) if name == "raw" else None
+        if minus is not None:
+            out, halves = minus
+            waits = halves[0]
+            found.given.update(zip(halves, ("high", "low"), strict=True))
+        result, dtype = _rounded(out, traced.equations)
+        found.inside.update((out, result))
+        found.waits[result] = waits
+        found.results[result] = _PRODUCTS[name]
         if left not in names:
-            handed[left] = "p"
-        given = names.get(left, "p")
-        products[right_name] = Product(
-            name, given, right_name, result.aval.shape[1], C_TYPES[dtype]
+            found.given[left] = "p"
+        found.products[name] = Product(
+            _PRODUCTS[name],
+            names.get(left, "p"),
+            name,
+            result.aval.shape[1],
+            C_TYPES[dtype],
+            minus is not None,
         )
-        results[result] = name
-        level[result] = 2 if left not in names else 1
-    vector = [e for e in equations if e.output not in alias and e.output not in results]
-    for _ in _STATE:  # a state stands where its new value is made, which others may depend on
-        for eqn in vector:
-            level[eqn.output] = max([level.get(x, 1) for x in eqn.inputs], default=1)
+    return found
+
+
+def _minus(product: Var, equations: list[Equation]) -> tuple[Var, tuple[Var, Var]] | None:
+    """What a product is after a column is taken off it, and that column's two halves."""
+    made = {e.output: e for e in equations}
+    uses = [e for e in equations if product in e.inputs]
+    if len(uses) != 1 or uses[0].primitive != "sub":
+        return None
+    column = made.get(uses[0].inputs[1])
+    if column is None or column.primitive != "add":
+        return None
+    halves = [made[x] for x in column.inputs if x in made]
+    if len(halves) != 2 or any(h.primitive != "convert_element_type" for h in halves):
+        return None
+    high, low = (h.inputs[0] for h in halves)
+    return uses[0].output, (high, low)
+
+
+def _levels(traced: Trace, waits: dict[Var, Var | None]) -> tuple[dict[Any, int], int]:
+    """In which stage each variable is known, and how many stages there are: a product's result
+    comes a stage after what it waits for. A state that the last stage makes is read there.
+    """
+    level: dict[Any, int] = dict.fromkeys(traced.inputs.values(), 1)
+    last = 1
+    for _ in range(2 * len(_STATE)):
+        for eqn in traced.equations:
+            if eqn.output in waits:
+                x = waits[eqn.output]
+                level[eqn.output] = 1 if x is None else level.get(x, 1) + 1
+            else:
+                level[eqn.output] = max([level.get(x, 1) for x in eqn.inputs], default=1)
+        last = max(level.values())
         for name in _STATE:
-            level[traced.inputs[name]] = level.get(traced.outputs[name], 1)
+            made = level.get(traced.outputs[name], 1)
+            level[traced.inputs[name]] = last if made == last > 1 else 1
+    return level, last
+
+
+def _pure(vector: list[Equation], impure: set[Any]) -> set[Any]:
+    """What depends on neither product nor state (the mask): each stage makes its own."""
+    found: set[Any] = set()
     for eqn in vector:
-        stages[level[eqn.output]].append(eqn)
-    outputs = {n: x for n, x in traced.outputs.items() if x is not traced.inputs.get(n)}
-    made = {e.output: at for at, body in stages.items() for e in body}
-    carried: dict[str, Var] = {}
-    for eqn in stages[2]:
-        for x in eqn.inputs:
-            if isinstance(x, Var) and made.get(x) == 1 and x not in carried.values():
-                if x.aval.shape[-1:] != (1,):
-                    raise LoweringError(f"only columns are kept for the output, not {x.aval}")
-                carried[f"factor{len(carried) + 1}"] = x
-    for x in outputs.values():
-        if isinstance(x, Scalar):
-            raise LoweringError("a state of the softmax is a plain number")
-    second = {n: x for n, x in outputs.items() if level.get(x, 1) == 2}
-    first = {n: x for n, x in outputs.items() if n not in second} | carried
-    first |= {name: var for var, name in handed.items()}
-    return Step(
-        products,
-        _stage(stages[1], {**names, **results}, first),
-        _stage(
-            stages[2],
-            {**names, **results, **{v: n for n, v in carried.items()}},
-            second,
-        ),
-        tuple(carried),
-    )
+        if any(x in impure for x in eqn.inputs if isinstance(x, Var)):
+            impure.add(eqn.output)
+        else:
+            found.add(eqn.output)
+    return found
 
 
 def _stage(body: list[Equation], known: dict[Var, str], outputs: dict[str, Any]) -> Stage:

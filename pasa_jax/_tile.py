@@ -426,7 +426,7 @@ def _lagging_reference(
         prime = jnp.where(mask, prime, jnp.full_like(prime, lowest(stat)))
     prime = jnp.max(prime, axis=1, keepdims=True)
     prime = jnp.where(prime > lowest(stat), prime + _kappa_product(query, key, numerics), 0)
-    r = jnp.where(state.l > 0, state.m, prime)
+    r = jnp.where(state.m > lowest(stat), state.m, prime)
     high = r.astype(query.q.dtype)
     low = (r - high.astype(stat)).astype(query.q.dtype)
     r = high.astype(stat) + low.astype(stat)

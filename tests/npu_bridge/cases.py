@@ -34,6 +34,12 @@ _ODD = {"queries": 200, "keys": 600}
 CASES: dict[str, Case] = {
     "mean, causal": Case({"is_causal": True}, {"queries": 300, "keys": 300}, 512),
     "mean, float32 arithmetic": Case({"precision": HALF}, _ODD),
+    "reference, causal": Case({"shift": "reference", "is_causal": True}, _ODD),
+    "reference, lengths, log-sum-exp": Case(
+        {"shift": "reference", "precision": HALF, "lengths": True, "return_lse": True},
+        {"batch": 2, "queries": 300, "keys": 700},
+        full=True,
+    ),
     "none": Case({"shift": "none"}, _ODD, full=True),
     "paper, all float16": Case({"shift": "paper", "precision": "paper"}, _ODD),
     "paper, float32 statistics": Case({"shift": "paper", "precision": HALF}, _ODD, full=True),
