@@ -92,6 +92,12 @@ class Program:
     globals: dict[str, Buffer]
     step: stages.Step
 
+    @property
+    def flags(self) -> dict[str, int]:
+        """The cross-core flags that this kernel uses."""
+        few = ("SCORES_READY", "P_READY", "UPDATE_READY")
+        return FLAGS if self.step.refer is not None else {name: FLAGS[name] for name in few}
+
 
 def build(kernel: Kernel) -> Program:
     """The program of a kernel, with the tallest slabs that fit, and with P·V double-buffered if
@@ -232,13 +238,10 @@ class _Builder:
         gm("scaledQuery", self.dtype, "[B, N, padded T, D] query rows as they are multiplied")
         if self.shifted:
             gm("shiftedKey", self.dtype, "[B, K, blocks, n, D] K'")
-        else:
-            gm("keyTail", self.dtype, "[B, K, n, D] the last block, if it is not full")
-        if k.shift == "paper":
+        if k.shift != "mean":  # keys are multiplied as they lie
             gm("keyTail", self.dtype, "[B, K, n, D] the last block, if it is not full")
         gm("valueTail", self.dtype, "[B, K, n, E] the last block, if it is not full")
         if self.lags:
-            gm("keyTail", self.dtype, "[B, K, n, D] the last block, if it is not full")
             gm("shifted", types["shifted"], f"[{DEPTH}, block_q, n] per core: S − r")
             gm("minus", self.dtype, f"[{DEPTH}, {LEAST}, block_q] per core: −r in two halves")
         if "offsets" in types:

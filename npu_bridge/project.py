@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from npu_bridge import interface
 from npu_bridge.ir import ITEMSIZE, PRELUDE, Buffer, render
-from npu_bridge.program import DEPTH, FLAGS, LEAST, SUB, Core, Program
+from npu_bridge.program import DEPTH, LEAST, SUB, Core, Program
 from npu_bridge.stages import Kernel
 from pasa_jax.precision import Precision
 from pasa_jax.schedule import Schedule
@@ -120,7 +120,7 @@ def _values(program: Program) -> dict[str, Any]:
         "title": _title(k),
         "summary": summary(program),
         "prelude": PRELUDE,
-        "flags": FLAGS,
+        "flags": program.flags,
         "block_q": k.schedule.block_q,
         "block_kv": k.schedule.block_kv,
         "d": k.head_dim,

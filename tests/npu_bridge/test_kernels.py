@@ -212,5 +212,6 @@ def test_compiles_against_cann(tmp_path: Path) -> None:
     )
 
 
-def test_flags_are_those_of_the_emulator_and_the_prediction() -> None:
-    assert FLAGS == {"SCORES_READY": 0, "P_READY": 1, "UPDATE_READY": 2}
+def test_cross_core_flags_are_free_ones() -> None:
+    assert len(set(FLAGS.values())) == len(FLAGS)
+    assert max(FLAGS.values()) <= 10  # from 11 on they are SyncAll's
