@@ -375,7 +375,7 @@ def _cut(traced: Trace) -> Step:
         before = {x: n for x, n in taken.items() if level[x] < at}
         stages.append(_stage(body, {**known, **before}, wanted))
     refer = stages[0] if last == 3 else None
-    return Step(products, refer, *stages[-2:], tuple(carried))
+    return Step(products, refer, stages[-2], stages[-1], tuple(carried))
 
 
 @dataclass(frozen=True)
