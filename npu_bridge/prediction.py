@@ -51,10 +51,11 @@ class Rates:
       clock: cycles a second.
       blocks: cube cores of the chip.
       multiply: multiplications of float16 and bfloat16.
-      load, store, fixpipe: bytes between L2 and L1 (cube core), L2 and UB, L0C and L2.
-      head: cycles before a vector instruction's first repeat.
+      to_l1, to_ub, from_ub, fixpipe: bytes from L2 to L1, from L2 to UB and back, from L0C to L2.
+      to_l0a, to_l0b: bytes from L1.
+      head: cycles before a vector instruction's first repeat, or a product.
       drain: cycles that a barrier of the vector pipe costs.
-      l0: bytes from L1 to L0A and L0B.
+      copy_head: cycles before a copy's first byte.
     """
 
     clock: float = 1.85e9
