@@ -390,6 +390,21 @@ def tuned(kernel: Kernel, *, queries: int = 4096) -> Schedule:
     return best[1]
 
 
+def _plain(
+    shift: str, precision: Precision, head_dim: int, is_causal: bool, dtype: str = "float16"
+) -> Kernel:
+    """A kernel without further options; `tuned` chooses its block."""
+    return Kernel(
+        head_dim=head_dim,
+        value_head_dim=head_dim,
+        dtype=dtype,
+        shift=shift,
+        precision=precision,
+        schedule=Schedule(block_q=128, block_kv=512, target="ascend_910b"),
+        is_causal=is_causal,
+    )
+
+
 def tuned_table(date: str) -> dict[str, object]:
     """The table that `Schedule.for_target` reads: the fastest block of each head size, type and
     mask at 4096 keys, predicted.
@@ -398,17 +413,9 @@ def tuned_table(date: str) -> dict[str, object]:
     for head_dim in (64, 128, 192, 256):
         for dtype in ("float16", "bfloat16"):
             for is_causal in (False, True):
-                kernel = Kernel(
-                    head_dim=head_dim,
-                    value_head_dim=head_dim,
-                    dtype=dtype,
-                    shift="mean",
-                    precision=_TILES
-                    if dtype == "float16"
-                    else Precision(scores=dtype, probabilities=dtype),
-                    schedule=Schedule(block_q=128, block_kv=512, target="ascend_910b"),
-                    is_causal=is_causal,
-                )
+                plain = Precision(scores=dtype, probabilities=dtype)
+                precision = _TILES if dtype == "float16" else plain
+                kernel = _plain("mean", precision, head_dim, is_causal, dtype)
                 mask = "causal" if is_causal else "full"
                 schedule = tuned(kernel)
                 found = cost(build(replace(kernel, schedule=schedule)))
@@ -458,15 +465,7 @@ def table(
     for length in queries:
         found: dict[str, tuple[int, Cost]] = {}
         for name, (shift, precision) in NAMED.items():
-            kernel = Kernel(
-                head_dim=head_dim,
-                value_head_dim=head_dim,
-                dtype="float16",
-                shift=shift,
-                precision=precision,
-                schedule=Schedule(block_q=128, block_kv=512, target="ascend_910b"),
-                is_causal=is_causal,
-            )
+            kernel = _plain(shift, precision, head_dim, is_causal)
             schedule = tuned(kernel, queries=length)
             program = build(replace(kernel, schedule=schedule))
             found[name] = (schedule.block_kv, cost(program, queries=length, heads=heads))

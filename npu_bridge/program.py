@@ -903,14 +903,18 @@ class _Builder:
 
     def _slab_lets(self) -> list[Node]:
         """Names of what a slab of S' is."""
-        at = f"int64_t(core) * {DEPTH * 2 * self.half} + " + (
-            f"{self._slot_of(DEPTH, 't')} * {2 * self.half} + firstRow + row"
-        )
         return [
             Let("slot", "Mod(softmaxTurn, 2)"),
             Let("first", "start + firstRow + row"),
-            Let("place", at, "int64_t"),
+            self._slab_place(),
         ]
+
+    def _slab_place(self) -> Let:
+        """Which row of the workspace the slab's first is."""
+        at = f"int64_t(core) * {DEPTH * 2 * self.half} + " + (
+            f"{self._slot_of(DEPTH, 't')} * {2 * self.half} + firstRow + row"
+        )
+        return Let("place", at, "int64_t")
 
     def _stage_loads(self, stage: stages.Stage, r: int) -> list[Node]:
         """Loads what a stage reads of scores, offsets and bias."""
@@ -1057,9 +1061,6 @@ class _Builder:
                 outputs[var] = (to, self.state[name])
             names = {var: f"new_{name}" for name, var in stage.outputs.items()}
             compute = self._lowered(stage.equations, inputs, r, outputs, names)
-            at = f"int64_t(core) * {DEPTH * 2 * self.half} + " + (
-                f"{self._slot_of(DEPTH, 't')} * {2 * self.half} + firstRow + row"
-            )
             loads: list[Node] = [
                 self._copy(
                     self.rings["update"].slot("slot"),
@@ -1078,7 +1079,7 @@ class _Builder:
                 )
             lets: list[Node] = [
                 Let("slot", f"Mod(updateTurn, {self.slots})"),
-                Let("place", at, "int64_t"),
+                self._slab_place(),
             ]
             slab = self._slab(f"{UPDATE} + slot", loads, compute, [])
             return [For("row", 0, self.half, [*lets, *slab, Advance("updateTurn")], r)]
@@ -1354,7 +1355,7 @@ class _Builder:
           left: k columns of a matrix of 128 rows in L1.
           right: [n, k] in L1, or with ``by_rows`` [k, n]; the matrix has ``right_rows`` rows.
         """
-        a, b, c = self.l0a, self.l0b, self.l0c
+        a, b = self.l0a, self.l0b
         slot = f"side * {a.count}"
         load_a = Instruction(
             f"LoadData(a[{slot} + i * {k * 16}], {left.at('i * 256')}, "
@@ -1375,24 +1376,31 @@ class _Builder:
             (right,),
             16 * n * self.item,
         )
+        loads = [For("i", 0, SUB // 16, [load_a]), For("i", 0, k // 16, [load_b])]
+        return self._turn("side", loads, n, k, first)
+
+    def _turn(self, side: str, loads: Sequence[Node], n: int, k: int, first: str) -> list[Node]:
+        """``loads`` fill the ``side`` of L0A and L0B whose turn it is; their product,
+        [128, k]·[k, n], is added to c, or is c where it is the first.
+        """
+        a, b, c = self.l0a, self.l0b, self.l0c
         mmad = Instruction(
-            f"Mmad(c[product * {c.count}], a[{slot}], b[{slot}], "
+            f"Mmad(c[product * {c.count}], a[{side} * {a.count}], b[{side} * {b.count}], "
             f"MmadParams{{{SUB}, {n}, {k}, 0, false, {first}}})",
             "M",
             (c.slot("product"),),
-            (a.slot("side"), b.slot("side"), c.slot("product")),
+            (a.slot(side), b.slot(side), c.slot("product")),
             SUB * n * k,
         )
         return [
-            Let("side", "Mod(l0Turn, 2)"),
-            WaitFlag("M", "MTE1", "side"),
-            For("i", 0, SUB // 16, [load_a]),
-            For("i", 0, k // 16, [load_b]),
-            SetFlag("MTE1", "M", "side"),
-            WaitFlag("MTE1", "M", "side"),
+            Let(side, "Mod(l0Turn, 2)"),
+            WaitFlag("M", "MTE1", side),
+            *loads,
+            SetFlag("MTE1", "M", side),
+            WaitFlag("MTE1", "M", side),
             mmad,
             Barrier("M"),
-            SetFlag("M", "MTE1", "side"),
+            SetFlag("M", "MTE1", side),
             Advance("l0Turn"),
         ]
 
@@ -1429,13 +1437,15 @@ class _Builder:
             "int64_t",
         )
 
-    def _key_rows(self, to: Slice, name: str, rows: int, width: int, offset: str) -> list[Node]:
-        """Loads rows of keys or values from where block j lies; ``offset`` is its first row."""
+    def _key_rows(self, to: Slice, offset: str) -> list[Node]:
+        """Loads a sub-tile of the keys of block j that the scores are made of, from row ``offset``
+        on.
+        """
+        if not self.shifted:
+            return self._raw_rows(to, "key", SUB, self.d, offset)
         head = "(int64_t(entry) * kvHeads + kvHead)"
-        if name == "key" and self.shifted:
-            at = f"(({head} * keyBlocks + j) * {self.n} + {offset}) * {self.d}"
-            return [self._to_l1(to, self.globals["shiftedKey"].at(at), rows, width, str(self.d))]
-        return self._raw_rows(to, name, rows, width, offset)
+        at = f"(({head} * keyBlocks + j) * {self.n} + {offset}) * {self.d}"
+        return [self._to_l1(to, self.globals["shiftedKey"].at(at), SUB, self.d, str(self.d))]
 
     def _raw_rows(
         self, to: Slice, name: str, rows: int, width: int, offset: str, column: str = "0"
@@ -1452,9 +1462,9 @@ class _Builder:
             )
         ]
 
-    def _by_columns(self, left_slot: str, n: int) -> For:
+    def _by_columns(self, n: int) -> For:
         """The query tile times n rows of keys in L1, over the columns of both."""
-        left = Slice(self.l1["query"], f"{left_slot} * {SUB * self.d} + k * {SUB}", SUB * self.d)
+        left = Slice(self.l1["query"], f"querySlot * {SUB * self.d} + k * {SUB}", SUB * self.d)
         right = Slice(self.l1["key"], f"slot * {SUB * self.d} + k * {n}", n * self.d)
         multiply = self._multiply(
             left, right, n=n, k=self.chunk_d, right_rows=n, by_rows=False, first="k == 0"
@@ -1465,7 +1475,7 @@ class _Builder:
         self, load: list[Node], to: Slice, n: int, stride: int, more: Sequence[Node] = ()
     ) -> list[Node]:
         """The query tile times ``n`` rows that ``load`` brings, and what ``more`` adds."""
-        product = [self._by_columns("querySlot", n), *more, SetFlag("MTE1", "MTE2", "slot")]
+        product = [self._by_columns(n), *more, SetFlag("MTE1", "MTE2", "slot")]
         return [
             Let("slot", "Mod(keyTurn, 2)"),
             WaitFlag("MTE1", "MTE2", "slot"),
@@ -1480,7 +1490,7 @@ class _Builder:
         def body() -> list[Node]:
             to = self.l1["key"].slot("slot")
             nodes: list[Node] = [self._place("t"), Let("querySlot", "Mod(queryTurn, 2)")]
-            load = self._key_rows(to, "key", SUB, self.d, "sub")
+            load = self._key_rows(to, "sub")
             out = self.globals["scores"].at(f"place * {self.n} + sub")
             nodes.append(For("sub", 0, self.n, self._query_times(load, out, SUB, self.n), SUB))
             if "kappa" in self.full.products:
@@ -1514,7 +1524,7 @@ class _Builder:
 
     def _minus_product(self) -> list[Node]:
         """Adds −r, 16 rows of which two are not zero, times ones."""
-        a, b, c = self.l0a, self.l0b, self.l0c
+        a, b = self.l0a, self.l0b
         minus, ones = self.l1["minus"], self.l1["ones"]
         load_a = Instruction(
             f"LoadData(a[last * {a.count}], {minus.slot('slot')}, "
@@ -1532,26 +1542,7 @@ class _Builder:
             (ones.at(),),
             SUB * LEAST * self.item,
         )
-        mmad = Instruction(
-            f"Mmad(c[product * {c.count}], a[last * {a.count}], b[last * {b.count}], "
-            f"MmadParams{{{SUB}, {SUB}, {LEAST}, 0, false, false}})",
-            "M",
-            (c.slot("product"),),
-            (a.slot("last"), b.slot("last"), c.slot("product")),
-            SUB * SUB * LEAST,
-        )
-        return [
-            Let("last", "Mod(l0Turn, 2)"),
-            WaitFlag("M", "MTE1", "last"),
-            load_a,
-            load_b,
-            SetFlag("MTE1", "M", "last"),
-            WaitFlag("MTE1", "M", "last"),
-            mmad,
-            Barrier("M"),
-            SetFlag("M", "MTE1", "last"),
-            Advance("l0Turn"),
-        ]
+        return self._turn("last", [load_a, load_b], SUB, LEAST, "false")
 
     def _accumulated(
         self, left: list[Node], right: list[Node], to: Slice, n: int, stride: int
