@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from pasa_jax import _dropout, statistics
 from pasa_jax._backends import BACKENDS, Implementation, choose
 from pasa_jax._errors import check_choice, wrong
+from pasa_jax._observe import announce
 from pasa_jax._operands import Operands
 from pasa_jax._prepare import Plan
 from pasa_jax._tile import lowest, wide_type
@@ -148,6 +149,7 @@ def dot_product_attention(
     if call.empty:
         out, lse = _empty(call.operands)
     else:
+        announce(call.operands, call.mask, call.plan)
         out, lse = BACKENDS[name].run(
             call.operands,
             call.mask,

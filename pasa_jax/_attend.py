@@ -38,12 +38,26 @@ def attend(core: Core, operands: Operands, mask: Mask) -> tuple[Array, Array | N
     The backward pass recomputes the scores from O(T + S) residuals, whatever computed the
     forward pass.
     """
-    result = core.forward(operands, mask, core.plan, keep="lse" if core.lse else "out")
+    result = run(core.forward, core.plan, "lse" if core.lse else "out", operands, mask)
     return result.out, result.lse
 
 
+def run(forward: Any, plan: Plan, keep: Keep, operands: Operands, mask: Mask, *rest: Any) -> Result:
+    """A forward pass as one operation: outside of jit it is compiled once for each shape, not at
+    each call, and jit is not off inside for who debugs without it."""
+    with jax.disable_jit(False):
+        return _compiled_forward(forward, plan, keep, operands, mask, *rest)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _compiled_forward(
+    forward: Any, plan: Plan, keep: Keep, operands: Operands, mask: Mask, *rest: Any
+) -> Result:
+    return forward(operands, mask, plan, *rest, keep=keep)
+
+
 def _forward(core: Core, operands: Operands, mask: Mask) -> tuple[Any, Any]:
-    result = core.forward(operands, mask, core.plan, keep="residuals")
+    result = run(core.forward, core.plan, "residuals", operands, mask)
     return (result.out, result.lse if core.lse else None), (operands, mask, result)
 
 
@@ -51,8 +65,14 @@ def _backward(
     core: Core, residuals: Any, cotangents: tuple[Array, Array | None]
 ) -> tuple[Operands, None]:
     operands, mask, result = residuals
-    found = _lax.backward(operands, mask, core.plan, result, *cotangents)
+    with jax.disable_jit(False):  # as in `run`
+        found = _compiled_backward(core.plan, operands, mask, result, *cotangents)
     return jax.tree.map(_reduced, found, operands), None
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _compiled_backward(plan: Plan, operands: Operands, mask: Mask, *rest: Any) -> Operands:
+    return _lax.backward(operands, mask, plan, *rest)
 
 
 def _reduced(cotangent: Array, operand: Array) -> Array:

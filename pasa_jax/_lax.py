@@ -30,7 +30,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
 
 
 def forward(
-    operands: Operands, mask: Mask, plan: Plan, *, keep: Keep, known: Known | None = None
+    operands: Operands, mask: Mask, plan: Plan, known: Known | None = None, *, keep: Keep
 ) -> Result:
     """Attention of all heads."""
     found, _ = over_heads(

@@ -13,7 +13,9 @@ from jax.typing import ArrayLike
 
 from pasa_jax import _lax
 from pasa_jax._api import _lengths, canonical
+from pasa_jax._attend import run
 from pasa_jax._errors import wrong
+from pasa_jax._observe import announce
 from pasa_jax._prepare import Known, log2_norm
 from pasa_jax._tile import wide_type
 from pasa_jax.precision import FLOATS
@@ -182,8 +184,9 @@ class KVCache:
         if _is_known(lost) and bool(jnp.any(lost)):
             allowed = "hold at most as many tokens as were appended, all of which fit"
             raise wrong("query", allowed, f"{query.shape[1]} beside {self.length.tolist()}")
-        out = _lax.forward(call.operands, call.mask, call.plan, keep="out", known=self.known).out
-        return jnp.where(lost[:, None, None, None], jnp.full_like(out, jnp.nan), out)
+        announce(call.operands, call.mask, call.plan)
+        found = run(_lax.forward, call.plan, "out", call.operands, call.mask, self.known)
+        return jnp.where(lost[:, None, None, None], jnp.full_like(found.out, jnp.nan), found.out)
 
     def _check_new(self, key: Array, value: Array) -> int:
         """The number of tokens in ``key`` and ``value``."""

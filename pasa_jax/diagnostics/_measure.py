@@ -1,0 +1,159 @@
+"""What one attention call is asked, by a walk over its tiles: sizes of scores, bias, phases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pasa_jax import _tile as tile
+from pasa_jax._lax import HeadWalk, over_heads
+from pasa_jax._operands import Operands
+from pasa_jax._prepare import Plan, prepare
+from pasa_jax.mask import Index, Mask
+from pasa_jax.precision import Precision
+from pasa_jax.statistics import Statistics, collect
+
+Array = jax.Array
+
+LARGEST = 65504.0  # float16's
+# From half a unit in the last place above it on, rounding gives infinity.
+EDGE = LARGEST * (1 + 2.0**-12)
+# Phases between q and k are counted in bins of 10°.
+PHASES = np.arange(0, 181, 10)
+# A chip that rounds the product before anything can be taken off it.
+BEHIND = "ascend_910b"
+
+
+class Products(NamedTuple):
+    """Of the pairs that the mask shows, per query head [B, N, …]; before bias and soft cap."""
+
+    max_product: Array  # [B, N] max |q·k|
+    product_share: Array  # [B, N] share of the q·k that float16 cannot hold
+    score_share: Array  # [B, N] the same of scale·q·k
+    phases: Array  # [B, N, bins] share of the pairs whose phase arccos(q·k/‖q‖‖k‖) is in each bin
+    query_mean: Array  # [B, N, D] mean over the queries
+    key_mean: Array  # [B, N, D] mean over the keys of the head's key head
+    key_spread: Array  # [B, N, D] their standard deviation
+    shifts_behind: Array  # [B, N] bool: `auto` on `BEHIND` shifts this head
+
+
+class Measured(NamedTuple):
+    """What `measure` finds out about a call."""
+
+    products: Products
+    statistics: Statistics
+
+
+@partial(jax.jit, static_argnums=2)
+def measure(operands: Operands, mask: Mask, plan: Plan) -> Measured:
+    """The sizes of a call's scores, and what `auto` stores of them in float16."""
+    plan = replace(
+        plan, shift="auto", precision=Precision.named("float16"), beta=None, logits_soft_cap=None
+    )
+
+    def program(walk: HeadWalk, b: Index, h: Index) -> tuple[Any, None]:
+        del b, h
+        return jax.tree.map(lambda x: x[None], _head(walk)), None
+
+    products, _ = over_heads(operands, mask, plan, program)
+    products = jax.tree.map(lambda x: x[:, 0], products)
+    return Measured(products, collect(operands, mask, plan))
+
+
+class _Counts(NamedTuple):
+    """Folded over the tiles of a key head, each [G, …]."""
+
+    largest: Array
+    products: Array
+    scores: Array
+    beyond: Array  # [G, bins + 1] pairs whose phase is beyond each edge
+    pairs: Array
+
+
+def _head(walk: HeadWalk) -> Products:
+    """[G, …] of each: one key head's query heads."""
+    groups, head = walk.groups, walk.head
+    one = jnp.ones((), walk.numerics.product)
+    scale = jnp.abs(head.scale).astype(jnp.float32)
+    cosines = np.cos(np.deg2rad(PHASES)).astype(np.float32)
+
+    def query_tile(i: Array, counts: _Counts) -> _Counts:
+        start = walk.query_start(i)
+        raw, fresh = walk.rows(head.query, start), walk.fresh(start, i)
+        raw = tile.zero_unusable(raw, jnp.all(jnp.isfinite(raw), axis=1, keepdims=True))
+        lengths = _norms(raw)
+
+        def step(j: Index, seen: Array | None, counts: _Counts) -> _Counts:
+            k, _, usable = walk.raw_keys(j)
+            k = tile.zero_unusable(k, usable)
+            product = tile.plain_scores(raw, k, one, walk.numerics).astype(jnp.float32)
+            shown = jnp.broadcast_to(fresh if seen is None else fresh & seen, product.shape)
+            cosine = product / jnp.maximum(lengths * _norms(k).T, jnp.finfo(jnp.float32).tiny)
+            size = jnp.where(shown, jnp.abs(product), 0)
+            cosine = jnp.where(shown, cosine, jnp.inf)
+
+            def share(x: Array) -> Array:
+                return jnp.sum(x.reshape(groups, -1), axis=1, dtype=jnp.float32)
+
+            return _Counts(
+                largest=jnp.maximum(counts.largest, jnp.max(size.reshape(groups, -1), axis=1)),
+                products=counts.products + share(size >= EDGE),
+                scores=counts.scores + share(size * scale >= EDGE),
+                beyond=counts.beyond + jnp.stack([share(cosine <= c) for c in cosines], axis=1),
+                pairs=counts.pairs + share(shown),
+            )
+
+        return walk.over_keys(start, step, counts)
+
+    zero = jnp.zeros(groups, jnp.float32)
+    bins = jnp.zeros((groups, len(PHASES)), jnp.float32)
+    found = walk.over_queries(query_tile, _Counts(zero, zero, zero, bins, zero))
+    return _summary(walk, found)
+
+
+def _summary(walk: HeadWalk, counts: _Counts) -> Products:
+    head, groups = walk.head, walk.groups
+    pairs = jnp.maximum(counts.pairs, 1)
+    # Rounding may leave a cosine beyond 1 or −1: the outer bins have it.
+    beyond = counts.beyond.at[:, 0].set(counts.pairs).at[:, -1].set(0)
+    row = jnp.arange(len(head.query), dtype=jnp.int32)[:, None]
+    in_use = row < (len(head.query) if walk.mask.query_lengths is None else walk.mask.query_lengths)
+    in_use = in_use & jnp.all(jnp.isfinite(head.query), axis=(1, 2))[:, None]
+    mean, spread = _channels(head.key, walk.facts.usable[:, None])
+    return Products(
+        max_product=counts.largest,
+        product_share=counts.products / pairs,
+        score_share=counts.scores / pairs,
+        phases=(beyond[:, :-1] - beyond[:, 1:]) / pairs[:, None],
+        query_mean=_channels(head.query, in_use[:, :, None])[0],
+        key_mean=jnp.broadcast_to(mean, (groups, *mean.shape)),
+        key_spread=jnp.broadcast_to(spread, (groups, *spread.shape)),
+        shifts_behind=jnp.broadcast_to(_shifts_behind(walk), groups),
+    )
+
+
+def _norms(x: Array) -> Array:
+    return jnp.linalg.norm(x.astype(jnp.float32), axis=1, keepdims=True)
+
+
+def _channels(x: Array, usable: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation of each channel of the usable rows of x [L, …]."""
+    x = jnp.where(usable, x, jnp.zeros_like(x)).astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(usable, dtype=jnp.float32), 1)
+    mean = jnp.sum(x / count, axis=0)
+    square = jnp.where(usable, jnp.square(x - mean), 0)
+    return mean, jnp.sqrt(jnp.sum(square / count, axis=0))
+
+
+def _shifts_behind(walk: HeadWalk) -> Array:
+    """[] bool: what `auto` decides for this head where the product is rounded first."""
+    plan = replace(walk.plan, schedule=replace(walk.plan.schedule, target=BEHIND))
+    head = walk.head
+    chosen = prepare(head.query, head.key, head.value, head.scale, walk.mask, plan).chosen
+    assert chosen is not None
+    return chosen

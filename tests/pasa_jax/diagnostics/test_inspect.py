@@ -1,0 +1,187 @@
+"""Every way in which a model calls attention is seen, named, and left as it was."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from pasa_jax import dot_product_attention
+from pasa_jax.diagnostics import inspect
+from pasa_jax.plugins import KVCache, patch
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 8)), jnp.float32)
+Q = jnp.asarray(np.random.default_rng(1).standard_normal((1, 6, 2, 4)), jnp.float32)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.attention(x)
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([Block(rngs), Block(rngs)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Own(nnx.Module):
+    """A module that calls the public function, its layers walked by a scan."""
+
+    def __init__(self):
+        self.blocks = nnx.vmap(Scanned)(jnp.arange(3, dtype=jnp.float32))
+
+    def __call__(self, x):
+        graph, state = nnx.split(self.blocks)
+        return jax.lax.scan(lambda x, s: (nnx.merge(graph, s)(x), None), x, state)[0]
+
+
+class Scanned(nnx.Module):
+    def __init__(self, gain):
+        self.gain = nnx.Param(gain)
+
+    def __call__(self, x):
+        return dot_product_attention(x * self.gain[...], x, x)
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.MultiHeadDotProductAttention(2, name="first")(x)
+        return linen.MultiHeadDotProductAttention(2)(x)
+
+
+def found(model, *inputs):
+    """(name, via) of each call."""
+    return [(c.name, c.via) for c in inspect(model, *inputs, error_rows=0).calls]
+
+
+PATHS = [("layers.0.attention", "flax.nnx"), ("layers.1.attention", "flax.nnx")]
+
+
+def test_a_model_of_nnx_is_left_as_it_is():
+    model = Model()
+    before = model(X)
+    assert found(model, X) == PATHS
+    functions = [layer.attention.attention_fn for layer in model.layers]
+    assert functions == [nnx.dot_product_attention] * 2
+    np.testing.assert_array_equal(model(X), before)
+
+
+def test_a_function_that_jit_compiled_before():
+    model = Model()
+    run = nnx.jit(lambda m, x: m(x))
+    run(model, X)
+    assert found(run, model, X) == PATHS
+    plain = jax.jit(dot_product_attention)
+    plain(Q, Q, Q)
+    assert len(found(plain, Q, Q, Q)) == 1
+
+
+def test_grad_and_remat():
+    model = Model()
+
+    def loss(x):
+        return jax.checkpoint(lambda x: model(x).sum())(x)
+
+    names = found(jax.grad(loss), X)
+    assert set(names) == set(PATHS)
+
+
+def test_vmap_gives_a_call_for_each_entry():
+    assert found(jax.vmap(Model()), X[None].repeat(2, axis=0)) == [p for p in PATHS for _ in "12"]
+
+
+def test_scan():
+    report = inspect(Own(), Q, error_rows=0)
+    assert [c.name for c in report.calls] == ["Scanned"] * 3
+    sizes = [float(c.max_product.max()) for c in report.calls]
+    assert sizes[0] == 0 < sizes[1]
+
+
+def test_linen():
+    model = Linen()
+    variables = model.init(jax.random.key(0), X)
+    expected = [("first", "flax.linen"), ("MultiHeadDotProductAttention_0", "flax.linen")]
+    assert found(model.apply, variables, X) == expected
+    assert found(jax.jit(model.apply), variables, X) == expected
+    assert found(model.bind(variables), X) == expected
+
+
+def test_functions_are_named_by_line():
+    def attend(q):
+        return jax.nn.dot_product_attention(q, q, q) + dot_product_attention(q, q, q)
+
+    (name, via), (_, own) = found(attend, Q)
+    assert name.startswith("test_functions_are_named_by_line.<locals>.attend:")
+    assert (via, own) == ("jax.nn", "pasa_jax")
+
+
+def test_a_cache():
+    def decode(q):
+        cache = KVCache.empty(1, 8, 2, 4, jnp.float32)
+        for t in range(2):
+            cache = cache.append(q[:, t : t + 1], q[:, t : t + 1])
+            cache.attend(q[:, t : t + 1])
+
+    calls = inspect(decode, Q, error_rows=0).calls
+    assert [c.shapes[0] for c in calls] == [(1, 1, 2, 4)] * 2
+    expected = np.einsum("bnd,bsnd->bns", Q[:, 1], Q[:, :2])
+    np.testing.assert_allclose(calls[1].max_product, np.abs(expected).max(axis=(0, 2)), rtol=1e-5)
+
+
+def test_a_layer_that_overflows_does_not_hide_those_behind_it():
+    model = Model()
+    projection = model.layers[0].attention
+    for linear in (projection.query, projection.key):
+        linear.bias[...] = linear.bias[...] + 400
+    narrow = jax.tree.map(lambda x: x.astype(jnp.float16), nnx.state(model, nnx.Param))
+    nnx.update(model, narrow)
+    report = inspect(model, X.astype(jnp.float16), error_rows=0)
+    assert [call.dtype for call in report.calls] == ["float16", "float16"]
+    assert sorted(report.overflowing) == [(0, 0), (0, 1)]
+    assert all(call.not_finite == (0, 0, 0) for call in report.calls)
+    assert "2 of 4 heads overflow float16, in layers.0.attention (call 0):" in report.verdict
+    assert report.advice == ["flax.nnx: with pasa_jax.plugins.patch(model): …"]
+
+
+def test_a_patched_model_is_seen_as_well():
+    model = Model()
+    with patch(model, shift="mean"):
+        assert found(model, X) == PATHS
+
+
+def test_inputs_that_are_not_finite_are_said_first():
+    report = inspect(Model(), X.at[0, 2].set(jnp.nan), error_rows=0)
+    assert report.verdict.startswith("Not finite before any attention: an input of layers.0")
+
+
+def test_progress_is_told_of_each_call():
+    seen = []
+    report = inspect(Model(), X, error_rows=0, progress=seen.append)
+    assert tuple(seen) == report.calls
+
+
+def test_other_code_is_not_watched():
+    inspect(Model(), X, error_rows=0)
+    jax.jit(dot_product_attention).lower(Q, Q, Q)  # would fail in the callback of an observer
+    with pytest.raises(ZeroDivisionError):
+        inspect(lambda: 1 // 0)
+    assert not jax.config.jax_disable_jit
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"`model` must know its variables; got an unbound linen"):
+        inspect(Linen(), X)
+    with pytest.raises(ValueError, match=r"`model` must be a flax\.nnx model or a function; got a"):
+        inspect(3)
+    with pytest.raises(ValueError, match="`model` must compute an attention that can be seen;"):
+        inspect(lambda x: x, X)
