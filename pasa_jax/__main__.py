@@ -1,4 +1,4 @@
-"""The command line: `python -m pasa_jax demo | accuracy | explain`."""
+"""The command line: `python -m pasa_jax demo | accuracy | explain | inspect`."""
 
 from __future__ import annotations
 
@@ -69,11 +69,41 @@ def explain(
     typer.echo(told)
 
 
+@app.command()
+def inspect(
+    source: Annotated[
+        str, typer.Argument(help="A Hugging Face directory, a .gguf file, smollm2 or minilm.")
+    ],
+    text: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="What the model reads.")
+    ],
+    tokens: Annotated[int, typer.Option(min=1, help="How many of its tokens.")] = 512,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations.")] = "float32",
+    error_rows: Annotated[
+        int, typer.Option(min=0, help="Queries of a call to measure errors on; 0: none.")
+    ] = 64,
+    rows: Annotated[int, typer.Option(min=1, help="Calls in the table.")] = 20,
+    output: Output = Path("out"),
+) -> None:
+    """Which heads of a model overflow in 16 bits, and what to do: a table, HTML and JSON."""
+    from pasa_jax.diagnostics._command import main
+
+    main(
+        source,
+        text,
+        tokens=tokens,
+        dtype=dtype,
+        error_rows=error_rows,
+        rows=rows,
+        output=output,
+    )
+
+
 def main() -> None:
     """Runs a command; a wrong call or a missing extra is one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, ModuleNotFoundError, FileNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 

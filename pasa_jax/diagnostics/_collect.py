@@ -235,8 +235,9 @@ def _path(modules: list[Any]) -> str:
     if isinstance(innermost, linen.Module):
         return ".".join(innermost.path) or type(innermost).__name__
     for outer in reversed(modules):
-        if isinstance(outer, nnx.Module):
+        if isinstance(outer, nnx.Module) and outer is not innermost:
             for path, module in nnx.iter_modules(outer):
-                if module is innermost and path:
-                    return ".".join(map(str, path))
+                if module is innermost:
+                    copied = [] if outer is modules[-1] else [type(outer).__name__]
+                    return ".".join([*copied, *map(str, path)])
     return type(innermost).__name__
