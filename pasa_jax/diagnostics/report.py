@@ -188,15 +188,12 @@ class Report:
         return json.dumps(self.as_dict(), allow_nan=False)
 
     def print(self, *, rows: int = 20) -> None:
-        """Prints the verdict, a line per call (the ``rows`` loudest) and the advice.
+        """Prints the verdict, a line per call (the ``rows`` loudest), errors and advice."""
+        from rich.console import Console  # flax needs it too
 
-        Raises:
-          ModuleNotFoundError: the extra ``diagnostics`` is not installed.
-        """
-        console = require("rich.console", EXTRA)
         from pasa_jax.diagnostics import _render
 
-        console.Console().print(*_render.tables(self, rows), sep="\n")
+        Console().print(*_render.tables(self, rows), sep="\n")
 
     def to_html(self) -> str:
         """One self-contained page with the plots.
