@@ -193,7 +193,7 @@ class Encoder(nnx.Module):
         self.types = embedding(config.types)
         self.norm = LayerNorm(config.width, config.epsilon, dtype)
         make = nnx.vmap(lambda rngs: Layer(config, dtype, rngs))
-        self.layers = make(rngs.fork(split=config.layers))
+        self.layers = make(rngs.split(config.layers))
         self.config = config
 
     def __call__(
