@@ -16,13 +16,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pasa_jax._api import dot_product_attention
+import pasa_jax
 from pasa_jax._errors import check_choice, wrong
 from pasa_jax.models._files import read_config, read_tensors
 
 Array = jax.Array
 # (query, key, value [B, T, N, D], lengths [B] or None, layer []) -> [B, T, N, D]
-AttentionFunction = Callable[[Array, Array, Array, Array | None, Array], Array]
+AttentionFn = Callable[[Array, Array, Array, Array | None, Array], Array]
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -114,7 +114,8 @@ def attend(
       [B, T, N, D] of query's own type.
     """
     narrow = (x if dtype is None else x.astype(dtype) for x in (query, key, value))
-    out = dot_product_attention(
+    # By its public name: what watches that function sees the module on the stack call it.
+    out = pasa_jax.dot_product_attention(
         *narrow, query_seq_lengths=lengths, key_value_seq_lengths=lengths, **options
     )
     return out.astype(query.dtype)
@@ -147,7 +148,7 @@ class Attention(nnx.Module):
         self.heads = config.heads
 
     def __call__(
-        self, x: Array, lengths: Array | None, layer: Array, attention: AttentionFunction
+        self, x: Array, lengths: Array | None, layer: Array, attention: AttentionFn
     ) -> Array:
         q, k, v = (f(x) for f in (self.query, self.key, self.value))
         q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))
@@ -165,7 +166,7 @@ class Layer(nnx.Module):
         self.norm = LayerNorm(config.width, config.epsilon, dtype)
 
     def __call__(
-        self, x: Array, lengths: Array | None, layer: Array, attention: AttentionFunction
+        self, x: Array, lengths: Array | None, layer: Array, attention: AttentionFn
     ) -> Array:
         x = self.attention_norm(x + self.attention(x, lengths, layer, attention))
         inner = jax.nn.gelu(self.up(x).astype(jnp.float32), approximate=False)
@@ -202,7 +203,7 @@ class Encoder(nnx.Module):
         lengths: Array | None = None,
         token_types: Array | None = None,
         *,
-        attention: AttentionFunction = attend,
+        attention: AttentionFn = attend,
     ) -> Array:
         """The hidden states after the last layer.
 
@@ -222,22 +223,21 @@ class Encoder(nnx.Module):
         """
         self._check(tokens, lengths, token_types)
         x = self.words(tokens) + self.positions(jnp.arange(tokens.shape[1]))
-        x = x + (self.types(jnp.zeros_like(tokens) if token_types is None else token_types))
-        graph, stacked = nnx.split(self.layers)
+        x = x + self.types(jnp.zeros_like(tokens) if token_types is None else token_types)
 
-        def layer(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, None]:
-            weights, number = inputs
-            return nnx.merge(graph, weights)(x, lengths, number, attention), None
+        def step(x: Array, inputs: tuple[Layer, Array]) -> tuple[Array, None]:
+            layer, number = inputs
+            return layer(x, lengths, number, attention), None
 
         numbers = jnp.arange(self.config.layers, dtype=jnp.int32)
-        return jax.lax.scan(layer, self.norm(x), (stacked, numbers))[0]
+        return jax.lax.scan(step, self.norm(x), (self.layers, numbers))[0]
 
     def embed(
         self,
         tokens: Array,
         lengths: Array | None = None,
         *,
-        attention: AttentionFunction = attend,
+        attention: AttentionFn = attend,
     ) -> Array:
         """Sentence embeddings: the mean hidden state, of length 1, as sentence-transformers'.
 
