@@ -1,18 +1,19 @@
 """PASA as an attention mechanism of EasyDeL, registered from outside.
 
-    pip install easydel==0.3.0                          # wants jax 0.9.2 and flax 0.12.3 …
-    pip install jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 # … and its operations run with these
+    pip install easydel==0.3.0                             # pins jax 0.9.2 and flax 0.12.3 …
+    pip install jax==0.10.2 jaxlib==0.10.2 flax==0.12.8    # … and runs with these
     python examples/easydel_registry.py
 
 Once this file is imported, any model takes it by name: `LlamaConfig(attn_mechanism="pasa", …)`.
 """
 
-import jax
+import os
 
-jax.devices()  # EasyDeL sets XLA flags that newer versions die of, if they are not running yet
+os.environ.setdefault("EASYDEL_AUTO", "0")  # or it sets XLA flags that newer versions die of
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from easydel.caching import TransformerCacheView  # pyright: ignore[reportMissingImports]
@@ -69,13 +70,18 @@ class PasaAttention(OperationImpl):
         sliding_window: int | tuple[int, int] | None = None,
         **_: Any,
     ) -> AttentionOutput:
-        """[B, T, N, D], [B, S, K, D] and [B, S, K, E] to [B, T, N, E]; sinks [N] or none."""
+        """[B, T, N, D], [B, S, K, D] and [B, S, K, E] to [B, T, N, E]; sinks [N] or None.
+
+        As in EasyDeL's own, a bias stands in for the mask, and sharding is left to the compiler.
+        """
         if bias is None and mask_info is None and init_bias is not None:
             bias = init_bias()
-        # A single query is a decoder's: its mask alone says where it stands.
+        # A single query is a decoder's, and only its mask knows where it stands.
         decodes = query.shape[1] == 1
-        if decodes and sliding_window is not None and mask_info is None:
-            raise ValueError("A window of one query needs a mask that says where the query stands.")
+        if decodes and sliding_window is not None:
+            if mask_info is None or not mask_info.sliding_window_baked_in:
+                raise ValueError("`mask_info` must hold the window where one token is decoded.")
+            sliding_window = None
         drops = not deterministic and dropout_prob > 0 and dropout_rng is not None
         dtype = self.metadata.runtime_dtype
         out = dot_product_attention(
@@ -84,7 +90,7 @@ class PasaAttention(OperationImpl):
             mask=self._mask(mask_info, query, key) if bias is None else None,
             scale=softmax_scale,
             is_causal=causal and not decodes,
-            local_window_size=None if decodes else sliding_window,
+            local_window_size=sliding_window,
             logits_soft_cap=logits_soft_cap,
             sinks=softmax_aux,
             dropout_rate=dropout_prob if drops else 0.0,

@@ -60,9 +60,10 @@ def main(sentences: Sequence[str] = SENTENCES) -> dict[str, np.ndarray]:
     true = vectors["float32"]
     print(f"1 − cosine with float32:{'float16':>10}{'bfloat16':>10}    similarities (float16)")
     for i, sentence in enumerate(sentences):
-        far = [1 - float(vectors[dtype][i] @ true[i]) for dtype in ("float16", "bfloat16")]
+        # 1 − a·b of vectors of length 1, without the cancellation.
+        far = [((vectors[dtype][i] - true[i]) ** 2).sum() / 2 for dtype in ("float16", "bfloat16")]
         similar = vectors["float16"][i] @ vectors["float16"].T
-        columns = "".join(f"{x:10.0e}" for x in far) + "    "
+        columns = "".join(f"{x:10.1e}" for x in far) + "    "
         columns += "".join(f"{x:6.2f}" for x in similar)
         print(f"{sentence[:22]:24}{columns}")
     return vectors

@@ -55,14 +55,13 @@ def in_type(dtype: str, attention: AttentionFn, biased: bool = False) -> Attenti
 
 
 def plain(query: Array, key: Array, value: Array, *, is_causal: bool, **_: Any) -> Array:
-    """The einsum of eager model code: scores stored in float16, then scaled."""
-    return plain_attention(
-        query, key, value, scores="float16", prescaled=False, is_causal=is_causal
-    )
+    """The einsum of eager model code: scores stored in the inputs' type, then scaled."""
+    scores = str(query.dtype)
+    return plain_attention(query, key, value, scores=scores, prescaled=False, is_causal=is_causal)
 
 
 RUNS: dict[str, AttentionFn] = {
-    "float32": in_type("float32", attention_fn()),
+    "float32": in_type("float32", plain),
     "PASA, bfloat16": in_type("bfloat16", attention_fn()),
     "PASA, float16": in_type("float16", attention_fn()),
     "biased: PASA, float16": in_type("float16", attention_fn(), biased=True),

@@ -1,6 +1,6 @@
 """Spatial attention of a video diffusion UNet in 16 bits, where queries and keys resonate.
 
-    python examples/video_diffusion_attention.py    # the shapes of Stable Video Diffusion, 2 minutes
+    python examples/video_diffusion_attention.py    # Stable Video Diffusion's shapes, 2 minutes
 
 The heads of a layer: quiet ones, and ones whose queries and keys are waves along the head's
 channels, q_c = A·sin(ωc), k_c = ±B·sin(ωc) plus noise, the same wave at every pixel. Then
@@ -172,8 +172,9 @@ def resonate(model: SpatialTransformer, levels: Sequence[float] = (0, 1.2, -1.2)
     the channels up put a wave on each query and key, and nothing else.
     """
     block = model.block
-    width = block.own.q.kernel.shape[0]
-    block.norms[0].bias[...] = jnp.ones(width)
+    width, bias = block.own.q.kernel.shape[0], block.norms[0].bias
+    assert bias is not None
+    bias[...] = jnp.ones(width)
     count = block.own.heads
     heads = [waves(levels[head % len(levels)], width // count) for head in range(count)]
     for linear, wave in zip((block.own.q, block.own.k), zip(*heads, strict=True), strict=True):

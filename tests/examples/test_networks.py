@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from .test_examples import load
+from .helpers import load
 
 LEVELS = ("quiet", "in phase", "against", "in phase, ×10", "against, ×10")
 
@@ -41,7 +41,7 @@ def test_video_diffusion_attention():
     assert np.all(errors["float32 scores"] < 3e-2)
 
     assert np.isnan(block["plain, scaled after rounding"]).all()
-    assert min(block["Flax's"]) > 5 * block["PASA (auto)"][0]
+    assert block["Flax's"][1] > 0.05  # of the attention alone
     assert 0 < block["PASA (auto)"][1] < 2e-3
     assert block["PASA (auto)"][0] < 1.1 * block["float32 scores"][0]
 
@@ -50,9 +50,7 @@ def test_video_diffusion_attention():
 def test_training(tmp_path):
     plot = tmp_path / "curves.png"
     with jax.numpy_dtype_promotion("standard"):
-        curves = load("training").main(
-            20, plot, batch=4, length=64, layers=1, width=32, heads=1
-        )
+        curves = load("training").main(20, plot, batch=4, length=64, layers=1, width=32, heads=1)
     true = curves["float32"]
     assert np.isnan(curves.pop("biased: plain, float16")).all()
     for name, losses in curves.items():
