@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from .helpers import load
+from tests.examples import load
 
 LEVELS = ("quiet", "in phase", "against", "in phase, ×10", "against, ×10")
 
@@ -23,9 +23,9 @@ def test_sentence_embeddings(capsys):
     assert "Someone is having" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("default")  # flax's own attention truncates
 def test_video_diffusion_attention():
     example = load("video_diffusion_attention")
+    # Flax's norms promote; so does optax.
     with jax.numpy_dtype_promotion("standard"):
         (errors,), block = example.main(
             shapes=((96, 5),), sample=32, side=(8, 8), heads=3, size=32, context=16
@@ -46,7 +46,6 @@ def test_video_diffusion_attention():
     assert block["PASA (auto)"][0] < 1.1 * block["float32 scores"][0]
 
 
-@pytest.mark.filterwarnings("default")
 def test_training(tmp_path):
     plot = tmp_path / "curves.png"
     with jax.numpy_dtype_promotion("standard"):
