@@ -72,7 +72,7 @@ class PasaAttention(OperationImpl):
     ) -> AttentionOutput:
         """[B, T, N, D], [B, S, K, D] and [B, S, K, E] to [B, T, N, E]; sinks [N] or None.
 
-        As in EasyDeL's own, a bias stands in for the mask, and sharding is left to the compiler.
+        A bias stands in for the mask, as in EasyDeL's own. Sharding is left to the compiler.
         """
         if bias is None and mask_info is None and init_bias is not None:
             bias = init_bias()

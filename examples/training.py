@@ -3,9 +3,10 @@
     python examples/training.py [curves.png]    # about 2 minutes
 
 Every run starts from the same weights and sees the same batches, bytes of Python's standard
-library. Parameters, optimizer and every layer are float32; 16-bit are the queries, keys and values
-that attention is given, its scores and probabilities, its output, and in the backward pass the
-gradients of these four arrays. Loss and gradients are scaled by 1024 in between, as float16 needs.
+library. Parameters, optimizer and all other layers are float32. 16-bit are the query, key and value
+that attention is given, the scores and probabilities it stores, its output, and in the backward
+pass the gradients of those four arrays. The loss is multiplied by 1024, and the gradients of the
+parameters divided by it, lest float16 lose small ones on the way.
 
 Two more runs have a constant in one more channel of every query and key, as the biases of real
 models put into a few. It adds 81920 to each q·k, which softmax does not see and float16 cannot
