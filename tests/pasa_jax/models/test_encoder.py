@@ -170,6 +170,12 @@ def test_refused_configs(change, message):
     assert next(iter(change)).removeprefix("num_attention_") in str(error.value)
 
 
+def test_what_a_config_leaves_out_is_as_in_hugging_face():
+    whole = transformers.BertConfig(**SIZES).to_dict()
+    short = {**SIZES, "model_type": "bert"}
+    assert encoder.EncoderConfig.from_hf(short) == encoder.EncoderConfig.from_hf(whole)
+
+
 def test_unknown_type_of_weights(small):
     with pytest.raises(ValueError, match="`dtype` must be one of 'float32', 'float16', 'bfloat16'"):
         encoder.load(small[0], jnp.int8)
