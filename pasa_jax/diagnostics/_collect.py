@@ -224,9 +224,10 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _owner(frame: FrameType) -> Any:
-    """The first argument of the function that runs: of a method, its object."""
+    """The object whose method runs: the first argument, if it has a method of that name."""
     code = frame.f_code
-    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return first if hasattr(type(first), code.co_name) else None
 
 
 def _path(modules: list[Any]) -> str:
