@@ -53,7 +53,8 @@ def load(source: str | Path, *, dtype: Any = "float32") -> Loaded:
     path = find(source) if source in _PACKAGES else Path(source)
     if path.suffix == ".gguf":
         found = _gguf.read(path)
-        return Loaded(decoder.from_gguf(found, dtype), _gguf.tokenizer(found.fields))
+        tokenizer = _gguf.tokenizer(found.fields)
+        return Loaded(decoder.from_gguf(found, dtype), tokenizer)
     family = _files.read_config(path).get("model_type")
     if family not in _FAMILIES:
         raise wrong("source", f"have a model_type among {', '.join(_FAMILIES)}", repr(family))

@@ -66,7 +66,8 @@ def tokenizer(fields: dict[str, Any]) -> Any:
     Raises:
       ValueError: another splitting of the text, which is not written here.
     """
-    kind = fields["tokenizer.ggml.pre"]()
+    name = "tokenizer.ggml.pre"
+    kind = fields[name]() if name in fields else None
     if kind != "smollm":
         raise wrong("path", "be a file whose tokenizer.ggml.pre is 'smollm'", repr(kind))
     tokenizers = require("tokenizers", EXTRA)

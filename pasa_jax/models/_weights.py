@@ -46,7 +46,9 @@ class Tensors:
             left = sorted(self._tensors)
             names = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
             way_out = "The config and the weights must be of one model."
-            raise wrong(self._source, "hold no tensor that the model has no place for", names, way_out)
+            raise wrong(
+                self._source, "hold no tensor that the model has no place for", names, way_out
+            )
 
 
 def fill(make: Callable[[], M], value: Callable[[str, Any], Any]) -> M:

@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
     >>> config = DecoderConfig(vocabulary=50, width=32, hidden=64, layers=2, heads=4, kv_heads=2,
     ...                        head_dim=8, max_length=64)
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
-    >>> jax.jit(model)(jnp.array([[1, 2, 3]])).shape
+    >>> jax.jit(Decoder.__call__)(model, jnp.array([[1, 2, 3]])).shape
     (1, 3, 50)
     >>> model.generate(jnp.array([[1, 2, 3]]), 4).shape
     (1, 4)
@@ -157,8 +157,9 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: ArrayLike, *, attention: AttentionFn | None = None) -> Array:
         """Logits of the token that follows each position.
 
-        Put it under `jax.jit` or `nnx.jit` where it is called more than once. Prompts of unlike
-        lengths may be padded on the right: no token sees what comes after it.
+        Where it is called more than once, `jax.jit` it with the model as an argument:
+        ``jax.jit(Decoder.__call__, static_argnames="attention")(model, tokens)``. Prompts of
+        unlike lengths may be padded on the right: no token sees what comes after it.
 
         Arguments:
           tokens: [B, T] integers below V; T at most ``config.max_length``.
