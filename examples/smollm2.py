@@ -20,13 +20,14 @@ from pasa_jax.models import Decoder, metrics
 
 def main(tokens: int = 512, new_tokens: int = 20) -> dict[str, float]:
     """Prints a line per type; returns the perplexities."""
+    trained, tokenizer = models.load("smollm2")
+    text = np.asarray([tokenizer.encode(inspect.getsource(argparse)).ids[:tokens]])
+    prompt = np.asarray([tokenizer.encode("The capital of France is").ids])
     found = {}
     for dtype in ("float32", "float16", "bfloat16"):
-        model, tokenizer = models.load("smollm2", dtype=dtype)
-        text = np.asarray([tokenizer.encode(inspect.getsource(argparse)).ids[:tokens]])
+        model = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), trained)
         logits = jax.jit(Decoder.__call__)(model, text)
         found[dtype] = metrics.perplexity(metrics.log_probabilities(logits), text)
-        prompt = np.asarray([tokenizer.encode("The capital of France is").ids])
         said = tokenizer.decode(model.generate(prompt, new_tokens)[0].tolist())
         print(f"{dtype:9} perplexity {found[dtype]:.4f}  {said!r}")
     return found

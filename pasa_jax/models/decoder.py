@@ -143,7 +143,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = "float32", rngs: nnx.Rngs) -> None:
         self.config = config
-        self.dtype = dtype = checked_dtype(dtype)
+        dtype = checked_dtype(dtype)
         shape = (config.vocabulary, config.width)
         table = jax.random.normal(rngs.params(), shape, jnp.float32) / np.sqrt(config.width)
         self.embedding = nnx.Param(table.astype(dtype))
@@ -153,6 +153,11 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.width, config.epsilon, dtype=dtype)
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.head = None if config.tied else Linear(config.width, config.vocabulary, **options)
+
+    @property
+    def dtype(self) -> Any:
+        """Of weights and activations; ``jax.tree.map(lambda x: x.astype(t), model)`` has another."""
+        return self.embedding[...].dtype
 
     def __call__(self, tokens: ArrayLike, *, attention: AttentionFn | None = None) -> Array:
         """Logits of the token that follows each position.

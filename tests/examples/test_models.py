@@ -13,17 +13,16 @@ from tests.examples import load
 def test_qwen2_in_float16(capsys):
     for name in ("torch", "transformers", "safetensors"):
         pytest.importorskip(name, reason='pip install "pasa-jax[test]"')
+    sizes = {"length": 32, "layers": 2, "vocabulary": 128, "new_tokens": 3}
     with jax.numpy_dtype_promotion("standard"):  # Flax's own attention needs it
-        rows = load("qwen2_in_float16").main(length=32, layers=2, vocabulary=128, new_tokens=3)
+        rows = load("qwen2_in_float16").main(**sizes, dtypes=["float16"])
     rows = {row["model"]: row for row in rows}
     assert rows["torch float16, eager"]["nan"] == 1
     wide = rows["ours float16, float32 scores"]["divergence"]
     assert rows["ours float16, PASA"]["divergence"] < min(1.5 * wide, 2e-3)
     assert rows["ours float16, Flax's attention"]["divergence"] > 100 * wide
-    assert rows["ours bfloat16, PASA"]["divergence"] < 0.03
-    assert rows["ours float32, PASA"]["divergence"] < 1e-5
-    assert rows["ours float32, PASA"]["same"] == 3
-    assert "torch float16, eager                 100.0%      nan" in capsys.readouterr().out
+    assert rows["ours float16, PASA"]["same"] >= rows["ours float16, float32 scores"]["same"]
+    assert "100.0%      nan" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(

@@ -126,18 +126,22 @@ class TestDecoder:
 
         assert size(2) == size(7)
 
+    def test_another_type_by_a_cast(self, model):
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+        assert (model.dtype, half.dtype) == (jnp.float32, jnp.bfloat16)
+
     def test_jit_of_jax_and_of_nnx(self, model):
         tokens = TOKENS[:, :8] % 50
-        expected = model(tokens)
+        expected = model(tokens)  # op by op, but for the scan
         for jit in (jax.jit, nnx.jit):
             found = jit(Decoder.__call__)(model, tokens)
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
     def test_it_is_causal(self, model):
-        tokens = TOKENS[:1, :8] % 50
+        tokens = TOKENS[:, :8] % 50
         later = tokens.copy()
-        later[0, 5:] = (later[0, 5:] + 1) % 50
-        one, other = model(tokens), model(later)
+        later[:, 5:] = (later[:, 5:] + 1) % 50
+        one, other = forward(model, tokens), forward(model, later)
         np.testing.assert_allclose(one[:, :5], other[:, :5], atol=1e-6)
         assert np.abs(one[:, 5:] - other[:, 5:]).max() > 0.1
 
@@ -150,9 +154,9 @@ class TestDecoder:
         deaf = Decoder(SMALL, rngs=nnx.Rngs(0))
         kernel = deaf.blocks.attention.out.kernel
         kernel[...] = kernel[...].at[1].set(0)
-        expected = deaf(tokens)
+        expected = forward(deaf, tokens)
         np.testing.assert_allclose(model(tokens, attention=only_in_the_first), expected, atol=1e-5)
-        assert np.abs(expected - model(tokens)).max() > 0.01
+        assert np.abs(expected - forward(model, tokens)).max() > 0.01
 
     def test_the_default_is_called_by_its_public_name(self, model, monkeypatch):
         seen = []

@@ -22,9 +22,8 @@ def model():
 
 
 @hf.needs_torch
-@pytest.mark.parametrize("family", ["Qwen2", "Llama"])
-def test_token_for_token_as_torch(family, tmp_path):
-    theirs = hf.random_model(family)
+def test_token_for_token_as_torch(tmp_path):
+    theirs = hf.random_model("Qwen2")
     theirs.save_pretrained(tmp_path)
     expected = hf.greedy(theirs, PROMPTS, 16, LENGTHS)
     found = decoder.load(tmp_path).generate(PROMPTS, 16, lengths=LENGTHS)
