@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
 
     @property
     def dtype(self) -> Any:
-        """Of weights and activations; ``jax.tree.map(lambda x: x.astype(t), model)`` has another."""
+        """Of weights and activations; ``jax.tree.map(lambda x: x.astype(t), model)`` changes it."""
         return self.embedding[...].dtype
 
     def __call__(self, tokens: ArrayLike, *, attention: AttentionFn | None = None) -> Array:
