@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasa_jax import Schedule, dot_product_attention, explain
-from pasa_jax.evidence import smollm2
+from pasa_jax import Schedule, dot_product_attention, explain, models
 from pasa_jax.evidence.accuracy import worst_rows
 from pasa_jax.evidence.plain import plain_attention
+from pasa_jax.models import Decoder, metrics
+from pasa_jax.models.decoder import AttentionFn, Look
 
 Array = jax.Array
 TEXT = "argparse"  # a module of the standard library
@@ -50,7 +51,7 @@ def schemes() -> Iterator[Scheme]:
     yield Scheme("float32", "float32", partial(ours, shift="none"))
     for dtype in ("float16", "bfloat16"):
         wide = partial(ours, shift="none", precision="float32")
-        plain = partial(_plain, scores=dtype)
+        plain = partial(plain_attention, scores=dtype, is_causal=True)
         yield Scheme(f"{dtype} inputs, float32 scores", dtype, wide)
         yield Scheme(f"plain {dtype}, unscaled", dtype, partial(plain, prescaled=False))
         yield Scheme(f"plain {dtype}, q pre-scaled", dtype, partial(plain, prescaled=True))
@@ -62,13 +63,8 @@ def schemes() -> Iterator[Scheme]:
             yield Scheme(f"{shift} {dtype}", dtype, partial(ours, shift=shift, **chosen))
 
 
-def _plain(q: Array, k: Array, v: Array, *, scores: str, prescaled: bool) -> Array:
-    x = (x[None] for x in (q, k, v))
-    return plain_attention(*x, scores=scores, prescaled=prescaled, is_causal=True)[0]
-
-
-def in_model(scheme: Scheme, bias: Array | None) -> smollm2.Attention:
-    """The model's attention: ``bias`` [layers, K, D] added to the keys, then the cast."""
+def in_model(scheme: Scheme, bias: Array | None) -> AttentionFn:
+    """The model's attention: ``bias`` [L, K, D] added to the keys, then the cast."""
 
     def attention(q: Array, k: Array, v: Array, layer: Array) -> Array:
         if bias is not None:
@@ -78,23 +74,34 @@ def in_model(scheme: Scheme, bias: Array | None) -> smollm2.Attention:
     return attention
 
 
-def choose_bias(model: smollm2.Model, tokens: Array) -> tuple[Array, list[dict[str, Any]]]:
-    """Constants for a few key heads, [layers, K, D], and which heads they are.
+@partial(jax.jit, static_argnums=2)
+def log_probabilities(model: Decoder, tokens: Array, attention: AttentionFn) -> Array:
+    """[1, T, V] of the next token."""
+    return metrics.log_probabilities(model(tokens, attention=attention))
+
+
+@partial(jax.jit, static_argnums=2)
+def observe(model: Decoder, tokens: Array, look: Look) -> Any:
+    """What ``look`` sees in each layer of the float32 model."""
+    return model.observe(tokens, look, attention=in_model(next(schemes()), None))
+
+
+def choose_bias(model: Decoder, tokens: Array) -> tuple[Array, list[dict[str, Any]]]:
+    """Constants for a few key heads, [L, K, D], and which heads they are.
 
     Along a head's mean query the least constant gives the largest scores, so the keys keep the
     most digits; the heads whose queries agree most are taken, one in a layer.
     """
-    config = model.config
-    plain = in_model(next(schemes()), None)
+    heads = model.config.kv_heads
 
     def look(q: Array, k: Array, v: Array, layer: Array) -> tuple[Array, Array]:
-        grouped = q.reshape(len(q), config.kv_heads, -1, config.head_dim)
+        grouped = q.reshape(q.shape[1], heads, -1, q.shape[-1])
         mean = jnp.mean(grouped, axis=(0, 2))
         direction = mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
         along = jnp.einsum("tkgd,kd->ktg", grouped, direction)
-        return direction, jnp.quantile(along.reshape(config.kv_heads, -1), 1 - SHARE, axis=-1)
+        return direction, jnp.quantile(along.reshape(heads, -1), 1 - SHARE, axis=-1)
 
-    direction, along = (np.asarray(x) for x in model.observe(tokens, plain, look))
+    direction, along = (np.asarray(x) for x in observe(model, tokens, look))
     bias = np.zeros(direction.shape, np.float32)
     chosen = []
     for layer in np.argsort(-along.max(axis=1))[:BIASED_HEADS]:
@@ -106,25 +113,25 @@ def choose_bias(model: smollm2.Model, tokens: Array) -> tuple[Array, list[dict[s
 
 
 def compare(
-    model: smollm2.Model, tokens: Array, bias: Array | None, progress: Callable[[], None]
+    model: Decoder, tokens: Array, bias: Array | None, progress: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """Perplexity and divergence from float32 of every scheme."""
     rows, true = [], None
     for scheme in schemes():
-        found = model.log_probabilities(tokens, in_model(scheme, bias))
+        found = log_probabilities(model, tokens, in_model(scheme, bias))
         true = found if true is None else true
         rows.append(
             {
                 "scheme": scheme.name,
-                "perplexity": smollm2.perplexity(found, tokens),
-                "divergence": smollm2.divergence(true, found),
+                "perplexity": metrics.perplexity(found, tokens),
+                "divergence": metrics.divergence(true, found),
             }
         )
         progress()
     return rows
 
 
-def statistics(model: smollm2.Model, tokens: Array, bias: Array | None) -> dict[str, np.ndarray]:
+def statistics(model: Decoder, tokens: Array, bias: Array | None) -> dict[str, np.ndarray]:
     """max |q·k| unscaled, max |S'| as stored, and what plain storage loses; each [layers, N]."""
 
     def look(q: Array, k: Array, v: Array, layer: Array) -> Any:
@@ -134,8 +141,7 @@ def statistics(model: smollm2.Model, tokens: Array, bias: Array | None) -> dict[
         _, found = dot_product_attention(*half, is_causal=True, return_statistics=True)
         return found
 
-    plain = in_model(next(schemes()), None)
-    found = model.observe(tokens, plain, look)
+    found = jax.tree.map(lambda x: x[:, 0], observe(model, tokens, look))  # of the one text
     unscaled = np.asarray(found.max_score) * math.sqrt(model.config.head_dim)
     return {"unscaled": unscaled, "stored": np.asarray(found.max_stored)}
 
@@ -144,11 +150,11 @@ def run(
     tokens: int = 1024, output: Path = Path("out"), progress: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Everything the demo shows, as numbers; the picture and demo.json go to ``output``."""
-    model = smollm2.Model(smollm2.find_weights())
+    model, tokenizer = models.load("smollm2")
     text = inspect.getsource(importlib.import_module(TEXT))
-    ids = jnp.asarray(model.encode(text)[:tokens])
+    ids = jnp.asarray(tokenizer.encode(text).ids[:tokens])[None]
     bias, heads = choose_bias(model, ids)
-    report: dict[str, Any] = {"text": TEXT, "tokens": len(ids), "biased heads": heads}
+    report: dict[str, Any] = {"text": TEXT, "tokens": ids.size, "biased heads": heads}
     report["as trained"] = compare(model, ids, None, progress)
     report["biased"] = compare(model, ids, bias, progress)
     before, biased = statistics(model, ids, None), statistics(model, ids, bias)
@@ -157,7 +163,7 @@ def run(
     progress()
     report["benchmark"] = worst_rows()
     progress()
-    x = jax.ShapeDtypeStruct((len(ids), 9, 64), jnp.float16)
+    x = jax.ShapeDtypeStruct((ids.size, 9, 64), jnp.float16)
     report["default"] = str(explain(x, x, x, is_causal=True))
     report["ratio"] = {
         part: _row(report[part], "auto float16")

