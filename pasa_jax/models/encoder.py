@@ -17,14 +17,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import pasa_jax
-from pasa_jax._errors import check_choice, wrong
+from pasa_jax._errors import wrong
 from pasa_jax.models._files import read_config, read_tensors
+from pasa_jax.models._weights import Tensors, checked_dtype, fill
 
 Array = jax.Array
 # (query, key, value [B, T, N, D], lengths [B] or None, layer []) -> [B, T, N, D]
 AttentionFn = Callable[[Array, Array, Array, Array | None, Array], Array]
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 # What `BertModel` can also do and this one cannot: the one value of each that is implemented.
 _ONLY = {
@@ -43,14 +42,15 @@ class EncoderConfig:
     """The sizes of a BERT encoder.
 
     Arguments:
-      vocabulary, positions, types: rows of the three embeddings.
+      vocabulary, types: rows of the embeddings of words and of segments.
+      max_length: the most positions that the model was trained for.
       layers, heads: how many; ``width`` is a multiple of ``heads``.
       width, hidden: of the activations, and of the feed-forward's inner layer.
       epsilon: added to the variance in each layer norm.
     """
 
     vocabulary: int
-    positions: int
+    max_length: int
     types: int
     layers: int
     heads: int
@@ -74,7 +74,7 @@ class EncoderConfig:
                 raise wrong(f"config.{name}", f"be {only!r}: nothing else is implemented", seen)
         return EncoderConfig(
             vocabulary=_entry(config, "vocab_size"),
-            positions=_entry(config, "max_position_embeddings"),
+            max_length=_entry(config, "max_position_embeddings"),
             types=_entry(config, "type_vocab_size"),
             layers=_entry(config, "num_hidden_layers"),
             heads=_entry(config, "num_attention_heads"),
@@ -184,13 +184,13 @@ class Encoder(nnx.Module):
     """
 
     def __init__(self, config: EncoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        check_choice("dtype", str(jnp.dtype(dtype)), DTYPES)
+        dtype = checked_dtype(dtype)
 
         def embedding(rows: int) -> nnx.Embed:
             return nnx.Embed(rows, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
         self.words = embedding(config.vocabulary)
-        self.positions = embedding(config.positions)
+        self.positions = embedding(config.max_length)
         self.types = embedding(config.types)
         self.norm = LayerNorm(config.width, config.epsilon, dtype)
         make = nnx.vmap(lambda rngs: Layer(config, dtype, rngs))
@@ -208,7 +208,7 @@ class Encoder(nnx.Module):
         """The hidden states after the last layer.
 
         Arguments:
-          tokens: [B, T] integers, T at most the config's positions.
+          tokens: [B, T] integers, T at most ``config.max_length``.
           lengths: [B] integers; tokens beyond are padding, which no other token sees and whose own
             hidden states mean nothing. None: there is no padding.
           token_types: [B, T] integers, the segment of each token; None: all 0.
@@ -255,8 +255,8 @@ class Encoder(nnx.Module):
     def _check(self, tokens: Array, lengths: Array | None, token_types: Array | None) -> None:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise wrong("tokens", "be [B, T] integers", f"{tokens.shape} {tokens.dtype}")
-        if tokens.shape[1] > self.config.positions:
-            allowed = f"hold at most the model's {self.config.positions} positions"
+        if tokens.shape[1] > self.config.max_length:
+            allowed = f"hold at most the model's {self.config.max_length} positions"
             raise wrong("tokens", allowed, tokens.shape[1], "Cut the text.")
         if lengths is not None and jnp.shape(lengths) != tokens.shape[:1]:
             raise wrong("lengths", f"be [{tokens.shape[0]}], one a text", jnp.shape(lengths))
@@ -304,49 +304,26 @@ def load(directory: Path, dtype: DTypeLike = "float32") -> Encoder:
         expected or has another shape, by name.
     """
     config = EncoderConfig.from_hf(read_config(directory))
-    model = nnx.eval_shape(lambda: Encoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    tensors = {k: v for k, v in read_tensors(directory).items() if k not in _UNUSED}
-    state = nnx.to_flat_state(nnx.state(model))
-    sources = {path: _sources(path, config.layers) for path, _ in state}
-    _check_names(set(tensors), {name for names in sources.values() for name in names})
-    loaded = []
-    for path, leaf in state:
-        value = _stacked(path, sources[path], tensors, leaf.shape)
-        loaded.append((path, leaf.replace(jnp.asarray(value).astype(leaf.dtype))))
-    nnx.update(model, nnx.from_flat_state(loaded))
+    found = {name: x for name, x in read_tensors(directory).items() if name not in _UNUSED}
+    tensors = Tensors(found, "directory")
+
+    def value(path: str, like: Any) -> Array:
+        module, _, leaf = path.rpartition(".")
+        name = f"{_NAMES[module]}.{_LEAVES[leaf]}"
+        if not module.startswith("layers."):
+            return jnp.asarray(_taken(tensors, name, leaf, like.shape), dtype)
+        stack = (
+            _taken(tensors, name.format(i), leaf, like.shape[1:]) for i in range(config.layers)
+        )
+        return jnp.stack([jnp.asarray(x, dtype) for x in stack])
+
+    model = fill(lambda: Encoder(config, dtype=dtype, rngs=nnx.Rngs(0)), value)
+    tensors.check_empty()
     return model
 
 
-def _sources(path: tuple[Any, ...], layers: int) -> list[str]:
-    """The names of the tensors that make one parameter: one, or one a layer."""
-    *modules, leaf = path
-    name = f"{_NAMES['.'.join(modules)]}.{_LEAVES[leaf]}"
-    return [name.format(i) for i in range(layers)] if modules[0] == "layers" else [name]
-
-
-def _check_names(found: set[str], expected: set[str]) -> None:
-    if missing := sorted(expected - found):
-        raise wrong("tensors", f"hold {_some(missing)}", f"{len(found)} tensors without them")
-    if unexpected := sorted(found - expected):
-        raise wrong("tensors", "be those of `BertModel` alone", _some(unexpected))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _stacked(
-    path: tuple[Any, ...],
-    sources: list[str],
-    tensors: Mapping[str, np.ndarray],
-    shape: tuple[int, ...],
-) -> np.ndarray:
-    """The parameter of that shape: [layers, …] in the stack; torch's linear weights transposed."""
-    own = shape[1:] if path[0] == "layers" else shape
-    stored = own[::-1] if path[-1] == "kernel" else own
-    for name in sources:
-        if tensors[name].shape != stored:
-            raise wrong(name, f"have the shape {stored}", tensors[name].shape)
-    found = [tensors[name].T if path[-1] == "kernel" else tensors[name] for name in sources]
-    return np.stack(found) if path[0] == "layers" else found[0]
+def _taken(tensors: Tensors, name: str, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor as flax holds it: kernels are [in, out]."""
+    if leaf == "kernel":
+        return tensors.take(name, shape[::-1]).T
+    return tensors.take(name, shape)

@@ -189,15 +189,16 @@ QUERY = "encoder.layer.2.attention.self.query.weight"
     [
         (
             lambda tensors: tensors.pop(QUERY),
-            f"`tensors` must hold {QUERY}; got 52 tensors without them.",
+            f"`directory` must hold the tensor {QUERY}; got none of that name.",
         ),
         (
             lambda tensors: tensors.update(extra=np.zeros(1, np.float32)),
-            "`tensors` must be those of `BertModel` alone; got extra.",
+            "`directory` must hold no tensor that the model has no place for; got extra. "
+            "The config and the weights must be of one model.",
         ),
         (
             lambda tensors: tensors.update({QUERY: np.zeros((32, 31), np.float32)}),
-            f"`{QUERY}` must have the shape (32, 32); got (32, 31).",
+            f"`directory` must hold {QUERY} of shape (32, 32); got (32, 31).",
         ),
     ],
 )
