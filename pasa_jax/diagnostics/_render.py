@@ -131,9 +131,12 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    figures = [(title, note, _image(draw, report, size)) for title, note, draw, size in _FIGURES]
-    if not any(call.errors for call in report.calls):
-        figures = [f for f in figures if f[0] != _ERROR_TITLE]
+    measured = any(call.errors for call in report.calls)
+    figures = [
+        (title, note, _image(draw, report, size))
+        for title, note, draw, size in _FIGURES
+        if measured or draw is not _draw_errors
+    ]
     return environment.get_template("report.html.j2").render(
         report=report, figures=figures, rows=list(_head_rows(report)), behind=BEHIND
     )
@@ -293,7 +296,6 @@ def _draw_errors(figure: Any, report: Report) -> None:
     axes[0].set_ylabel("relative error of the output")
 
 
-_ERROR_TITLE = "What each way would cost"
 _FIGURES: tuple[tuple[str, str, Callable[[Any, Report], None], tuple[float, float]], ...] = (
     (
         "Which heads overflow",
@@ -310,7 +312,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[Any, Report], None], tuple[float, floa
         (11, 3.6),
     ),
     (
-        _ERROR_TITLE,
+        "What each way would cost",
         "Measured on some queries of each call, against float64; inputs are cast to the type. "
         "“eager” stores unscaled scores, as model code does; “float32 scores” is the best that "
         "16-bit inputs allow.",
