@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import wraps
 from types import FrameType
 from typing import Any
 
@@ -71,7 +72,7 @@ def inspect(
     collector = _Collector(error_rows, progress)
     if isinstance(model, nnx.Module):
         model = nnx.clone(model)
-    with _routed(model), observed_by(collector.observe):
+    with _routed(), observed_by(collector.observe):
         jax.block_until_ready(model(*inputs, **keywords))
     collector.drain()
     if not collector.calls:
@@ -84,22 +85,43 @@ def inspect(
 
 
 @contextmanager
-def _routed(model: Any) -> Iterator[None]:
+def _routed() -> Iterator[None]:
     """While it lasts, flax's and jax's own attention is PASA's, which tells of its calls."""
 
     def if_native(path: str, module: Any) -> dict[str, Any] | None:
         del path
-        natives = (nnx.dot_product_attention, linen.dot_product_attention)
-        return {} if module.attention_fn in natives else None
+        return {} if module.attention_fn is linen.dot_product_attention else None
 
     with ExitStack() as stack:
-        if isinstance(model, nnx.Module) and any(
-            isinstance(module, nnx.MultiHeadAttention) for _, module in nnx.iter_modules(model)
-        ):
-            stack.enter_context(plugins.patch(model, choose=if_native))
+        stack.enter_context(_nnx_replaced())
         stack.enter_context(plugins.linen.replaced(choose=if_native))
         stack.enter_context(plugins.replace_jax_nn())
         yield
+
+
+@contextmanager
+def _nnx_replaced() -> Iterator[None]:
+    """`plugins.patch` for every nnx module there is: jit and scan run copies of a model's."""
+    kind: Any = nnx.MultiHeadAttention
+    before = kind.__call__
+
+    @wraps(before)
+    def call(module: Any, *args: Any, **keywords: Any) -> Any:
+        own = module.attention_fn
+        if own is not nnx.dot_product_attention:
+            return before(module, *args, **keywords)
+        # Past nnx's own check of who may change a module in a trace: it is changed back below.
+        object.__setattr__(module, "attention_fn", plugins.nnx.attention_fn())
+        try:
+            return before(module, *args, **keywords)
+        finally:
+            object.__setattr__(module, "attention_fn", own)
+
+    kind.__call__ = call
+    try:
+        yield
+    finally:
+        kind.__call__ = before
 
 
 class _Collector:

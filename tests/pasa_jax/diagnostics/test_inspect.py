@@ -16,10 +16,11 @@ Q = jnp.asarray(np.random.default_rng(1).standard_normal((1, 6, 2, 4)), jnp.floa
 
 class Block(nnx.Module):
     def __init__(self, rngs):
-        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        # With a dropout rate, flax does not call jax.nn but multiplies out the scores itself.
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, dropout_rate=0.1, rngs=rngs)
 
     def __call__(self, x):
-        return x + self.attention(x)
+        return x + self.attention(x, deterministic=True)
 
 
 class Model(nnx.Module):
