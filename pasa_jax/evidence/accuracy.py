@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,12 @@ def schemes(dtype: str) -> dict[str, Scheme]:
     return found
 
 
+@cache
+def _compiled(dtype: str) -> dict[str, Any]:
+    """`schemes`, compiled once for each shape of the cases."""
+    return {name: jax.jit(scheme) for name, scheme in schemes(dtype).items()}
+
+
 @dataclass(frozen=True)
 class Error:
     """Of one scheme in one case; nan where outputs are not finite."""
@@ -200,7 +206,7 @@ def evaluate(
     progress: Callable[[], None] = lambda: None,
 ) -> list[Record]:
     """One record a case: its title and, by scheme, its `Error`."""
-    chosen = {k: jax.jit(f) for k, f in schemes(dtype).items() if names is None or k in names}
+    chosen = {k: f for k, f in _compiled(dtype).items() if names is None or k in names}
     records: list[Record] = []
     for case in cases:
         q, k, v = case.draw(heads, seq, dim, dtype)
