@@ -22,7 +22,7 @@ check: .venv/installed
 # The page of docs/report.png: three biased heads of a real model.
 report: .venv/installed
 	$(BIN)/python examples/inspect_smollm2.py
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,1130 \
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,1330 \
 	  --screenshot=out/report.png file://$(CURDIR)/out/report.html
 
 accuracy: .venv/installed

@@ -39,10 +39,10 @@ def _call_table(report: Report, rows: int) -> Any:
 
     order = sorted(range(len(report.calls)), key=lambda i: -report.calls[i].max_product.max())
     title = "attention calls" if rows >= len(order) else f"the {rows} loudest of {len(order)} calls"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=f"{title}, and their largest head", box=box.SIMPLE_HEAD)
     table.add_column("call", no_wrap=True)
-    table.add_column("query")
-    for name in ("max |q·k|", "max |score|", "overflow", "bias/spread"):
+    table.add_column("query", no_wrap=True)
+    for name in ("|q·k|", "|score|", "overflow", "bias/spread"):
         table.add_column(name, justify="right", no_wrap=True)
     for i in sorted(order[:rows]):
         table.add_row(f"{i} {_escaped(report.calls[i].name)}", *_call_cells(report.calls[i]))

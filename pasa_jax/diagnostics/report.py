@@ -24,7 +24,7 @@ _FIX = {
     "flax.nnx": "with pasa_jax.plugins.patch(model): …",
     "flax.linen": "with pasa_jax.plugins.linen.replaced(): model.apply(…)",
     "jax.nn": "with pasa_jax.plugins.replace_jax_nn(): …",
-    "pasa_jax": "nothing: pasa_jax.dot_product_attention computes it already",
+    "pasa_jax": "pasa_jax.dot_product_attention was called, which is safe as it is",
 }
 
 
@@ -147,13 +147,23 @@ class Report:
         if not self.overflowing:
             top = max(float(call.max_product.max(initial=0)) for call in self.calls)
             return f"No head overflows float16: the largest |q·k| is {top:,.0f} of {LARGEST:,.0f}."
-        calls = dict.fromkeys(i for i, _ in self.overflowing)
-        where = ", ".join(f"{self.calls[i].name} (call {i})" for i in list(calls)[:3])
-        more = f" and {len(calls) - 3} more" if len(calls) > 3 else ""
         return (
-            f"{len(self.overflowing)} of {self.heads} heads overflow float16, in {where}{more}: "
+            f"{len(self.overflowing)} of {self.heads} heads overflow float16, in {self._where()}: "
             "code that stores q·k in float16 gives NaN there."
         )
+
+    def _where(self) -> str:
+        """The three loudest of the calls that overflow, by name, and how many more there are."""
+        loudest = list(dict.fromkeys(i for i, _ in self.overflowing))
+        names: dict[str, list[str]] = {}
+        for i in loudest[:3]:
+            names.setdefault(self.calls[i].name, []).append(str(i))
+        found = [
+            f"{name} (call{'s' * (len(calls) > 1)} {', '.join(calls)})"
+            for name, calls in names.items()
+        ]
+        more = [f"{len(loudest) - 3} more"] if len(loudest) > 3 else []
+        return ", ".join(found + more)
 
     @property
     def advice(self) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pasa_jax import dot_product_attention
+from pasa_jax import _attend, dot_product_attention
 from tests.cases import CASES, TILES
 
 attend = partial(dot_product_attention, is_causal=True, schedule=TILES, implementation="lax")
@@ -142,6 +142,20 @@ def test_automatic_sharding(qkv):
     mesh = Mesh(np.asarray(jax.devices()[:1]), ("batch",))
     placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch"))) for x in qkv]
     close(jax.jit(attend)(*placed), attend(*qkv))
+
+
+def test_outside_of_jit_a_shape_is_compiled_once(qkv):
+    jax.block_until_ready(attend(*qkv))
+    before = _attend._compiled_forward._cache_size()
+    close(attend(*(x + 1 for x in qkv)), jax.jit(attend)(*(x + 1 for x in qkv)))
+    assert _attend._compiled_forward._cache_size() == before
+
+
+def test_while_jit_is_disabled(qkv):
+    expected = jax.value_and_grad(loss)(*qkv)
+    with jax.disable_jit():
+        found = jax.value_and_grad(loss)(*qkv)
+    close(found, expected, atol=1e-5)
 
 
 class TestMemory:

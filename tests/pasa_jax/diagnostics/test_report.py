@@ -52,7 +52,14 @@ def test_the_verdict_names_what_overflows(report):
         report.verdict,
     )
     assert report.inaccurate("float16") == [(1, 1), (1, 3)]
-    assert report.advice[0].startswith("pasa_jax: nothing: ")
+    assert report.advice[0].startswith("pasa_jax: pasa_jax.dot_product_attention was called")
+
+
+def test_many_calls_that_overflow_are_counted(report):
+    many = Report(report.calls[1:2] * 3)
+    assert "in report.<locals>.model:" in many.verdict
+    assert "(calls 0, 1, 2): code" in many.verdict
+    assert "(calls 0, 1, 2), 1 more: code" in Report(report.calls[1:2] * 4).verdict
 
 
 def test_a_report_without_trouble(report):
