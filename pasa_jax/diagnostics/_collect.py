@@ -185,7 +185,7 @@ def _call(
         shapes=tuple(x.shape for x in inputs),
         dtype=str(inputs[0].dtype),
         scale=scale,
-        not_finite=tuple(float(1 - np.isfinite(np.asarray(x, np.float32)).mean()) for x in inputs),
+        not_finite=tuple(map(float, products.not_finite.mean(axis=(0, 1)))),
         auto=f"{shift}: {reason}",
         float16_shift=used,
         shifts_behind=products.shifts_behind.any(axis=0),

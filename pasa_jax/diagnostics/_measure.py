@@ -39,6 +39,7 @@ class Products(NamedTuple):
     query_mean: Array  # [B, N, D] mean over the queries
     key_mean: Array  # [B, N, D] mean over the keys of the head's key head
     key_spread: Array  # [B, N, D] their standard deviation
+    not_finite: Array  # [B, N, 3] share of query, key and value that is seen and not finite
     shifts_behind: Array  # [B, N] bool: `auto` on `BEHIND` shifts this head
 
 
@@ -123,18 +124,28 @@ def _summary(walk: HeadWalk, counts: _Counts) -> Products:
     beyond = counts.beyond.at[:, 0].set(counts.pairs).at[:, -1].set(0)
     row = jnp.arange(len(head.query), dtype=jnp.int32)[:, None]
     in_use = row < (len(head.query) if walk.mask.query_lengths is None else walk.mask.query_lengths)
-    in_use = in_use & jnp.all(jnp.isfinite(head.query), axis=(1, 2))[:, None]
+    visible = walk.mask.visible_keys()[:, None]
+    lost = [_not_finite(head.query.reshape(len(row), -1), in_use)]
+    lost += [_not_finite(x, visible) for x in (head.key, head.value)]
+    finite = in_use & jnp.all(jnp.isfinite(head.query), axis=(1, 2))[:, None]
     mean, spread = _channels(head.key, walk.facts.usable[:, None])
     return Products(
         max_product=counts.largest,
         product_share=counts.products / pairs,
         score_share=counts.scores / pairs,
         phases=(beyond[:, :-1] - beyond[:, 1:]) / pairs[:, None],
-        query_mean=_channels(head.query, in_use[:, :, None])[0],
+        query_mean=_channels(head.query, finite[:, :, None])[0],
         key_mean=jnp.broadcast_to(mean, (groups, *mean.shape)),
         key_spread=jnp.broadcast_to(spread, (groups, *spread.shape)),
+        not_finite=jnp.broadcast_to(jnp.stack(lost), (groups, 3)),
         shifts_behind=jnp.broadcast_to(_shifts_behind(walk), groups),
     )
+
+
+def _not_finite(x: Array, seen: Array) -> Array:
+    """[] the share of NaN and infinity in the rows of x [L, D] that are ``seen`` [L, 1]."""
+    lost = jnp.sum(seen & ~jnp.isfinite(x), dtype=jnp.float32)
+    return lost / jnp.maximum(jnp.sum(seen, dtype=jnp.float32) * x.shape[1], 1)
 
 
 def _norms(x: Array) -> Array:

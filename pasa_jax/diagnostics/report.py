@@ -37,7 +37,7 @@ class Call:
       via: ``"flax.nnx"``, ``"flax.linen"``, ``"jax.nn"`` or ``"pasa_jax"``.
       shapes: of query [B, T, N, D], key [B, S, K, D] and value [B, S, K, E].
       dtype, scale: of the call.
-      not_finite: the shares of query, key and value that are NaN or infinite.
+      not_finite: the shares of query, key and value that are NaN or infinite, and not hidden.
       auto: what the default does with the call as it is, and why.
       float16_shift: what the default would do here with scores in float16.
       shifts_behind: [N] bool: whether on a chip that rounds the product first (Ascend 910B) the
