@@ -89,11 +89,11 @@ class Plan:
             return "none", f"scores are stored in {scores}"
         if self.precision.products == "float16":
             why = "products are added up in float16, so each key head decides:"
-            return "none or mean", f"{why} mean where the offset exceeds what varies around it"
+            return "none or mean", f"{why} mean where the offset makes the scores that count larger"
         if self.resolved == "reference":
             return "reference", f"{target} sees the float32 product before it is rounded"
         why = f"{target} rounds the product to {scores} first, so each key head decides:"
-        return "none or mean", f"{why} mean where the offset exceeds what varies around it"
+        return "none or mean", f"{why} mean where the offset makes the scores that count larger"
 
     def needs_kappa(self) -> bool:
         if self.resolved == "reference":  # primed by `mean` where it lags behind the rounding
@@ -182,7 +182,7 @@ def prepare(q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan) 
         n = plan.schedule.block_kv
         kappa = _block_kappa(k, usable, n, past=plan.resolved == "mean_past")
         if plan.chooses_per_head:
-            chosen = _shifting_helps(q, k, usable, kappa, n)
+            chosen = _shifting_helps(q, k, usable, kappa, n, scale)
             kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
     guard = None
     if _guards(plan, q.dtype):
@@ -231,7 +231,7 @@ def prepare_known(
         kappa = jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(k.dtype)
         if plan.chooses_per_head:
             gained = k if key_gain is None else k * key_gain.astype(k.dtype)
-            chosen = _shifting_helps(q, gained, usable, kappa, n)
+            chosen = _shifting_helps(q, gained, usable, kappa, n, scale)
             kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
     guard = None
     if _guards(plan, q.dtype):
@@ -292,12 +292,18 @@ def _block_kappa(k: Array, usable: Array, n: int, *, past: bool) -> Array:
     return jnp.where(fits[:, None], kappa, jnp.zeros_like(kappa)).astype(k.dtype)
 
 
-def _shifting_helps(q: Array, k: Array, usable: Array, kappa: Array, n: int) -> Array:
-    """`auto` behind the rounding (section 6): is the offset larger than what varies around it?
+# A row's largest score stands about so many standard deviations above their mean.
+_TOP = 3.0
 
-    Rounding errors are proportional to the scores' size. Shifting takes off q·κ but rounds k − κ
-    once more, so it pays where the mean square of q·κ exceeds that of q·(k − κ). Both are
-    estimated from the mean and the variance of each channel.
+
+def _shifting_helps(q: Array, k: Array, usable: Array, kappa: Array, n: int, scale: Array) -> Array:
+    """`auto` behind the rounding (section 6): are the scores that count larger with the offset?
+
+    Rounding errors are proportional to the scores' size, and those near a row's maximum count.
+    With o = q·κ/α and σ the standard deviation of q·(k − κ)/α these are about o + 3σ unshifted and
+    3σ shifted, where rounding k − κ costs about σ once more: shifting pays where
+    (o + 3σ)² > (3σ)² + σ². Keys biased against the queries (o < 0) are often better left alone.
+    o and σ are estimated from the mean and the variance of each channel.
     """
     wide = wide_type(k.dtype)
     rows = q.reshape(-1, q.shape[-1]).astype(wide)
@@ -305,11 +311,13 @@ def _shifting_helps(q: Array, k: Array, usable: Array, kappa: Array, n: int) -> 
     q_mean = jnp.mean(rows, axis=0)
     q_var = jnp.mean(jnp.square(rows - q_mean), axis=0)
     centre = kappa.astype(wide)
-    offset = jnp.square(centre @ q_mean) + jnp.square(centre) @ q_var
+    offset = centre @ q_mean
+    square = jnp.mean(jnp.square(offset) + jnp.square(centre) @ q_var)
     weights = usable.astype(wide) / jnp.maximum(jnp.sum(usable, dtype=wide), 1)
     deviation = jnp.where(usable[:, None], k.astype(wide) - _spread(centre, n, k.shape[0]), 0)
-    around = jnp.square(deviation) @ (jnp.square(q_mean) + q_var)
-    return jnp.mean(offset) > jnp.sum(weights * around)
+    around = jnp.sum(weights * (jnp.square(deviation) @ (jnp.square(q_mean) + q_var)))
+    towards = jnp.sign(scale).astype(wide) * jnp.mean(offset)
+    return square + 2 * _TOP * jnp.sqrt(around) * towards > around
 
 
 def _stores16(plan: Plan) -> bool:

@@ -20,7 +20,7 @@ REASONS = (
     "asked for",
     "scores are stored in at least float32",
     "the float32 product is seen before it is rounded",
-    "behind the rounding, and the offset exceeds what varies around it",
+    "behind the rounding, and the offset makes the scores that count larger",
     "behind the rounding, and shifting would not make the scores smaller",
 )
 

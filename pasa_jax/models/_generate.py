@@ -62,8 +62,10 @@ def checked_lengths(lengths: ArrayLike | None, tokens: Array) -> Array:
     if array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer):
         seen = f"{array.dtype}{list(array.shape)}"
         raise wrong("lengths", f"be integers of shape [B] = [{batch}]", seen)
-    if not isinstance(array, Tracer) and not 1 <= int(array.min()) <= int(array.max()) <= longest:
-        raise wrong("lengths", f"be in [1, {longest}], the length of `tokens`", array.tolist())
+    if not isinstance(array, Tracer):
+        held = np.asarray(array)
+        if not 1 <= held.min() <= held.max() <= longest:
+            raise wrong("lengths", f"be in [1, {longest}], the length of `tokens`", held.tolist())
     return array.astype(jnp.int32)
 
 

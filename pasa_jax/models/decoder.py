@@ -241,7 +241,8 @@ class Decoder(nnx.Module):
             allowed = f"be at most max_length = {self.config.max_length} tokens long"
             raise wrong("tokens", allowed, array.shape[1])
         if not isinstance(array, Tracer):
-            for id in (int(array.min()), int(array.max())):
+            ids = np.asarray(array)  # jnp's functions would give a tracer for a constant of jit
+            for id in (int(ids.min()), int(ids.max())):
                 if not 0 <= id < self.config.vocabulary:
                     allowed = f"be ids in [0, {self.config.vocabulary})"
                     raise wrong("tokens", allowed, id, "Is the tokenizer the model's?")

@@ -85,6 +85,19 @@ def test_the_choice_behind_the_rounding_is_per_key_head():
     assert "shift mean: behind the rounding" in found.describe(1, batch=0)
 
 
+def test_keys_biased_away_from_the_queries_are_left_alone_unless_far():
+    """Their offset brings the largest scores nearer to 0, where 16-bit numbers are finest."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((1, 64, 3, 32)) for _ in range(2))
+    q += 2
+    for head, bias in enumerate((0.5, -0.5, -5)):  # o/σ is 2.5, −2.5 and −25
+        k[:, :, head] += bias
+    q, k = (jnp.asarray(x, jnp.float16) for x in (q, k))
+    for scale in (1.0, -1.0):
+        _, found = collect({"query": q, "key": scale * k, "value": k, "scale": scale}, BEHIND)
+        assert [SHIFTS[i] for i in np.asarray(found.shift)[0]] == ["mean", "none", "mean"]
+
+
 def test_unbatched_statistics_lack_the_batch_axis():
     arrays = {k: v[0] for k, v in CASES["full"].arrays("float32").items()}
     out, lse, found = dot_product_attention(**arrays, return_residual=True, return_statistics=True)
