@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,13 +57,26 @@ class Statistics(NamedTuple):
 def collect(operands: Operands, mask: Mask, plan: Plan) -> Statistics:
     """The statistics of one call, by one more walk over its tiles; works under jit."""
 
+    operands, mask = jax.lax.stop_gradient((operands, mask))
+    return per_head(operands, mask, plan, _head)
+
+
+def per_head(operands: Operands, mask: Mask, plan: Plan, look: Callable[[HeadWalk], Any]) -> Any:
+    """``look(walk)`` of every key head, whose leaves are [G, …], as [B, N, …]."""
+
     def program(walk: HeadWalk, b: Index, h: Index) -> tuple[Any, None]:
         del b, h
-        return jax.tree.map(lambda x: x[None], _head(walk)), None
+        return jax.tree.map(lambda x: x[None], look(walk)), None
 
-    operands, mask = jax.lax.stop_gradient((operands, mask))
     found, _ = over_heads(operands, mask, plan, program)
     return jax.tree.map(lambda x: x[:, 0], found)
+
+
+def overflow_edge(dtype: str) -> float:
+    """The magnitude from which on storage in ``dtype`` rounds to infinity: half a unit in the last
+    place above its largest number."""
+    info = jnp.finfo(dtype)
+    return float(info.max) * (1 + float(info.eps) / 4)
 
 
 class _Extremes(NamedTuple):
@@ -78,9 +92,7 @@ class _Extremes(NamedTuple):
 def _head(walk: HeadWalk) -> Statistics:
     """[G] of each: the statistics of one key head's query heads."""
     numerics, groups = walk.numerics, walk.groups
-    # From half a unit in the last place above the largest number on, storage rounds to infinity.
-    info = jnp.finfo(walk.plan.precision.scores)
-    edge = float(info.max) * (1 + float(info.eps) / 4)
+    edge = overflow_edge(walk.plan.precision.scores)
     # `reference` stores S' minus the maximum, the others S' itself.
     relative = numerics.shift == "reference" and numerics.reachable
 

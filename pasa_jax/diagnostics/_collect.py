@@ -23,6 +23,7 @@ from pasa_jax.diagnostics._forms import measure_errors
 from pasa_jax.diagnostics._measure import Measured, measure
 from pasa_jax.diagnostics.report import Call, Report
 from pasa_jax.mask import Mask
+from pasa_jax.plugins._adapter import lent
 from pasa_jax.shifts import SHIFTS
 
 Progress = Callable[[Call], None]
@@ -107,15 +108,10 @@ def _nnx_replaced() -> Iterator[None]:
 
     @wraps(before)
     def call(module: Any, *args: Any, **keywords: Any) -> Any:
-        own = module.attention_fn
-        if own is not nnx.dot_product_attention:
+        if module.attention_fn is not nnx.dot_product_attention:
             return before(module, *args, **keywords)
-        # Past nnx's own check of who may change a module in a trace: it is changed back below.
-        object.__setattr__(module, "attention_fn", plugins.nnx.attention_fn())
-        try:
+        with lent(module, plugins.nnx.attention_fn()):
             return before(module, *args, **keywords)
-        finally:
-            object.__setattr__(module, "attention_fn", own)
 
     kind.__call__ = call
     try:

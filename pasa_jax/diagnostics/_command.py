@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -39,14 +40,14 @@ def main(
     return report
 
 
-def _ids(model: object, tokenizer: object, text: Path, tokens: int) -> list[int]:
+def _ids(model: Any, tokenizer: Any, text: Path, tokens: int) -> list[int]:
     """The first ``tokens`` ids of the text."""
     if tokenizer is None:
         raise wrong("source", "hold a tokenizer.json, to read a text with", "none")
-    ids = tokenizer.encode(text.read_text(encoding="utf-8")).ids  # pyright: ignore
+    ids = tokenizer.encode(text.read_text(encoding="utf-8")).ids
     if not ids:
         raise wrong("text", "hold at least one token", f"the empty {text}")
-    longest = model.config.max_length  # pyright: ignore
+    longest = model.config.max_length
     if min(len(ids), tokens) > longest:
         raise wrong("tokens", f"be at most the model's {longest}", tokens)
     return ids[:tokens]

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pasa_jax import _tile as tile
-from pasa_jax._lax import HeadWalk, over_heads
+from pasa_jax._lax import HeadWalk
 from pasa_jax._operands import Operands
 from pasa_jax._prepare import Plan, prepare
 from pasa_jax.mask import Index, Mask
 from pasa_jax.precision import Precision
-from pasa_jax.statistics import Statistics, collect
+from pasa_jax.statistics import Statistics, collect, overflow_edge, per_head
 
 Array = jax.Array
 
 LARGEST = 65504.0  # float16's
-# From half a unit in the last place above it on, rounding gives infinity.
-EDGE = LARGEST * (1 + 2.0**-12)
+EDGE = overflow_edge("float16")
 # Phases between q and k are counted in bins of 10°.
 PHASES = np.arange(0, 181, 10)
 # A chip that rounds the product before anything can be taken off it.
@@ -57,12 +56,7 @@ def measure(operands: Operands, mask: Mask, plan: Plan) -> Measured:
         plan, shift="auto", precision=Precision.named("float16"), beta=None, logits_soft_cap=None
     )
 
-    def program(walk: HeadWalk, b: Index, h: Index) -> tuple[Any, None]:
-        del b, h
-        return jax.tree.map(lambda x: x[None], _head(walk)), None
-
-    products, _ = over_heads(operands, mask, plan, program)
-    products = jax.tree.map(lambda x: x[:, 0], products)
+    products = per_head(operands, mask, plan, _head)
     return Measured(products, collect(operands, mask, plan))
 
 
@@ -122,10 +116,10 @@ def _summary(walk: HeadWalk, counts: _Counts) -> Products:
     pairs = jnp.maximum(counts.pairs, 1)
     # Rounding may leave a cosine beyond 1 or −1: the outer bins have it.
     beyond = counts.beyond.at[:, 0].set(counts.pairs).at[:, -1].set(0)
-    row = jnp.arange(len(head.query), dtype=jnp.int32)[:, None]
-    in_use = row < (len(head.query) if walk.mask.query_lengths is None else walk.mask.query_lengths)
+    valid = walk.mask.row_valid()
+    in_use = jnp.ones((len(head.query), 1), bool) if valid is None else valid[:, None]
     visible = walk.mask.visible_keys()[:, None]
-    lost = [_not_finite(head.query.reshape(len(row), -1), in_use)]
+    lost = [_not_finite(head.query.reshape(len(in_use), -1), in_use)]
     lost += [_not_finite(x, visible) for x in (head.key, head.value)]
     finite = in_use & jnp.all(jnp.isfinite(head.query), axis=(1, 2))[:, None]
     mean, spread = _channels(head.key, walk.facts.usable[:, None])

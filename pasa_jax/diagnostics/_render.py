@@ -138,11 +138,11 @@ def page(report: Report) -> str:
         if measured or draw is not _draw_errors
     ]
     return environment.get_template("report.html.j2").render(
-        report=report, figures=figures, rows=list(_head_rows(report)), behind=BEHIND
+        report=report, figures=figures, rows=_head_rows(report), behind=BEHIND
     )
 
 
-def _head_rows(report: Report) -> Iterator[dict[str, Any]]:
+def _head_rows(report: Report) -> list[dict[str, Any]]:
     """A row per head, the loudest first."""
     rows = []
     for i, call in enumerate(report.calls):
@@ -167,7 +167,7 @@ def _head_rows(report: Report) -> Iterator[dict[str, Any]]:
                     "overflows": bool(call.overflows[n]),
                 }
             )
-    yield from sorted(rows, key=lambda row: -row["product"])
+    return sorted(rows, key=lambda row: -row["product"])
 
 
 def _image(draw: Callable[[Any, Report], None], report: Report, size: tuple[float, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -125,18 +126,16 @@ class Report:
     @property
     def overflowing(self) -> list[tuple[int, int]]:
         """(call, head) of every head with a q·k beyond float16, largest first."""
-        found = [
-            (i, int(n)) for i, call in enumerate(self.calls) for n in np.flatnonzero(call.overflows)
-        ]
+        found = self._heads(lambda call: call.overflows)
         return sorted(found, key=lambda at: -self.calls[at[0]].max_product[at[1]])
 
     def inaccurate(self, dtype: str) -> list[tuple[int, int]]:
         """(call, head) of every head that eager code in ``dtype`` gets wrong, overflow included."""
-        return [
-            (i, int(n))
-            for i, call in enumerate(self.calls)
-            for n in np.flatnonzero(call.inaccurate(dtype))
-        ]
+        return self._heads(lambda call: call.inaccurate(dtype))
+
+    def _heads(self, of: Callable[[Call], NDArray]) -> list[tuple[int, int]]:
+        """(call, head) of every head for which ``of`` is true."""
+        return [(i, int(n)) for i, call in enumerate(self.calls) for n in np.flatnonzero(of(call))]
 
     @property
     def verdict(self) -> str:

@@ -40,6 +40,11 @@ class Tensors:
             raise wrong(self._source, f"hold {name} of a floating type", found.dtype)
         return found
 
+    def parameter(self, name: str, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor ``name`` as flax holds it in ``leaf``: torch's matrices are [out, in], a
+        kernel is [in, out]."""
+        return self.take(name, shape[::-1]).T if leaf == "kernel" else self.take(name, shape)
+
     def check_empty(self) -> None:
         """Raises if a tensor was never taken: then config and weights are not of one model."""
         if self._tensors:

@@ -356,11 +356,12 @@ def _assembled(
     taken = Tensors(left, source)
 
     def value(path: str, like: Any) -> Array:
+        leaf = path.rpartition(".")[2]
         if not path.startswith("blocks."):
-            return jnp.asarray(_taken(taken, _hf_name(path, _TOP), path, like.shape), dtype)
+            return jnp.asarray(taken.parameter(_hf_name(path, _TOP), leaf, like.shape), dtype)
         name = _hf_name(path.removeprefix("blocks."), _BLOCK)
         layers = (
-            _taken(taken, f"model.layers.{i}.{name}", path, like.shape[1:])
+            taken.parameter(f"model.layers.{i}.{name}", leaf, like.shape[1:])
             for i in range(config.layers)
         )
         return jnp.stack([jnp.asarray(x, dtype) for x in layers])
@@ -368,13 +369,6 @@ def _assembled(
     model = fill(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)), value)
     taken.check_empty()
     return model
-
-
-def _taken(tensors: Tensors, name: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor as our modules hold it: kernels are [in, out]."""
-    if path.endswith("kernel"):
-        return tensors.take(name, shape[::-1]).T
-    return tensors.take(name, shape)
 
 
 def _hf_name(path: str, names: dict[str, str]) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -311,19 +310,12 @@ def load(directory: Path, dtype: DTypeLike = "float32") -> Encoder:
         module, _, leaf = path.rpartition(".")
         name = f"{_NAMES[module]}.{_LEAVES[leaf]}"
         if not module.startswith("layers."):
-            return jnp.asarray(_taken(tensors, name, leaf, like.shape), dtype)
+            return jnp.asarray(tensors.parameter(name, leaf, like.shape), dtype)
         stack = (
-            _taken(tensors, name.format(i), leaf, like.shape[1:]) for i in range(config.layers)
+            tensors.parameter(name.format(i), leaf, like.shape[1:]) for i in range(config.layers)
         )
         return jnp.stack([jnp.asarray(x, dtype) for x in stack])
 
     model = fill(lambda: Encoder(config, dtype=dtype, rngs=nnx.Rngs(0)), value)
     tensors.check_empty()
     return model
-
-
-def _taken(tensors: Tensors, name: str, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor as flax holds it: kernels are [in, out]."""
-    if leaf == "kernel":
-        return tensors.take(name, shape[::-1]).T
-    return tensors.take(name, shape)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -167,6 +168,20 @@ def _one_batch_of_scores(name: str, x: Array, batch: tuple[int, ...]) -> Array:
 # Which modules are given another attention.
 
 Choose = Callable[[str, Any], Mapping[str, Any] | None]
+
+
+@contextmanager
+def lent(module: Any, attention_fn: Callable[..., Array]) -> Iterator[None]:
+    """While it lasts, a flax module has another ``attention_fn``.
+
+    Past flax's own check of who may change a module, and when: it is changed back.
+    """
+    before = module.attention_fn
+    object.__setattr__(module, "attention_fn", attention_fn)
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "attention_fn", before)
 
 
 def options_for(

@@ -17,6 +17,7 @@ from pasa_jax.plugins._adapter import (
     attend,
     check_softmax,
     checked,
+    lent,
     options_for,
     refuse,
     refuse_to_sow,
@@ -131,18 +132,14 @@ def replaced(choose: Choose | None = None, **options: Any) -> Iterator[list[str]
         module = context.module
         if not isinstance(module, linen.MultiHeadDotProductAttention):
             return call(*args, **kwargs)
-        path, before = ".".join(module.path), module.attention_fn
+        path = ".".join(module.path)
         chosen = options_for(path, module, choose, options, linen.dot_product_attention)
         if chosen is None or context.method_name != "__call__":
             return call(*args, **kwargs)
         if path not in changed:
             changed.append(path)
-        # The module is a clone that lives for this call alone.
-        object.__setattr__(module, "attention_fn", attention_fn(**chosen))
-        try:
+        with lent(module, attention_fn(**chosen)):
             return call(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "attention_fn", before)
 
     with linen.intercept_methods(intercept):
         yield changed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import sys
@@ -12,7 +11,7 @@ from types import ModuleType
 import jax
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "speed.py"
+from tests.scripts import load_script
 
 # Speaks the protocol of torch_worker.py without torch; float16 is beyond it.
 WORKER = """
@@ -31,13 +30,7 @@ for line in sys.stdin:
 def speed() -> ModuleType:
     """benchmarks/speed.py, which is a script and no package."""
     pytest.importorskip("typer", reason="needs the extra `cli`")
-    spec = importlib.util.spec_from_file_location("speed", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["speed"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks", "speed")
 
 
 @pytest.fixture

@@ -1,13 +1,8 @@
 """`load` runs an example as a module; `test_every_example_is_tested` looks for its calls."""
 
-import importlib.util
-from pathlib import Path
+from functools import partial
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.scripts import ROOT, load_script
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EXAMPLES = ROOT / "examples"
+load = partial(load_script, "examples")

