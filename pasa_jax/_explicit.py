@@ -7,7 +7,9 @@ sharded is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -55,20 +57,23 @@ class Placement(NamedTuple):
                 raise wrong(name, allowed, str(jax.typeof(named[name])), way_out)
         batch = _agreed({name: spec[0] for name, spec in specs.items()})
         places = {name: spec[1 if name in optional else 2] for name, spec in specs.items()}
-        mesh = next(jax.typeof(named[n]).sharding.mesh for n, s in specs.items() if any(s))
+        mesh = next(_mesh(named[name]) for name, spec in specs.items() if any(spec))
         return Placement(mesh, batch, _agreed(places))
 
     def spec(self, axes: tuple[str, ...], shape: tuple[int, ...] | None = None) -> PartitionSpec:
         """The sharding of an array with axes "b", "n" and others; axes of size 1 are whole."""
         place = {"b": self.batch, "n": self.heads}
         whole = [shape is not None and shape[i] == 1 for i in range(len(axes))]
-        return PartitionSpec(*(None if w else place.get(a) for a, w in zip(axes, whole)))
+        return PartitionSpec(*(None if w else place.get(a) for a, w in zip(axes, whole, strict=True)))
 
     def put(self, x: Array | None, *axes: str) -> Any:
         """x sharded as the call is."""
         if x is None:
             return None
-        return jax.reshard(x, jax.NamedSharding(self.mesh, self.spec(axes, x.shape)))
+        spec = self.spec(axes, x.shape)
+        if _spec(x) == tuple(spec):
+            return x
+        return jax.reshard(x, jax.NamedSharding(self.mesh, spec))
 
 
 def sharded(
@@ -86,11 +91,11 @@ def sharded(
     if place is None:
         return compute(operands, mask)
     tiled = ("b", "n", "t", "s")
-    o = operands._replace(key=_per_shard(operands.key, place), value=_per_shard(operands.value, place))
+    o = operands
     placed = Operands(
         query=place.put(o.query, "b", "t", "n", "d"),
-        key=place.put(o.key, "b", "s", "n", "d"),
-        value=place.put(o.value, "b", "s", "n", "e"),
+        key=place.put(_per_shard(o.key, place), "b", "s", "n", "d"),
+        value=place.put(_per_shard(o.value, place), "b", "s", "n", "e"),
         bias=place.put(o.bias, *tiled),
         sinks=place.put(o.sinks, "n"),
         scale=place.put(o.scale),
@@ -115,14 +120,17 @@ def sharded(
 
 
 def _with(mask: Mask, fields: dict[str, Any]) -> Mask:
-    from dataclasses import replace
-
     return replace(mask, **fields)
 
 
 def _explicit(mesh: Any) -> tuple[str, ...]:
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in types if kind == AxisType.Explicit)
+
+
+def _mesh(x: Array) -> Any:
+    """The mesh that x is sharded over: its devices too, where x is no tracer."""
+    return x.sharding.mesh if not isinstance(x, jax.core.Tracer) else jax.typeof(x).sharding.mesh
 
 
 def _spec_of(x: Array) -> PartitionSpec:
@@ -152,13 +160,11 @@ def _per_shard(x: Array, place: Placement) -> Array:
     belongs to several.
     """
     names = place.heads if isinstance(place.heads, tuple) else (place.heads,)
-    shards = 1
-    for name in names:
-        shards *= 1 if name is None else place.mesh.shape[name]
+    shards = math.prod(place.mesh.shape[name] for name in names if name is not None)
     heads = x.shape[2]
     if heads % shards == 0:
         return x
     if shards % heads:
-        allowed = f"have a number of heads that divides the {shards} shards of query's heads, or is a multiple of it"
+        allowed = f"have a number of heads that divides or is divided by {shards}, the shards"
         raise wrong("key", allowed, heads)
     return jnp.repeat(x, shards // heads, axis=2)
