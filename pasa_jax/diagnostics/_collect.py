@@ -134,9 +134,9 @@ class _Collector:
         """Measures what waits."""
         jax.effects_barrier()
         while self._waiting:
-            who, *found = self._waiting.pop(0)
-            call = _measured(who, *found, self._error_rows)
-            self._callers.append(who)
+            waited = self._waiting.pop(0)
+            call = _measured(*waited, self._error_rows)
+            self._callers.append(waited[0])
             self.calls.append(call)
             if self._progress is not None:
                 self._progress(call)

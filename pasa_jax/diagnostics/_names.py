@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import linen, nnx
+from jax.core import Tracer
 
 from pasa_jax.plugins import _callers
 
@@ -36,7 +37,7 @@ class Root:
         """Whether both are one model; yes, where tracers stand for the weights, which may be."""
         if self.kind != other.kind:
             return False
-        if any(isinstance(x, jax.core.Tracer) for x in self.weights + other.weights):
+        if any(isinstance(x, Tracer) for x in self.weights + other.weights):
             return True
         return [id(x) for x in self.weights] == [id(x) for x in other.weights]
 
@@ -80,8 +81,8 @@ def _root(running: list[Any]) -> Root:
     if isinstance(outermost, nnx.Module):
         weights = nnx.state(outermost, nnx.Param)
     else:  # linen's apply runs in a module without variables, and binds a copy
-        bound = [m for m in running if isinstance(m, linen.Module) and m.scope is not None]
-        weights = bound[-1].scope.root.variables().get("params", {}) if bound else {}
+        scopes = [m.scope for m in running if isinstance(m, linen.Module) and m.scope is not None]
+        weights = scopes[-1].root.variables().get("params", {}) if scopes else {}
     return Root(type(outermost).__name__, tuple(jax.tree.leaves(weights)))
 
 
