@@ -221,6 +221,20 @@ def test_two_models_of_linen():
     assert names(lambda x: direct.apply(other, run(first, x)), X) == expected
 
 
+def test_a_model_of_linen_that_is_initialized_is_one_model():
+    class Twice(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            shared = linen.MultiHeadDotProductAttention(2, name="shared")
+            return shared(linen.Dense(8)(shared(x)))
+
+    def run(x):
+        variables = Twice().init(jax.random.key(0), x)
+        return Twice().apply(variables, x)
+
+    assert names(run, X) == ["shared"] * 4
+
+
 def test_layers_under_a_scan_of_linen_are_one_model():
     class Layer(linen.Module):
         @linen.compact
