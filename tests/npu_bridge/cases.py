@@ -40,6 +40,7 @@ CASES: dict[str, Case] = {
         {"batch": 2, "queries": 300, "keys": 700},
         full=True,
     ),
+    "reference, bias": Case({"shift": "reference", "bias": "11TS"}, _ODD, full=True),
     "none": Case({"shift": "none"}, _ODD, full=True),
     "paper, all float16": Case({"shift": "paper", "precision": "paper"}, _ODD),
     "paper, float32 statistics": Case({"shift": "paper", "precision": HALF}, _ODD, full=True),

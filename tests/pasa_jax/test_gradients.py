@@ -105,7 +105,9 @@ def test_heads_at_once():
         schedule = replace(TILES, batch_heads=batch)
         loss, operands = loss_of(case, arrays, implementation="lax", schedule=schedule)
         grads.append(jax.jit(jax.grad(loss))(operands))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *grads)
+    for name, true in float64_gradients(case, arrays).items():
+        for found in grads:  # sums in another order, and no worse
+            assert relative(found[name], true) < 2e-5, name
 
 
 def test_finite_differences(x64):
