@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 import pasa_jax
 from pasa_jax._errors import wrong
 from pasa_jax.models import _files, _generate, _gguf
+from pasa_jax.models._checks import inside
 from pasa_jax.models._config import DecoderConfig
 from pasa_jax.models._weights import Tensors, checked_dtype, fill
 
@@ -313,12 +314,14 @@ def load(directory: str | Path, dtype: Any = "float32") -> Decoder:
       ModuleNotFoundError: the extra "models" is not installed.
     """
     directory = Path(directory)
-    config = DecoderConfig.from_hf(_files.read_config(directory))
+    read = _files.read_config(directory)
+    with inside(directory / "config.json"):
+        config = DecoderConfig.from_hf(read)
     return _assembled(config, _files.read_tensors(directory), dtype, "directory")
 
 
 def load_gguf(path: str | Path, dtype: Any = "float32") -> Decoder:
-    """The model in a GGUF file of the architecture llama, quantized or not.
+    """The model in a GGUF file of the architecture qwen2 or llama, quantized or not.
 
     Raises:
       As `load`.
@@ -328,7 +331,7 @@ def load_gguf(path: str | Path, dtype: Any = "float32") -> Decoder:
 
 def from_gguf(found: _gguf.Gguf, dtype: Any = "float32") -> Decoder:
     """The model of a file that was read."""
-    return _assembled(DecoderConfig.from_hf(found.config), found.tensors, dtype, "path")
+    return _assembled(found.config, found.tensors, dtype, "path")
 
 
 _TOP = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
