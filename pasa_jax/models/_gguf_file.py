@@ -19,9 +19,8 @@ from pasa_jax._extras import require
 from pasa_jax.models._checks import brief
 
 EXTRA = "models"
-_SCALARS = dict(zip(range(8), "BbHhIif?", strict=True)) | dict(
-    zip((10, 11, 12), "Qqd", strict=True)
-)
+# The types of fields: numbers, by struct's codes, and two more.
+_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_FIELDS, _MOST_TENSORS = 2**12, 2**16
 MOST_ITEMS = 2**20

@@ -116,7 +116,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
         (
             QWEN2_7B,
             {"layer_types": ["full_attention", "sliding_attention"]},
-            "`layer_types` must be 'full_attention' throughout; got ['full_attention', 'sliding_attention'].",
+            "`layer_types` must be 'full_attention' throughout; "
+            "got ['full_attention', 'sliding_attention'].",
         ),
         (
             LLAMA,
