@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -74,6 +75,10 @@ def regular(path: Path, missing: str) -> Path:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(missing) from error
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise wrong(str(path), "be a regular file, or a link to one", "a link to itself") from error
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a directory", stat.S_IFSOCK: "a socket"}
         seen = kinds.get(stat.S_IFMT(mode), "a device")

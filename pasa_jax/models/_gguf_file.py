@@ -52,16 +52,19 @@ class Array(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Blocks of bytes that stand for an array of ``shape``, the last axis packed."""
+    """Blocks of bytes in a file, which stand for an array of ``shape``, the last axis packed."""
 
+    path: Path
     kind: Any  # a gguf.GGMLQuantizationType
     shape: tuple[int, ...]
-    data: np.ndarray  # uint8, [bytes]
+    offset: int
+    size: int
 
     def value(self) -> np.ndarray:
-        """float32."""
+        """float32, read anew: a file that changes later changes no model."""
         gguf = require("gguf", EXTRA)
-        rows = self.data.reshape(*self.shape[:-1], -1)
+        data = np.fromfile(self.path, np.uint8, self.size, offset=self.offset)
+        rows = data.reshape(*self.shape[:-1], -1)
         with np.errstate(all="ignore"):  # scales of any 16 bits, infinite ones too
             return np.asarray(gguf.quants.dequantize(rows, self.kind), np.float32)
 
@@ -74,7 +77,7 @@ class File(NamedTuple):
 
 
 def read(path: Path) -> File:
-    """What stands in a file, which is mapped and not copied.
+    """What stands in a file, of which nothing is kept but the fields.
 
     Raises:
       ValueError: it is damaged, or has what is not read here, by name.
@@ -89,7 +92,7 @@ def read(path: Path) -> File:
     if alignment not in [2**i for i in range(20)]:
         raise wrong("general.alignment", "be a power of two below a million", brief(alignment))
     start = -(-cursor.at // alignment) * alignment
-    return File(found, _placed(infos, data[start:], alignment))
+    return File(found, _placed(path, infos, start, len(data), alignment))
 
 
 class _Cursor:
@@ -185,19 +188,23 @@ def _kind(name: str, number: int) -> Any:
 
 
 def _placed(
-    infos: dict[str, tuple[Any, tuple[int, ...], int]], data: np.ndarray, alignment: int
+    path: Path,
+    infos: dict[str, tuple[Any, tuple[int, ...], int]],
+    start: int,
+    length: int,
+    alignment: int,
 ) -> dict[str, Tensor]:
     """The tensors at their places, which do not overlap: no more is read than the file has."""
     sizes = require("gguf", EXTRA).GGML_QUANT_SIZES
-    tensors, end = {}, 0
+    tensors, end = {}, start
     for name, (kind, shape, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
         block, size = sizes[kind]
-        stop = offset + math.prod(shape) // block * size
-        if offset < end or offset % alignment or stop > len(data):
-            allowed = f"stand at a multiple of {alignment} from {end} on, before {len(data)}"
-            raise wrong(name, allowed, f"bytes {offset} to {stop}")
-        tensors[name] = Tensor(kind, shape, data[offset:stop])
-        end = stop
+        first, count = start + offset, math.prod(shape) // block * size
+        if first < end or first % alignment or first + count > length:
+            allowed = f"stand at a multiple of {alignment} from byte {end} on, and end by {length}"
+            raise wrong(name, allowed, f"{count} bytes from {first} on")
+        tensors[name] = Tensor(path, kind, shape, first, count)
+        end = first + count
     return {name: tensors[name] for name in infos}
 
 

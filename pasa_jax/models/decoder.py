@@ -330,7 +330,7 @@ def load_gguf(path: str | Path, dtype: Any = "float32") -> Decoder:
 
 
 def from_gguf(found: _gguf.Gguf, dtype: Any = "float32") -> Decoder:
-    """The model of a file that was read."""
+    """The model of a file that was read; empties its tensors."""
     return _assembled(found.config, found.tensors, dtype, "path")
 
 
@@ -351,12 +351,13 @@ _BLOCK = {
 def _assembled(
     config: DecoderConfig, tensors: dict[str, np.ndarray], dtype: Any, source: str
 ) -> Decoder:
-    """The decoder of tensors by Hugging Face's names, matrices [out, in]."""
+    """The decoder of tensors by Hugging Face's names, matrices [out, in]; empties ``tensors``."""
     dtype = checked_dtype(dtype)
     # Written by some tools, though they say nothing: a copy of the embedding, and RoPE's constants.
     spare = {"lm_head.weight"} if config.tied else set()
-    left = {n: x for n, x in tensors.items() if n not in spare and "rotary_emb" not in n}
-    taken = Tensors(left, source)
+    for name in [n for n in tensors if n in spare or "rotary_emb" in n]:
+        del tensors[name]
+    taken = Tensors(tensors, source)
 
     def value(path: str, like: Any) -> Array:
         leaf = path.rpartition(".")[2]
