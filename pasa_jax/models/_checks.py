@@ -12,6 +12,7 @@ import numpy as np
 from pasa_jax._errors import wrong
 
 LARGEST = 2**31 - 1  # of a size; products of two still fit the 64 bits of an array's shape
+_FLOAT32 = float(np.finfo(np.float32).max)
 _SHOWN = 200
 
 
@@ -34,8 +35,8 @@ def integer(name: str, value: Any, least: int = 1) -> int:
 
 def rope_base(name: str, value: Any) -> float:
     """θ, a float; below 1 the last pairs of a head would turn faster than the first."""
-    if not (_is_number(value) and 1 <= value <= np.finfo(np.float32).max):
-        raise wrong(name, "be a finite number of at least 1", brief(value))
+    if not (_is_number(value) and 1 <= value <= _FLOAT32):
+        raise wrong(name, "be a number of at least 1 and finite in float32", brief(value))
     return float(value)
 
 

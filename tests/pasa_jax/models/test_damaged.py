@@ -21,7 +21,7 @@ def job(*arguments):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,  # for a file that is read without end
+        timeout=120,  # for a file that is read without end
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
