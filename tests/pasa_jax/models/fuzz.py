@@ -29,19 +29,8 @@ DEEP = "[" * 100 + "]" * 100
 DEEPER = "[" * 100_000 + "]" * 100_000
 # JSON texts, for what Python does not write.
 VALUES = ["null", "true", "false", "-1", "0", "1", "3", "2147483648", "1" + "0" * 400, "16.0"]
-VALUES += [
-    "-0.5",
-    "NaN",
-    "Infinity",
-    "1e400",
-    "1e-300",
-    '""',
-    '"16"',
-    '"\\ud800"',
-    "[]",
-    "[1]",
-    "[[16]]",
-]
+VALUES += ["-0.5", "NaN", "Infinity", "1e400", "1e39", "1e-39", '""', '"16"', '"F8_E4M3"', '"I64"']
+VALUES += ['"\\ud800"', "[]", "[1]", "[[16]]"]
 VALUES += ["{}", '{"rope_type": []}', '{"a": {"b": 1}}', DEEP, DEEPER, '"' + "x" * 100_000 + '"']
 EXTRA = ["rope_theta", "rope_scaling", "rope_parameters", "layer_types", "head_dim", "rms_norm_eps"]
 EXTRA += ["use_sliding_window", "sliding_window", "max_window_layers", "tie_word_embeddings"]
@@ -250,15 +239,16 @@ def base(root):
     return root
 
 
-def of_declared_shape(model):
-    """Every parameter as the config says."""
+def is_as_declared(model):
+    """Every parameter as the config says, and the config's numbers of use."""
     c, attention = model.config, model.blocks.attention
     found = [model.embedding, attention.query.kernel, attention.key.kernel, model.norm.scale]
     found += [model.blocks.feed_forward.up.kernel, *([model.head.kernel] if model.head else [])]
     true = [(c.vocabulary, c.width), (c.layers, c.width, c.heads * c.head_dim)]
     true += [(c.layers, c.width, c.kv_heads * c.head_dim), (c.width,)]
     true += [(c.layers, c.width, c.hidden), *([(c.width, c.vocabulary)] if model.head else [])]
-    return [x[...].shape for x in found] == true
+    in_range = 1 <= c.rope_base < 1e39 and 0 < c.epsilon <= 1
+    return in_range and [x[...].shape for x in found] == true
 
 
 def outcome(source, path):
@@ -271,7 +261,7 @@ def outcome(source, path):
         return "refused" if any(x in str(error) for x in named) else f"names no file: {error!r}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"[:300]
-    return "loaded" if of_declared_shape(model) else "another shape than declared"
+    return "loaded" if is_as_declared(model) else "not as declared"
 
 
 class Memory:
@@ -334,7 +324,7 @@ def load(source):
         model = models.load(source).model
     shutil.rmtree(small)
     size = sum(x.nbytes for x in jax.tree.leaves(model))
-    return {"shape": of_declared_shape(model), "size": size, "rise": memory.rise}
+    return {"shape": is_as_declared(model), "size": size, "rise": memory.rise}
 
 
 if __name__ == "__main__":
