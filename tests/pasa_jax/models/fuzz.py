@@ -23,7 +23,6 @@ import jax
 from pasa_jax import models
 from tests.pasa_jax.models.directories import CONFIG, tensors, write
 
-warnings.simplefilter("error")
 INDEX = "model.safetensors.index.json"
 DEEP = "[" * 100 + "]" * 100
 DEEPER = "[" * 100_000 + "]" * 100_000
@@ -328,6 +327,7 @@ def load(source):
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")
     job, argument = sys.argv[1:]
     work = {"fuzz": lambda: fuzz(int(argument)), "load": lambda: load(Path(argument))}
     work["write"] = lambda: write_large(Path(argument))
