@@ -308,6 +308,12 @@ class TestGguf:
         path.write_bytes(data)
         refused(path, "model.gguf: ")
 
+    def test_too_many_fields(self, tmp_path):
+        path = tmp_path / "model.gguf"
+        more = {f"f{i}": True for i in range(5000)}  # objects of which take more than the file
+        path.write_bytes(gguf_bytes(FIELDS | more, infos(tensors(CONFIG))))
+        refused(path, "model.gguf: `the number of fields` must be at most 4096; got 5017")
+
     def test_a_field_that_is_there_twice(self, tmp_path):
         path = tmp_path / "model.gguf"
         whole = gguf_bytes(FIELDS, infos(tensors(CONFIG)))
