@@ -11,7 +11,7 @@ from flax import nnx
 
 from pasa_jax import models
 from pasa_jax._extras import require
-from pasa_jax.models import Decoder, decoder
+from pasa_jax.models import Decoder, _gguf_file, decoder
 from tests.pasa_jax.models import hf
 from tests.pasa_jax.models.directories import CONFIG, LLAMA, tensors, write, write_gguf
 
@@ -81,6 +81,22 @@ def test_a_quantized_qwen2(name, tmp_path):
     logits = forward(one, tokens)
     np.testing.assert_array_equal(logits, forward(other, tokens))
     assert np.std(logits) > 0.1
+
+
+ANY = sorted(kind.name for kind in gguf.quants._type_traits)
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_any_bytes_are_blocks(name, tmp_path):
+    """Scales that are infinite or NaN give such weights, and no warning."""
+    kind = gguf.GGMLQuantizationType[name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(2).integers(0, 256, 400 * size, np.uint8)
+    data[: 4 * size] = [0, 0x7C] * (2 * size)  # float16's infinity
+    (tmp_path / "blocks").write_bytes(data)
+    blocks = _gguf_file.Tensor(tmp_path / "blocks", kind, (200, 2 * block), 0, 400 * size)
+    found = blocks.value()
+    assert (found.shape, found.dtype) == ((200, 2 * block), np.float32)
 
 
 @hf.needs_torch
