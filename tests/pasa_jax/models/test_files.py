@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -307,6 +308,12 @@ class TestGguf:
         path = tmp_path / "model.gguf"
         path.write_bytes(data)
         refused(path, "model.gguf: ")
+
+    def test_an_array_of_arrays(self, tmp_path):
+        path = tmp_path / "model.gguf"
+        nested = (9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 5, 0))
+        path.write_bytes(gguf_bytes(FIELDS | {"x": nested}, infos(tensors(CONFIG))))
+        refused(path, "model.gguf: `x` must be an array of numbers, bools or strings")
 
     def test_too_many_fields(self, tmp_path):
         path = tmp_path / "model.gguf"
