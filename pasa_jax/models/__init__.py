@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from pasa_jax._errors import wrong
 from pasa_jax.models import _files, _gguf, decoder, metrics
+from pasa_jax.models._checks import brief, inside
 from pasa_jax.models.decoder import Decoder, DecoderConfig
 
 __all__ = ["Decoder", "DecoderConfig", "Loaded", "find", "load", "metrics"]
@@ -41,25 +42,31 @@ def load(source: str | Path, *, dtype: Any = "float32") -> Loaded:
 
     Arguments:
       source: a Hugging Face directory (config.json, *.safetensors, tokenizer.json) of model_type
-        qwen2, llama or bert; a .gguf file; or "smollm2" or "minilm", whose weights are installed
-        packages: SmolLM2-135M-Instruct and all-MiniLM-L6-v2.
+        qwen2, llama or bert; a .gguf file of the architecture qwen2 or llama; or
+        "smollm2" or "minilm", whose weights are installed packages: SmolLM2-135M-Instruct and
+        all-MiniLM-L6-v2.
       dtype: float32, float16 or bfloat16, of weights and activations.
 
+    Memory: about twice the weights in float32, whatever the files hold, and what the vocabulary
+    and the JSON need; these are refused beyond 2²⁰ tokens of a .gguf file and 16 MiB.
+
     Raises:
-      ValueError: another model_type; a config or tensors that the model has no place for.
-      FileNotFoundError: a file is missing.
+      ValueError: another model_type; a config or tensors that the model has no place for; a file
+        that is damaged or no regular file, or a field of it that is out of range, by name.
+      FileNotFoundError: a file is missing. Other errors of the system are as it raises them.
       ModuleNotFoundError: the weights, or the extra "models", are not installed.
     """
     path = find(source) if source in _PACKAGES else Path(source)
     if path.suffix == ".gguf":
         found = _gguf.read(path)
-        tokenizer = _gguf.tokenizer(found.fields)
+        tokenizer = _gguf.tokenizer(path, found.fields)
         return Loaded(decoder.from_gguf(found, dtype), tokenizer)
     family = _files.read_config(path).get("model_type")
-    if family not in _FAMILIES:
-        raise wrong("source", f"have a model_type among {', '.join(_FAMILIES)}", repr(family))
+    if not isinstance(family, str) or family not in _FAMILIES:
+        with inside(path / "config.json"):
+            raise wrong("source", f"have a model_type among {', '.join(_FAMILIES)}", brief(family))
     module = importlib.import_module(f"{__name__}.{_FAMILIES[family]}")
-    has_tokenizer = (path / "tokenizer.json").is_file()
+    has_tokenizer = (path / "tokenizer.json").exists()
     tokenizer = _files.read_tokenizer(path) if has_tokenizer else None
     return Loaded(module.load(path, dtype), tokenizer)
 

@@ -23,10 +23,13 @@ def checked_dtype(dtype: Any) -> Any:
 
 
 class Tensors:
-    """The tensors of a checkpoint, each taken once; ``source`` is the argument errors name."""
+    """The tensors of a checkpoint, each taken once; ``source`` is the argument errors name.
+
+    What is taken leaves ``tensors``, so that a model and its checkpoint need not both be held.
+    """
 
     def __init__(self, tensors: dict[str, np.ndarray], source: str) -> None:
-        self._tensors = dict(tensors)
+        self._tensors = tensors
         self._source = source
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:

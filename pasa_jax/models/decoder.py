@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 import pasa_jax
 from pasa_jax._errors import wrong
 from pasa_jax.models import _files, _generate, _gguf
+from pasa_jax.models._checks import inside
 from pasa_jax.models._config import DecoderConfig
 from pasa_jax.models._weights import Tensors, checked_dtype, fill
 
@@ -313,12 +314,14 @@ def load(directory: str | Path, dtype: Any = "float32") -> Decoder:
       ModuleNotFoundError: the extra "models" is not installed.
     """
     directory = Path(directory)
-    config = DecoderConfig.from_hf(_files.read_config(directory))
+    read = _files.read_config(directory)
+    with inside(directory / "config.json"):
+        config = DecoderConfig.from_hf(read)
     return _assembled(config, _files.read_tensors(directory), dtype, "directory")
 
 
 def load_gguf(path: str | Path, dtype: Any = "float32") -> Decoder:
-    """The model in a GGUF file of the architecture llama, quantized or not.
+    """The model in a GGUF file of the architecture qwen2 or llama, quantized or not.
 
     Raises:
       As `load`.
@@ -327,8 +330,8 @@ def load_gguf(path: str | Path, dtype: Any = "float32") -> Decoder:
 
 
 def from_gguf(found: _gguf.Gguf, dtype: Any = "float32") -> Decoder:
-    """The model of a file that was read."""
-    return _assembled(DecoderConfig.from_hf(found.config), found.tensors, dtype, "path")
+    """The model of a file that was read; empties its tensors."""
+    return _assembled(found.config, found.tensors, dtype, "path")
 
 
 _TOP = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -348,12 +351,13 @@ _BLOCK = {
 def _assembled(
     config: DecoderConfig, tensors: dict[str, np.ndarray], dtype: Any, source: str
 ) -> Decoder:
-    """The decoder of tensors by Hugging Face's names, matrices [out, in]."""
+    """The decoder of tensors by Hugging Face's names, matrices [out, in]; empties ``tensors``."""
     dtype = checked_dtype(dtype)
     # Written by some tools, though they say nothing: a copy of the embedding, and RoPE's constants.
     spare = {"lm_head.weight"} if config.tied else set()
-    left = {n: x for n, x in tensors.items() if n not in spare and "rotary_emb" not in n}
-    taken = Tensors(left, source)
+    for name in [n for n in tensors if n in spare or "rotary_emb" in n]:
+        del tensors[name]
+    taken = Tensors(tensors, source)
 
     def value(path: str, like: Any) -> Array:
         leaf = path.rpartition(".")[2]

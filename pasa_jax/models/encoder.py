@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 import pasa_jax
 from pasa_jax._errors import wrong
+from pasa_jax.models._checks import brief, epsilon, inside, integer
 from pasa_jax.models._files import read_config, read_tensors
 from pasa_jax.models._weights import Tensors, checked_dtype, fill
 
@@ -33,6 +34,7 @@ _ONLY = {
     "add_cross_attention": False,
     "quantization_config": None,
 }
+_SIZES = ("vocabulary", "max_length", "types", "layers", "heads", "width", "hidden")
 _DEFAULTS = {**_ONLY, "model_type": None, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
 
 
@@ -45,7 +47,10 @@ class EncoderConfig:
       max_length: the most positions that the model was trained for.
       layers, heads: how many; ``width`` is a multiple of ``heads``.
       width, hidden: of the activations, and of the feed-forward's inner layer.
-      epsilon: added to the variance in each layer norm.
+      epsilon: added to the variance in each layer norm; in (0, 1].
+
+    Raises:
+      ValueError: a number out of its range; a width that the heads do not divide.
     """
 
     vocabulary: int
@@ -58,6 +63,9 @@ class EncoderConfig:
     epsilon: float
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            integer(name, getattr(self, name))
+        epsilon("epsilon", self.epsilon)
         if self.width % self.heads:
             raise wrong("heads", f"divide the width {self.width}", self.heads)
 
@@ -70,17 +78,22 @@ class EncoderConfig:
         """
         for name, only in _ONLY.items():
             if (seen := _entry(config, name)) != only:
-                raise wrong(f"config.{name}", f"be {only!r}: nothing else is implemented", seen)
+                allowed = f"be {only!r}: nothing else is implemented"
+                raise wrong(f"config.{name}", allowed, brief(seen))
         return EncoderConfig(
-            vocabulary=_entry(config, "vocab_size"),
-            max_length=_entry(config, "max_position_embeddings"),
-            types=_entry(config, "type_vocab_size"),
-            layers=_entry(config, "num_hidden_layers"),
-            heads=_entry(config, "num_attention_heads"),
-            width=_entry(config, "hidden_size"),
-            hidden=_entry(config, "intermediate_size"),
-            epsilon=_entry(config, "layer_norm_eps"),
+            vocabulary=_size(config, "vocab_size"),
+            max_length=_size(config, "max_position_embeddings"),
+            types=_size(config, "type_vocab_size"),
+            layers=_size(config, "num_hidden_layers"),
+            heads=_size(config, "num_attention_heads"),
+            width=_size(config, "hidden_size"),
+            hidden=_size(config, "intermediate_size"),
+            epsilon=epsilon("config.layer_norm_eps", _entry(config, "layer_norm_eps")),
         )
+
+
+def _size(config: Mapping[str, Any], name: str) -> int:
+    return integer(f"config.{name}", _entry(config, name))
 
 
 def _entry(config: Mapping[str, Any], name: str) -> Any:
@@ -302,7 +315,9 @@ def load(directory: Path, dtype: DTypeLike = "float32") -> Encoder:
       ValueError: the model is no BERT that this one implements, or a tensor is missing, is not
         expected or has another shape, by name.
     """
-    config = EncoderConfig.from_hf(read_config(directory))
+    read = read_config(directory)
+    with inside(directory / "config.json"):
+        config = EncoderConfig.from_hf(read)
     found = {name: x for name, x in read_tensors(directory).items() if name not in _UNUSED}
     tensors = Tensors(found, "directory")
 

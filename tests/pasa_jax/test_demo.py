@@ -2,9 +2,11 @@
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,3 +105,15 @@ def test_the_tables_and_the_report_are_plain_data():
     }
     assert [t.row_count for t in demo.tables(report)] == [1, 1, 1]
     json.dumps(report)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed: apt install make")
+def test_each_command_installs_what_it_needs():
+    def commands(job):
+        root = Path(__file__).parents[2]
+        return subprocess.check_output(["make", "-nB", job], cwd=root, text=True)
+
+    assert "'.[demo]'" in commands("demo")
+    assert "'.[test]'" not in commands("demo")
+    for job in ("test", "check", "report", "npu-cost"):
+        assert "'.[test]'" in commands(job)

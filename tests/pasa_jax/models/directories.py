@@ -1,9 +1,11 @@
-"""Hugging Face directories of tiny random models, without torch."""
+"""Files of tiny random models, without torch: Hugging Face's directories, and GGUF."""
 
 import json
 
 import jax.numpy as jnp
 import numpy as np
+
+from pasa_jax._extras import require
 
 CONFIG = {
     "model_type": "qwen2",
@@ -21,10 +23,12 @@ LLAMA = CONFIG | {"model_type": "llama"}
 def tensors(config, dtype=np.float32):
     """Random ones for ``config``, by Hugging Face's names."""
     rng = np.random.default_rng(0)
-    width, hidden, keys = 16, 24, 8
-    shapes = {"model.embed_tokens.weight": (20, width), "model.norm.weight": (width,)}
-    shapes["lm_head.weight"] = (20, width)
-    for i in range(2):
+    width, hidden = config["hidden_size"], config["intermediate_size"]
+    keys = width * config["num_key_value_heads"] // config["num_attention_heads"]
+    table = (config["vocab_size"], width)
+    shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (width,)}
+    shapes["lm_head.weight"] = table
+    for i in range(config["num_hidden_layers"]):
         block = {
             "input_layernorm.weight": (width,),
             "self_attn.q_proj.weight": (width, width),
@@ -38,7 +42,8 @@ def tensors(config, dtype=np.float32):
         }
         if config["model_type"] == "qwen2":
             block |= {
-                f"self_attn.{n}_proj.bias": (s,) for n, s in zip("qkv", (16, 8, 8), strict=True)
+                f"self_attn.{n}_proj.bias": (s,)
+                for n, s in zip("qkv", (width, keys, keys), strict=True)
             }
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
@@ -49,3 +54,43 @@ def write(directory, config, weights):
 
     (directory / "config.json").write_text(json.dumps(config))
     save_file({k: jnp.asarray(x) for k, x in weights.items()}, directory / "model.safetensors")
+
+
+def write_gguf(path, config, weights, kind=None, **fields):
+    """A file as llama.cpp's converter writes it.
+
+    ``kind``: name -> the GGMLQuantizationType of a tensor. ``fields``: more of them, as strings
+    and arrays; __ in a name stands for a dot.
+    """
+    gguf = require("gguf", "models")
+    writer = gguf.GGUFWriter(path, config["model_type"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(config["vocab_size"])
+    for name, value in fields.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_array
+        add(name.replace("__", "."), value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, x in weights.items():
+        x = permuted(name, x, config) if config["model_type"] == "llama" else x
+        stored = names.get_name(name, (".weight", ".bias")) or name
+        writer.add_tensor(stored, np.ascontiguousarray(x), raw_dtype=kind and kind(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def permuted(name, x, config):
+    """A Llama's rows of q and k in interleaved pairs: llama.cpp's ``LlamaModel.permute``."""
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    field = next((field for part, field in heads.items() if part in name), None)
+    if field is None:
+        return x
+    return x.reshape(config[field], 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)

@@ -84,7 +84,11 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
             {"quantization_config": {"bits": 4}},
             "`quantization_config` must be None; got {'bits': 4}.",
         ),
-        (LLAMA, {"hidden_size": None}, "`hidden_size` must be an int of config.json; got None."),
+        (
+            LLAMA,
+            {"hidden_size": None},
+            "`hidden_size` must be an int from 1 to 2147483647; got None.",
+        ),
         (
             LLAMA,
             {"rope_scaling": LLAMA3},
@@ -112,7 +116,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
         (
             QWEN2_7B,
             {"layer_types": ["full_attention", "sliding_attention"]},
-            "`layer_types` must be 'full_attention' throughout; got ['sliding_attention'].",
+            "`layer_types` must be 'full_attention' throughout; "
+            "got ['full_attention', 'sliding_attention'].",
         ),
         (
             LLAMA,

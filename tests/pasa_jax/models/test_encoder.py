@@ -153,7 +153,7 @@ def test_wrong_calls(small, arguments, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "relu"}, "be 'gelu': nothing else is implemented; got relu."),
+        ({"hidden_act": "relu"}, "be 'gelu': nothing else is implemented; got 'relu'."),
         ({"position_embedding_type": "relative_key"}, "be 'absolute'"),
         ({"is_decoder": True}, "be False"),
         ({"model_type": "roberta"}, "be 'bert'"),

@@ -1,6 +1,5 @@
-"""Directories, GGUF files and names; and what is wrong with some of them."""
+"""Directories and names; and what is wrong with some of them."""
 
-import dataclasses
 import importlib.util
 import json
 
@@ -8,12 +7,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 
 from pasa_jax import models
 from pasa_jax._extras import require
 from pasa_jax.models import DecoderConfig, decoder
-from tests.pasa_jax.models.directories import CONFIG, LLAMA, tensors, write
+from tests.pasa_jax.models.directories import CONFIG, tensors, write
 
 pytest.importorskip("safetensors", reason='pip install "pasa-jax[models]"')
 TOKENS = np.array([[3, 1, 4, 1, 5]])
@@ -95,77 +93,6 @@ class TestDirectory:
         (tmp_path / "config.json").write_text(json.dumps(CONFIG))
         with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
             models.load(tmp_path)
-
-
-def write_gguf(path, weights, architecture="llama", **strings):
-    """A file as llama.cpp's converter writes it: rows of q and k in interleaved pairs."""
-    gguf = require("gguf", "models")
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_embedding_length(16)
-    writer.add_feed_forward_length(24)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_context_length(64)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(20)
-    for name, value in strings.items():
-        writer.add_string(name.replace("__", "."), value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    for name, x in weights.items():
-        heads = 4 if "q_proj" in name else 2 if "k_proj" in name else None
-        if heads:
-            x = x.reshape(heads, 2, -1, 16).swapaxes(1, 2).reshape(x.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)) or name, np.ascontiguousarray(x))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-class TestGguf:
-    @pytest.mark.parametrize("tied", [False, True])
-    def test_it_is_the_model_of_the_directory(self, tied, tmp_path):
-        config = LLAMA | {"tie_word_embeddings": tied}
-        weights = tensors(config)
-        if tied:
-            del weights["lm_head.weight"]
-        write(tmp_path, config, weights)
-        write_gguf(tmp_path / "model.gguf", weights)
-        one, other = decoder.load(tmp_path), decoder.load_gguf(tmp_path / "model.gguf")
-        assert one.config == dataclasses.replace(other.config, epsilon=1e-6)  # which is float32
-        for x, y in zip(*(jax.tree.leaves(nnx.state(m)) for m in (one, other)), strict=True):
-            np.testing.assert_array_equal(x, y)
-
-    def test_another_architecture(self, tmp_path):
-        write_gguf(tmp_path / "model.gguf", {"x": np.zeros(1, np.float32)}, "falcon")
-        with pytest.raises(ValueError, match="architecture 'llama'; got 'falcon'"):
-            models.load(tmp_path / "model.gguf")
-
-    def test_scaled_rotary_positions(self, tmp_path):
-        scaled = {"llama__rope__scaling__type": "yarn"}
-        write_gguf(tmp_path / "model.gguf", tensors(LLAMA), **scaled)
-        with pytest.raises(ValueError, match="`rope_scaling` must be of type 'default'"):
-            decoder.load_gguf(tmp_path / "model.gguf")
-
-    def test_an_unknown_tensor(self, tmp_path):
-        weights = tensors(LLAMA) | {"rope_freqs.weight": np.ones(2, np.float32)}
-        write_gguf(tmp_path / "model.gguf", weights)
-        with pytest.raises(
-            ValueError, match=r"`path` must hold no tensor .* got rope_freqs\.weight"
-        ):
-            decoder.load_gguf(tmp_path / "model.gguf")
-
-    def test_another_tokenizer(self, tmp_path):
-        other = {"tokenizer__ggml__pre": "llama-bpe"}
-        write_gguf(tmp_path / "model.gguf", tensors(LLAMA), **other)
-        with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre is 'smollm'; got 'llama-bpe'"):
-            models.load(tmp_path / "model.gguf")
-
-    def test_no_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"a \.gguf file is needed"):
-            decoder.load_gguf(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(
