@@ -70,9 +70,9 @@ def _only_on(platform: str) -> Primitive:
 
     def refuse(*_: Any) -> Any:
         raise BackendUnsupported(
-            f"`implementation`: this Pallas kernel must be compiled for {platform}, and the program "
-            "is lowered for another platform. Name 'lax', leave the name out (then 'lax' takes over "
-            "elsewhere), or pass interpret=True to run the kernel step by step."
+            f"`implementation`: this Pallas kernel must be compiled for {platform}, and the "
+            "program is lowered for another platform. Name 'lax', leave the name out (then 'lax' "
+            "takes over elsewhere), or pass interpret=True to run the kernel step by step."
         )
 
     mlir.register_lowering(primitive, refuse)

@@ -93,7 +93,8 @@ def dot_product_attention(
       sinks: [N] scores of one more key a head, with value 0: they only take up weight.
       shift: ``"auto"``, ``"none"``, ``"paper"``, ``"mean"``, ``"mean_past"`` or
         ``"reference"``; see `pasa_jax.shifts`. All but ``"none"`` and the setting ``"paper"`` of
-        ``precision`` promise finite outputs for finite inputs.
+        ``precision`` promise finite outputs for finite inputs (the implementation of the name
+        ``"reference"``: while scores fit float32).
       beta: β in (0, 1) of the shift ``"paper"``; default `optimal_beta` of the schedule's block.
       precision: a `Precision` or its name; None stores scores and probabilities in the inputs'
         type, and the statistics and the output before normalisation in float32.
@@ -176,8 +177,7 @@ class _Results(NamedTuple):
     @staticmethod
     def places(lse: bool, stats: bool) -> _Results:
         """Where each result's axes come from, for `sharded`."""
-        heads = statistics.Statistics(*[HEADS] * len(statistics.Statistics._fields))
-        return _Results(OUTPUT, ROWS if lse else None, heads if stats else None)
+        return _Results(OUTPUT, ROWS if lse else None, HEADS if stats else None)
 
 
 def _run(
@@ -364,7 +364,9 @@ def _canonical(
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     ids = (None, None) if segment_ids is None else _segments(segment_ids, q, k)
     return _Call(
-        operands=Operands(q, k, v, _bias(bias, full, wide_type(q.dtype)), _sinks(sinks, q.shape[2]), factor),
+        operands=Operands(
+            q, k, v, _bias(bias, full, wide_type(q.dtype)), _sinks(sinks, q.shape[2]), factor
+        ),
         mask=Mask(
             query_length=q.shape[1],
             key_length=k.shape[1],
@@ -439,7 +441,7 @@ def _scale(scale: ArrayLike | None, q: Array) -> tuple[Array, float | None]:
     wide = wide_type(q.dtype)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    if _is_real(scale):
+    if isinstance(scale, (int, float, np.integer, np.floating)) and _is_real(scale):
         if not abs(scale) <= float(jnp.finfo(wide).max):  # NaN is not, either
             raise wrong("scale", f"be finite in {wide}", scale)
         return jnp.asarray(scale, wide), float(scale)
@@ -549,7 +551,7 @@ _FAR = 2**30
 
 
 def _is_size(x: Any) -> bool:
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x >= 0
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and int(x) >= 0
 
 
 def _broadcastable(name: str, x: Array, full: tuple[int, ...]) -> Array:

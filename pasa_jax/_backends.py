@@ -1,8 +1,9 @@
 """The table of implementations, in the order in which None tries them.
 
-An implementation puts the plan into its own terms (``adapt``), says what it cannot do (``supports``:
-None, or the reason as a sentence) and computes (``attend``). `choose` adapts the plan, once; whatever
-comes after it sees that plan alone. Packages for accelerators are imported when first used.
+An implementation puts the plan into its own terms (``adapt``), says what it cannot do
+(``supports``: None, or the reason as a sentence) and computes (``attend``). `choose` adapts the
+plan, once; whatever comes after it sees that plan alone. Packages for accelerators are imported
+when first used.
 """
 
 from __future__ import annotations
@@ -175,7 +176,9 @@ def _names(implementation: Implementation) -> tuple[str, ...]:
     if implementation is None:
         return tuple(BACKENDS)
     allowed = (*BACKENDS, *ALIASES)
-    names = implementation if isinstance(implementation, (tuple, list)) else (implementation,)
+    names: Sequence[Any] = (implementation,)
+    if isinstance(implementation, Sequence) and not isinstance(implementation, str):
+        names = implementation
     for name in names or ("",):
         check_choice("implementation", name, allowed)
     full = [x for name in names for x in ALIASES.get(name, (name,))]

@@ -1,8 +1,8 @@
 """Calls whose arrays have a sharding in their types: meshes with axes of type Explicit.
 
-Batch entries and heads are independent, so a mesh over them is left to `jax.shard_map`: every device
-computes what it holds, and the result is sharded as the query is. A sequence or a head size that is
-sharded is refused.
+Batch entries and heads are independent, so a mesh over them is left to `jax.shard_map`: every
+device computes what it holds, and the result is sharded as the query is. A sequence or a head size
+that is sharded is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pasa_jax._errors import wrong
 from pasa_jax._operands import Operands
@@ -22,7 +23,7 @@ from pasa_jax.mask import Mask
 
 Array = jax.Array
 Axes = Any  # what a PartitionSpec has for one axis of an array: None, a name, or a tuple of names
-# [B, T, N] of the output and of its log-sum-exp: where each axis of a result comes from.
+# Where each axis of a result comes from: of the output, of what is one number a row or a head.
 OUTPUT, ROWS, HEADS = ("b", "t", "n", "e"), ("b", "t", "n"), ("b", "n")
 
 
@@ -64,7 +65,9 @@ class Placement(NamedTuple):
         """The sharding of an array with axes "b", "n" and others; axes of size 1 are whole."""
         place = {"b": self.batch, "n": self.heads}
         whole = [shape is not None and shape[i] == 1 for i in range(len(axes))]
-        return PartitionSpec(*(None if w else place.get(a) for a, w in zip(axes, whole, strict=True)))
+        return PartitionSpec(
+            *(None if w else place.get(a) for a, w in zip(axes, whole, strict=True))
+        )
 
     def put(self, x: Array | None, *axes: str) -> Any:
         """x sharded as the call is."""
@@ -73,7 +76,7 @@ class Placement(NamedTuple):
         spec = self.spec(axes, x.shape)
         if _spec(x) == tuple(spec):
             return x
-        return jax.reshard(x, jax.NamedSharding(self.mesh, spec))
+        return jax.reshard(x, NamedSharding(self.mesh, spec))
 
 
 def sharded(
@@ -85,7 +88,7 @@ def sharded(
     """``compute(operands, mask)``, by every device of an Explicit mesh for what it holds.
 
     Arguments:
-      results: the tree of what ``compute`` gives, with `OUTPUT`, `ROWS` or `HEADS` as leaves.
+      results: a tree of `OUTPUT`, `ROWS` and `HEADS`, each for one part of what ``compute`` gives.
     """
     place = Placement.of(operands, mask)
     if place is None:
@@ -130,7 +133,8 @@ def _explicit(mesh: Any) -> tuple[str, ...]:
 
 def _mesh(x: Array) -> Any:
     """The mesh that x is sharded over: its devices too, where x is no tracer."""
-    return x.sharding.mesh if not isinstance(x, jax.core.Tracer) else jax.typeof(x).sharding.mesh
+    placed = None if isinstance(x, Tracer) else x.sharding
+    return placed.mesh if isinstance(placed, NamedSharding) else jax.typeof(x).sharding.mesh
 
 
 def _spec_of(x: Array) -> PartitionSpec:

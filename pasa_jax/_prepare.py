@@ -268,7 +268,7 @@ def _divides_values(plan: Plan, dtype: jnp.dtype) -> bool:
 
 
 def _value_gain(top: Array, plan: Plan) -> Array:
-    """The power of two, at most 1, that brings values up to ``top`` into the range of their sums."""
+    """The power of two, at most 1, that brings sums of values up to ``top`` into range."""
     wide = wide_type(top.dtype)
     limit = _product_log2(plan) if plan.precision.products == "float16" else _SUMMABLE_LOG2
     excess = jnp.maximum(jnp.frexp(jnp.maximum(top, 0).astype(wide))[1] - limit, 0)

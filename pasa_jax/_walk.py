@@ -61,7 +61,7 @@ class Walk(ABC):
 
     @abstractmethod
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
-        """Key tile j, values multiplied by ``value_gain`` [], which keeps P·V in range (None: 1)."""
+        """Key tile j, values multiplied by ``value_gain`` [] (None: 1), to keep P·V in range."""
 
     @abstractmethod
     def key_start(self, j: Index) -> Index:

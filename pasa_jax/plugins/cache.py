@@ -31,8 +31,8 @@ class KVCache:
     """Keys and values of up to S tokens, made by `empty`, grown by `append`, read by `attend`.
 
     A pytree: it goes through jit (donate it: `append` then writes in place), scan and vmap. Beside
-    keys and values it keeps the sums of their blocks and three maxima of each, which `append` brings up
-    to date in O(tokens appended); so `attend` reads each key and value once, where
+    keys and values it keeps the sums of their blocks and three maxima of each block, which `append`
+    brings up to date in O(tokens appended); so `attend` reads each key and value once, where
     `pasa_jax.dot_product_attention` also asks all of them whether they are finite, how large and
     how biased they are.
 

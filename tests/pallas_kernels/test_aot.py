@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,14 @@ class TestLowering:
         text = donating.lower(lowering_platforms=(chip,)).as_text()
         assert call in text
         assert "tf.aliasing_output" in text or "jax.buffer_donor" in text
+
+    def test_jax_s_word_on_triton_is_seen_once_at_most(self):
+        """By who shows such warnings; jax before 0.11 has none."""
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("default")
+            for _ in range(2):
+                lowered(attend("h100"), "cuda")
+        assert [str(w.message)[:25] for w in seen] in ([], ["The Pallas Triton backend"])
 
     def test_export_for_one_platform_holds_its_kernel(self):
         x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)

@@ -41,7 +41,12 @@ def test_contract_in_16_bits(kernel, name, dtype):
 @pytest.mark.parametrize("shift", ["none", "mean", "mean_past", "reference"])
 def test_every_shift(kernel, shift):
     dtype = "bfloat16" if kernel == "pallas_tpu" else "float16"
-    options = {"implementation": kernel, "interpret": True, "schedule": tiles(kernel), "precision": dtype}
+    options = {
+        "implementation": kernel,
+        "interpret": True,
+        "schedule": tiles(kernel),
+        "precision": dtype,
+    }
     check(CASES["causal, fewer keys"], dtype, BOUND[dtype], shift=shift, **options)
 
 

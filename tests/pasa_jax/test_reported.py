@@ -59,7 +59,7 @@ def test_gradients_where_the_last_query_tile_is_moved_back(name, dtype):
 
 @pytest.mark.parametrize("rows", ["own", "broadcast"])
 def test_a_key_that_only_padding_sees_reaches_no_gradient(rows):
-    """A bias hides the NaN key from the valid rows; rows of padding see it, and have no gradient."""
+    """A bias hides the NaN key from valid rows; rows of padding see it, and have no gradient."""
     q, k, v = (normal(i, (2, 40, 2, 8)) for i in range(3))
     k = k.at[0, 5].set(jnp.nan)
     lengths = jnp.asarray([20, 40], jnp.int32)
@@ -132,9 +132,7 @@ def test_a_bias_behind_the_rounding(shift, kind):
     bias = jnp.asarray(bias, jnp.float32)
     out = dot_product_attention(q, k, v, bias, shift=shift, schedule=BEHIND)
     true, _ = exact({"query": q, "key": k, "value": v, "bias": bias}, {})
-    plain = dot_product_attention(
-        q, k, v, bias, shift="none", precision="float16", schedule=BEHIND
-    )
+    plain = dot_product_attention(q, k, v, bias, shift="none", precision="float16", schedule=BEHIND)
     floor = np.abs(wide(plain) - true).max()
     assert np.abs(wide(out) - true).max() <= 2 * floor + 1e-3
 
@@ -338,7 +336,7 @@ def test_a_schedule_takes_every_spelling_of_a_type(dtype):
 
 
 def test_a_type_that_a_schedule_does_not_know():
-    with pytest.raises(ValueError, match="`dtype` must be one of 'float16', .*; got 'int8'"):
+    with pytest.raises(ValueError, match=r"`dtype` must be one of 'float16', .*; got 'int8'"):
         Schedule.for_target("h100", dtype="int8")
 
 
@@ -423,7 +421,9 @@ class TestKernelsElsewhere:
             jax.vmap(call)(X[None])
 
     def test_say_which_schedule(self, name, target):
-        with pytest.raises(BackendUnsupported, match=rf"schedule=Schedule.for_target\('{target}'\)"):
+        with pytest.raises(
+            BackendUnsupported, match=rf"schedule=Schedule.for_target\('{target}'\)"
+        ):
             dot_product_attention(X, X, X, implementation=name)
 
     def test_are_interpreted_on_request(self, name, target):

@@ -165,7 +165,8 @@ with jax.set_mesh(mesh):
         assert kind(a) == P("batch", "heads")
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     further = {
-        "query_seq_lengths": jnp.asarray([30, 40]), "mask": jnp.asarray(rng.random((2, 1, 1, 40)) > 0.2),
+        "query_seq_lengths": jnp.asarray([30, 40]),
+        "mask": jnp.asarray(rng.random((2, 1, 1, 40)) > 0.2),
         "bias": jnp.asarray(rng.standard_normal((1, 4, 40, 1)), jnp.float32),
         "sinks": jnp.arange(4.0), "segment_ids": jnp.asarray(rng.integers(0, 2, (2, 40))),
         "dropout_rate": 0.3, "dropout_key": jax.random.key(0),
