@@ -176,9 +176,8 @@ def _names(implementation: Implementation) -> tuple[str, ...]:
     if implementation is None:
         return tuple(BACKENDS)
     allowed = (*BACKENDS, *ALIASES)
-    names: Sequence[Any] = (implementation,)
-    if isinstance(implementation, Sequence) and not isinstance(implementation, str):
-        names = implementation
+    one = isinstance(implementation, str) or not isinstance(implementation, Sequence)
+    names: tuple[Any, ...] = (implementation,) if one else tuple(implementation)
     for name in names or ("",):
         check_choice("implementation", name, allowed)
     full = [x for name in names for x in ALIASES.get(name, (name,))]
