@@ -139,12 +139,23 @@ class Model:
         """y where the row sees the key, else −inf."""
         return np.where(self.true.seen, y, -np.inf)
 
+    def visited(self, y: np.ndarray) -> np.ndarray:
+        """[B, N, T, 1]: the largest y [B, N, S] of the key tiles that a row's query tile visits."""
+        x, found = self.x, np.zeros((*self.true.lse.shape, 1))
+        rows = max(1, min(x.schedule.block_q // (x.n // x.k), x.t))
+        reach = self.blocks.max(self.true.parts.reach) & self.true.finite[:, :, None]
+        for start in range(0, x.t, rows):
+            first = min(start, x.t - rows)
+            tile = reach[:, :, first : first + rows].any(2)
+            largest = np.where(tile, y, 0).max(-1)
+            found[:, :, start : start + rows] = largest[..., None, None]
+        return found
+
     def bound(self) -> np.ndarray:
-        """[B, N, T, 1] log2 of twice ‖q‖·max‖k‖, of the keys that the row sees (eq. 12)."""
+        """[B, N, T, 1] log2 of twice ‖q‖·max‖k‖, of the tiles that are visited (eq. 12)."""
         norm_q, norm_k = (np.sqrt((y**2).sum(-1)) for y in (self.q, self.k))
-        norm_k = self.row_max(np.broadcast_to(norm_k[:, :, None, :], self.true.seen.shape))
         with np.errstate(divide="ignore"):
-            return np.log2(2 * norm_q[..., None] * norm_k)
+            return np.log2(2 * norm_q[..., None] * self.visited(norm_k))
 
     def exponent(self) -> np.ndarray:
         """[B, N, T, 1] a bound on the guard's e, and on that of large keys."""
@@ -159,7 +170,7 @@ class Model:
         wide = 120 if self.a.wide == "float32" else 1000
         e = np.maximum(self.bound() + scale - limit, self.bound() + max(scale, 0) - wide)
         e = np.where(self.a.dtype == "float16", self.bound() + scale - limit, e)
-        largest = np.log2(np.maximum(self.row_max(self.k.max(-1)[:, :, None, :]), 1))
+        largest = np.log2(np.maximum(self.visited(self.k.max(-1)), 1))
         return np.maximum(np.ceil(e), 0) + (
             np.maximum(largest - 93, 0) if self.a.dtype != "float16" else 0
         )
@@ -348,7 +359,7 @@ class Model:
         top = 0.9 * min(TOP[p.scores], TOP[p.statistics], TOP[self.a.products])
         size = np.maximum(np.abs(self.plain), np.abs(true.scores))
         size = np.maximum(size, np.abs(true.bias))
-        if "paper" in self.a.shifts:
+        if self.a.shifts != ("none",):  # a mean is of keys that the row does not see, too
             size = np.maximum(size, 2 * self.blocks.max(np.abs(self.plain)))
         found = self.row_max(size) >= top
         gross = np.maximum(self.size, self.size / (self.factor or 1))
@@ -403,7 +414,7 @@ def forward(call: Call, true: Truth) -> Forward:
     else:
         delta = s.raw + s.rest
     delta = SAFETY * delta
-    delta = np.where(s.cut[..., None], 1e6, delta)
+    delta = np.where(s.cut[..., None], 1e300, delta)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         log_p = np.where(true.seen, true.scores - true.lse[..., None], -np.inf)
         # (19) ln Σ p·e^δ, from above; a sink's own error is that of the row's noise.
@@ -449,7 +460,7 @@ def forward(call: Call, true: Truth) -> Forward:
     of_o = SAFETY * ((n / 2 + 2) * UNIT[a.products] + 4 * model.blocks.count * UNIT[p.accumulator])
     weighted = np.minimum(weighted, hull)
     gross = np.minimum(gross, magnitude + weighted)
-    top_v = model.row_max(np.abs(true.v).max(-1)[:, :, None, :])
+    top_v = model.visited(np.abs(true.v).max(-1))
     lost = FLOOR[a.dtype] if a.dtype != "float16" else 0
     lost = lost + FLOOR[p.accumulator] * model.blocks.count
     if a.products == "float16":
@@ -494,17 +505,21 @@ def gradients(call: Call, true: Truth, f: Forward, back: Backward) -> dict[str, 
     of_delta = of_delta + (d_out * FLOOR[a.dtype]).sum(-1) + 4 * wide * np.abs(back.delta)
     apart = np.abs(back.d_p - back.delta[..., None])
     of_s = f.p * apart + p * (SAFETY * (size * gross + 4 * wide * apart) + of_delta[..., None])
-    of_s = np.where(true.seen, of_s + SAFETY * FLOOR[a.wide] * (1 + apart), 0)
+    least = FLOOR[a.wide] * (1 + d_out.sum(-1)[..., None] + apart)
+    of_s = np.where(true.seen, of_s + SAFETY * least, 0)
     of_raw = of_s * (true.slope + f.slope) + np.abs(back.d_s) * f.slope
     raw = np.abs(back.d_s) * true.slope + of_raw
     of_raw = of_raw + operand * raw + np.where(true.seen, FLOOR[a.wide], 0)
-    q, k, scale = np.abs(true.q), np.abs(true.k), abs(float(true.scale))
+    q, k = (np.abs(y) + FLOOR[a.wide] for y in (true.q, true.k))
+    scale, least_q = abs(float(true.scale)), 2 * FLOOR[a.wide]
     rows, keys = (x.t * x.n // x.k) / 2 + 4, x.s / 2 + 4
     sums = SAFETY * wide
     of_p = f.p + SAFETY * (operand * p + np.where(true.seen, FLOOR[a.wide], 0))
     found = {
-        "query": (scale * ((of_raw + sums * keys * raw) @ k)).swapaxes(1, 2),
-        "key": over_groups(call, scale * ((of_raw + sums * rows * raw).swapaxes(-1, -2) @ q)),
+        "query": (scale * ((of_raw + sums * keys * raw) @ k + x.s * least_q)).swapaxes(1, 2),
+        "key": over_groups(
+            call, scale * ((of_raw + sums * rows * raw).swapaxes(-1, -2) @ q + x.t * least_q)
+        ),
         "value": over_groups(call, (of_p + sums * rows * p).swapaxes(-1, -2) @ d_out),
     }
     every = x.b * x.n * x.t / 2 + 4

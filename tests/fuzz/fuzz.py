@@ -14,7 +14,7 @@ from tests.fuzz import calls, check, known, script
 from tests.fuzz.calls import Call, Signature
 from tests.fuzz.check import Failure, Tally
 
-DATA = 40  # calls of a signature
+DATA = 60  # calls of a signature
 NARROW = ("float16", "float16", "bfloat16", "float32")
 RUBBISH = (np.nan, np.inf, -np.inf, 6e4)
 

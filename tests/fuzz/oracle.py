@@ -20,7 +20,8 @@ LOWEST = float(np.finfo(np.float32).min)
 class Seen:
     """Which keys each query sees, [B, N, T, S] bool, by groups of conditions."""
 
-    by_place: np.ndarray  # lengths, causality and window
+    reach: np.ndarray  # causality, window and the keys' lengths, as if no query were padding
+    by_place: np.ndarray  # and no padding
     by_mask: np.ndarray
     by_rest: np.ndarray  # segments, and bias that hides
     rows: np.ndarray  # [B, 1, T, 1] queries that are no padding
@@ -60,7 +61,7 @@ def conditions(call: Call) -> Seen:
     q_len = _length(arrays.get("query_seq_lengths"), x.t, x.b)
     k_len = _length(arrays.get("key_value_seq_lengths"), x.s, x.b)
     rows = np.broadcast_to(i < q_len, (x.b, 1, x.t, 1))
-    place = (j < k_len) & rows
+    place = np.broadcast_to(j < k_len, (x.b, 1, x.t, x.s))
     stands = i + (k_len - q_len if x.static.get("causal_alignment") == "bottom_right" else 0)
     if x.static.get("is_causal"):
         place = place & (j <= stands)
@@ -78,7 +79,8 @@ def conditions(call: Call) -> Seen:
     if bias is not None and bias.dtype != np.int32:
         wide = np.asarray(bias, np.float64)
         rest = rest & ~(wide <= float(jnp.finfo(bias.dtype).min))
-    return Seen(np.broadcast_to(place, shape), by_mask, rest, rows)
+    reach = np.broadcast_to(place, shape)
+    return Seen(reach, reach & rows, by_mask, rest, rows)
 
 
 def _length(lengths: np.ndarray | None, full: int, batch: int) -> np.ndarray:
@@ -169,7 +171,7 @@ def backward(call: Call, found: Truth, d_out: np.ndarray, d_lse: np.ndarray) -> 
 
 def over_groups(call: Call, x: np.ndarray) -> np.ndarray:
     """[B, N, S, …] -> [B, S, K, …], summed over the query heads that share a key head."""
-    b, n, s, size = x.shape
+    b, _, s, size = x.shape
     return x.reshape(b, call.signature.k, -1, s, size).sum(2).swapaxes(1, 2)
 
 
