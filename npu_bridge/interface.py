@@ -149,7 +149,7 @@ def paper_table(kernel: Kernel) -> dict[str, list[str]]:
     others; making all of those takes eleven seconds for n = 512.
     """
     return _paper_table(
-        kernel.schedule.block_kv, kernel.beta, kernel.plan.paper_scale or 1.0, kernel.dtype
+        kernel.schedule.block_kv, kernel.beta, kernel.plan.scale or 1.0, kernel.dtype
     )
 
 

@@ -75,7 +75,7 @@ class Kernel:
             schedule=self.schedule,
             logits_soft_cap=self.logits_soft_cap,
             beta=self.beta,
-            paper_scale=self.head_dim**-0.5 if self.shift == "paper" else None,
+            scale=self.head_dim**-0.5 if self.shift == "paper" else None,
             explicit_precision=True,
             dialect=tile.Dialect(
                 contracts=False, sum_columns=COLUMNS if self.sums_multiplied else 0
@@ -129,7 +129,8 @@ class TracedWalk(Walk):
         # As `tile.query_tile` leaves it: the factor is in the query already.
         return tile.QueryTile(self.parts["query"], jnp.ones((1, 1), self.numerics.product), None)
 
-    def key(self, j: Index) -> tile.KeyTile:
+    def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
+        assert value_gain is None
         p = self.parts
         return tile.KeyTile(
             p["key"], p["value"], None, p.get("kappa"), p.get("weights"), p.get("raw")

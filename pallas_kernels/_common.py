@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from pasa_jax import _lax
+from pasa_jax._errors import BackendUnsupported
 from pasa_jax._operands import Keep, Operands, Result
 from pasa_jax._prepare import Plan
 from pasa_jax.mask import Mask
@@ -55,6 +59,27 @@ def bound(mask: Mask, query_length: Ref | None, key_length: Ref | None, *at: Arr
     return replace(mask, query_lengths=read(query_length), key_lengths=read(key_length))
 
 
+@cache
+def _only_on(platform: str) -> Primitive:
+    """x as it is, where a program is lowered for ``platform``; elsewhere the error that Pallas'
+    compiler would not put into words.
+    """
+    primitive = Primitive(f"only_on_{platform}")
+    primitive.def_abstract_eval(lambda x: x)
+    batching.primitive_batchers[primitive] = lambda args, axes: (primitive.bind(*args), axes[0])
+
+    def refuse(*_: Any) -> Any:
+        raise BackendUnsupported(
+            f"`implementation`: this Pallas kernel must be compiled for {platform}, and the program "
+            "is lowered for another platform. Name 'lax', leave the name out (then 'lax' takes over "
+            "elsewhere), or pass interpret=True to run the kernel step by step."
+        )
+
+    mlir.register_lowering(primitive, refuse)
+    mlir.register_lowering(primitive, lambda _, x: [x], platform=platform)
+    return primitive
+
+
 _flags: list[Array] | None = None
 
 
@@ -75,13 +100,17 @@ def repaired(
     mask: Mask,
     plan: Plan,
     keep: Keep,
+    platform: str,
 ) -> Result:
     """What ``kernel`` gives, or where it says that something is wrong, what the lax walk gives,
     which has the guard.
 
     Arguments:
+      platform: what JAX calls the kernel's machines.
       kernel: gives a result and [] bool, whether something in it is not finite or not certain.
     """
+    if not plan.interpret:
+        operands = operands._replace(query=_only_on(platform).bind(operands.query))
     found, bad = kernel(operands, mask, plan, keep=keep)
     if _flags is not None:
         _flags.append(bad)

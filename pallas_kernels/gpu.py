@@ -28,12 +28,11 @@ from pasa_jax import _tile as tile
 from pasa_jax._operands import Keep, Operands, Result
 from pasa_jax._prepare import HeadFacts, Plan, prepare
 from pasa_jax._walk import Walk
-from pasa_jax.mask import Index, Mask
+from pasa_jax.mask import Index, Mask, div
 
 Array = jax.Array
 Ref = Any
 
-INTERPRET = False  # executed step by step on any device: for tests
 # Triton contracts product·gain − maximum into one rounding. Up to here that is only more exact;
 # beyond, a row's largest score may be far from its own maximum.
 _LARGEST_SCORE = 2.0**24
@@ -81,7 +80,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
 
 def _exp2(x: Array) -> Array:
     """2^x; two at a time where x is float16."""
-    if x.dtype != jnp.float16 or INTERPRET:
+    if x.dtype != jnp.float16:
         return jnp.exp2(x)
     (found,) = plgpu.elementwise_inline_asm(
         "ex2.approx.f16x2 $0, $1;",
@@ -146,7 +145,7 @@ class Inputs(NamedTuple):
     scale: Any  # [1]                                               [1]
     largest_key: Any = None  # [B, K] of the keys as they are       []
     kappa: Any = None  # [B, tiles, K, D]                           [tiles, D]
-    value_gain: Any = None  # [B, K]                                []
+    value_gain: Any = None  # [B, K, query tiles]                   [query tiles]
     guard: Any = None  # tile.Guard of [B, T, N]                    [T]
     bias: Any = None  # [B|1, N|1, T|1, S|1]                        [T|1, S|1]
     sinks: Any = None  # [N]                                        []
@@ -168,7 +167,7 @@ class Outputs(NamedTuple):
     remainder: Any = None  # as out
 
 
-def _inputs(o: Operands, mask: Mask, plan: Plan) -> Inputs:
+def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
     inputs = Inputs(
         query=o.query,
         key=o.key,
@@ -187,17 +186,19 @@ def _inputs(o: Operands, mask: Mask, plan: Plan) -> Inputs:
         inputs = inputs._replace(largest_key=largest)
     if not plan.needs_kappa() and plan.reachable:
         return inputs
-    return _prepared(inputs, o, mask, plan)
+    return _prepared(inputs, o, mask, plan, specs)
 
 
-def _prepared(inputs: Inputs, o: Operands, mask: Mask, plan: Plan) -> Inputs:
+def _prepared(inputs: Inputs, o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
     """``inputs`` with keys shifted, and the guard's powers where products are in float16."""
     heads, n = o.key.shape[2], plan.schedule.block_kv
     groups = o.query.shape[2] // heads
 
     def of(b: Array, h: Array) -> tuple[Array, HeadFacts]:
         one = o.head(b, h)
-        facts = prepare(one.query, one.key, one.value, one.scale, mask.head(b, h, groups), plan)
+        of_head = mask.head(b, h, groups)
+        arrays = (one.query, one.key, one.value, one.scale)
+        facts = prepare(*arrays, of_head, plan, specs.block_q)
         key = tile.zero_unusable(one.key, facts.usable[:, None])
         if facts.kappa is None:
             return key, facts
@@ -257,7 +258,7 @@ def _specs(x: Inputs, specs: Specs) -> Inputs:
         scale=at(x.scale, "one"),
         largest_key=at(x.largest_key, "b", "k"),
         kappa=at(x.kappa, "b", "tiles", "k", "size"),
-        value_gain=at(x.value_gain, "b", "k"),
+        value_gain=at(x.value_gain, "b", "k", "tiles"),
         guard=guard,
         bias=at(x.bias, *tiled),
         sinks=at(x.sinks, "n"),
@@ -321,17 +322,22 @@ class PointerWalk(Walk):
             q = tile.zero_unusable(q, self.in_use(start))
         guard = None
         if self.refs.guard is not None:
-            down, rest, temper = (self.column(x, *self.rows_at(start)) for x in self.refs.guard)
-            guard = tile.Guard(down[:, None], rest[:, None], temper)
+            columns = tile.Guard(*(self.column(x, *self.rows_at(start)) for x in self.refs.guard))
+            guard = columns._replace(
+                down=columns.down[:, None], rest=columns.rest[:, None], gain=columns.gain[:, None]
+            )
         scale = self.refs.scale[0].astype(self.numerics.product)
-        return tile.query_tile(q, scale, guard, self.numerics)
+        query = tile.query_tile(q, scale, guard, self.numerics)
+        if self.refs.value_gain is None:
+            return query
+        return query._replace(value_gain=self.refs.value_gain[div(start, self.block_q)])
 
-    def key(self, j: Index) -> tile.KeyTile:
+    def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         specs, size = self.specs, (0, self.specs.padded_size, self.specs.size)
         k = self.load(self.refs.key, self.keys_at(j), size)
         v = self.load(self.refs.value, self.keys_at(j), (0, specs.padded_value, specs.value_size))
-        if self.value_gain is not None:
-            v = v * self.value_gain.astype(v.dtype)
+        if value_gain is not None:
+            v = v * value_gain.astype(v.dtype)
         kappa = None
         if self.refs.kappa is not None:
             kappa = self.load(self.refs.kappa, (j, 1, 1), size)
@@ -389,7 +395,6 @@ def _kernel(
         groups=1,
         block_q=specs.block_q,
         value_size=specs.padded_value,
-        value_gain=None if refs.value_gain is None else refs.value_gain[...],
         refs=refs,
         specs=specs,
     )
@@ -418,16 +423,17 @@ def _kernel(
 
 def forward(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
     """Attention of all heads; the lax walk repairs what the kernel found not to be right."""
-    return repaired(kernel, operands, mask, plan, keep)
+    return repaired(kernel, operands, mask, plan, keep, "cuda")
 
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[Result, Array]:
     """What the kernel alone gives, and [] bool: whether something in it may not be right."""
     specs = Specs.of(operands, plan)
-    inputs = _inputs(operands, mask, plan)
+    inputs = _inputs(operands, mask, plan, specs)
     # What is Triton's alone; XLA, which runs the repair and the gradient, knows none of it. (The
     # contraction is harmless below `_LARGEST_SCORE`, beyond which the kernel is not believed.)
-    dialect = replace(plan.dialect, contracts=False, flat=True, exp2=_exp2)
+    exp2 = jnp.exp2 if plan.interpret else _exp2
+    dialect = replace(plan.dialect, contracts=False, flat=True, exp2=exp2)
     kernel_plan = replace(plan, dialect=dialect)
     (b, t, n, _), e = operands.query.shape, operands.value.shape[-1]
     out_type = operands.query.dtype
@@ -461,7 +467,7 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
         compiler_params=plgpu.CompilerParams(
             num_warps=plan.schedule.warps, num_stages=plan.schedule.stages
         ),
-        interpret=INTERPRET,
+        interpret=plan.interpret,
         name="pasa_gpu",
     )
     with jax.enable_x64(False):  # neither compiler takes 64-bit loop counters

@@ -68,7 +68,7 @@ def adapt(plan: Plan) -> Plan:
 
 def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or why the kernel cannot run the call."""
-    precision = adapt(plan).precision
+    precision = plan.precision
     stored = (precision.scores, precision.probabilities)
     if mask.dropout is not None:
         return "it has no dropout"
@@ -193,7 +193,7 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         key=to_bits(jnp.swapaxes(o.key, 1, 2)),
         value=to_bits(jnp.swapaxes(o.value, 1, 2)),
         scale=o.scale.astype(jnp.float32).reshape(1),
-        kappa=_kappa(o, mask, plan) if plan.needs_kappa() else None,
+        kappa=_kappa(o, mask, plan, specs) if plan.needs_kappa() else None,
         bias=per_head(narrowed(o.bias)),
         sinks=narrowed(o.sinks),
         array=per_head(None if mask.array is None else mask.array.astype(jnp.int8)),
@@ -204,14 +204,16 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
     )
 
 
-def _kappa(o: Operands, mask: Mask, plan: Plan) -> Array:
+def _kappa(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Array:
     """κ of every key tile, as often as a matrix unit likes its rows."""
     heads = o.key.shape[2]
     groups = o.query.shape[2] // heads
 
     def of(b: Array, h: Array) -> Array:
         one = o.head(b, h)
-        found = prepare(one.query, one.key, one.value, one.scale, mask.head(b, h, groups), plan)
+        of_head = mask.head(b, h, groups)
+        arrays = (one.query, one.key, one.value, one.scale)
+        found = prepare(*arrays, of_head, plan, specs.block_q)
         assert found.kappa is not None
         return found.kappa
 
@@ -295,7 +297,8 @@ class RefWalk(Walk):
         scale = self.refs.scale[0].astype(self.numerics.product)
         return tile.query_tile(q, scale, None, self.numerics)
 
-    def key(self, j: Index) -> tile.KeyTile:
+    def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
+        assert value_gain is None  # the lax walk repairs what would want it
         at = self.keys_at(j)
         k, v = (from_bits(x[0, 0, at]) for x in (self.refs.key, self.refs.value))
         kappa = None if self.refs.kappa is None else from_bits(self.refs.kappa[0, 0, j])
@@ -410,7 +413,7 @@ def _query_tile(walk: RefWalk, start: Index, outs: Outputs, out_type: jnp.dtype)
 
 def forward(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
     """Attention of all heads; the lax walk repairs what the kernel found not to be finite."""
-    return repaired(kernel, operands, mask, plan, keep)
+    return repaired(kernel, operands, mask, plan, keep, "tpu")
 
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[Result, Array]:
@@ -458,6 +461,7 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
             dimension_semantics=("parallel", "parallel", "parallel"),
             vmem_limit_bytes=min(_vmem(plan), specs.bytes + specs.bytes // 4 + 8 * MIB),
         ),
+        interpret=pltpu.InterpretParams() if plan.interpret else False,
         name="pasa_tpu",
     )
     with jax.enable_x64(False):  # neither compiler takes 64-bit loop counters

@@ -6,7 +6,8 @@ import dataclasses
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from pasa_jax import _dropout, statistics
-from pasa_jax._backends import BACKENDS, Implementation, choose
+from pasa_jax._backends import BACKENDS, Choice, Implementation, choose
 from pasa_jax._errors import check_choice, wrong
+from pasa_jax._explicit import HEADS, OUTPUT, ROWS, sharded
 from pasa_jax._observe import announce
 from pasa_jax._operands import Operands
 from pasa_jax._prepare import Plan
@@ -56,6 +58,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     dropout_broadcast: bool = False,
+    interpret: bool = False,
 ) -> Any:
     r"""softmax(scale · Q·Kᵀ + bias) · V, with scores stored in 16 bits that cannot overflow.
 
@@ -67,16 +70,19 @@ def dot_product_attention(
       query: [B, T, N, D] or [T, N, D]; float16, bfloat16, float32, or float64 under x64.
       key: [B, S, K, D] or [S, K, D], of query's type.
       value: [B, S, K, E] or [S, K, E], of query's type; E may differ from D.
-      bias: broadcastable to [B, N, T, S], added to the scaled scores; −inf hides a key.
+      bias: broadcastable to [B, N, T, S], added to the scaled scores; floating or integers. −inf,
+        or the lowest finite number of its type (as masks of Hugging Face hold), hides a key.
       mask: bool, broadcastable to [B, N, T, S], True where the query sees the key.
-      scale: factor of the scores; default 1/√D. A number or a scalar array.
+      scale: factor of the scores; default 1/√D. A real number that float32 (float64 for float64
+        inputs) can hold, or a scalar array.
       is_causal: query i sees keys up to i (see ``causal_alignment``).
       query_seq_lengths, key_value_seq_lengths: [B] integers; positions beyond are padding, and
         their outputs are 0. Clipped to [0, T] and [0, S].
       local_window_size: (left, right), or one int for both: keys from i − left to i + right.
       implementation: None = the best that supports the call; a name = that one or an error; a
         sequence of names = the first of them that can. ``"pallas_tpu"``, ``"pallas_gpu"``,
-        ``"lax"`` or ``"reference"``.
+        ``"lax"`` or ``"reference"``. jax.nn's own names work too: ``"xla"`` is ``"lax"``, and
+        ``"cudnn"`` is ``("pallas_gpu", "lax")``.
       return_residual: also return the log-sum-exp of the scores, float32 (float64 for float64)
         and differentiable. (jax.nn returns it in the inputs' type, without a gradient.)
       causal_alignment: ``"top_left"`` (jax.nn: query 0 stands at key 0) or ``"bottom_right"``
@@ -102,6 +108,8 @@ def dot_product_attention(
         the batch entry, the head and the two positions alone: under vmap and shard_map, where
         batch entries are numbered anew, give each part a key of its own.
       dropout_broadcast: drop the same pairs of positions in every batch entry and head.
+      interpret: run the Pallas kernel that ``implementation`` names step by step on whatever device
+        there is, to test with; ``schedule`` must be for the kernel's chip. Slow.
 
     Returns:
       The output [B, T, N, E] (or [T, N, E]) of query's type; with ``return_residual`` and/or
@@ -144,26 +152,45 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         dropout_broadcast=dropout_broadcast,
+        interpret=interpret,
     )
-    name, _ = choose(implementation, call.operands, call.mask, call.plan)
+    chosen = choose(implementation, call.operands, call.mask, call.plan)
+    wanted = (return_residual, return_statistics)
     if call.empty:
-        out, lse = _empty(call.operands)
+        found = _empty(call.operands, chosen.plan, *wanted)
     else:
-        announce(call.operands, call.mask, call.plan)
-        out, lse = BACKENDS[name].run(
-            call.operands,
-            call.mask,
-            call.plan,
-            lse=return_residual,
-            anywhere=implementation is None,
-        )
-    results: list[Any] = [call.unbatch(out)]
-    if return_residual:
-        results.append(call.unbatch(lse))
-    if return_statistics:
-        found = statistics.collect(call.operands, call.mask, call.plan)
-        results.append(jax.tree.map(call.unbatch, found))
+        announce(call.operands, call.mask, chosen.plan)
+        run = partial(_run, chosen, implementation is None, *wanted)
+        found = sharded(run, call.operands, call.mask, _Results.places(*wanted))
+    results = [jax.tree.map(call.unbatch, x) for x in found if x is not None]
     return results[0] if len(results) == 1 else tuple(results)
+
+
+class _Results(NamedTuple):
+    """What a call returns, as far as it is asked for."""
+
+    out: Any
+    lse: Any
+    statistics: Any
+
+    @staticmethod
+    def places(lse: bool, stats: bool) -> _Results:
+        """Where each result's axes come from, for `sharded`."""
+        heads = statistics.Statistics(*[HEADS] * len(statistics.Statistics._fields))
+        return _Results(OUTPUT, ROWS if lse else None, heads if stats else None)
+
+
+def _run(
+    chosen: Choice, anywhere: bool, lse: bool, stats: bool, operands: Operands, mask: Mask
+) -> _Results:
+    *shape, size = operands.value.shape
+    if size == 0:  # there are weights all the same, and they have a log-sum-exp
+        operands = operands._replace(value=jnp.zeros((*shape, 1), operands.value.dtype))
+    out, of_rows = BACKENDS[chosen.name].run(
+        operands, mask, chosen.plan, lse=lse, anywhere=anywhere
+    )
+    found = statistics.collect(operands, mask, chosen.plan) if stats else None
+    return _Results(out[..., :size], of_rows if lse else None, found)
 
 
 @dataclass(frozen=True)
@@ -216,8 +243,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
 
     def trace(arrays: dict[str, Any]) -> None:
         call = _canonical(**{**arguments, **arrays})
-        name, why_not = choose(implementation, call.operands, call.mask, call.plan)
-        plan = BACKENDS[name].adapt(call.plan)
+        name, plan, why_not = choose(implementation, call.operands, call.mask, call.plan)
         shift, reason = plan.explain_shift()
         found.append(
             Explanation(
@@ -274,19 +300,22 @@ class _Call:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no query, no key or no value to compute with."""
-        o = self.operands
-        return 0 in o.query.shape or 0 in o.key.shape or 0 in o.value.shape
+        """Whether there is no query or no key to compute with."""
+        return 0 in self.operands.query.shape or 0 in self.operands.key.shape
 
 
-def _empty(o: Operands) -> tuple[Array, Array]:
+def _empty(o: Operands, plan: Plan, lse: bool, stats: bool) -> _Results:
     """The documented result where no query sees a key: 0, and the log-sum-exp of the sinks."""
     rows = o.query.shape[:3]
     wide = wide_type(o.query.dtype)
-    lse = jnp.full(rows, lowest(wide))
+    of_rows = jnp.full(rows, lowest(wide))
     if o.sinks is not None:
-        lse = jnp.broadcast_to(o.sinks.astype(wide), rows)
-    return jnp.zeros((*rows, o.value.shape[-1]), o.query.dtype), lse.astype(wide)
+        of_rows = jnp.broadcast_to(o.sinks.astype(wide), rows)
+    return _Results(
+        out=jnp.zeros((*rows, o.value.shape[-1]), o.query.dtype),
+        lse=of_rows.astype(wide) if lse else None,
+        statistics=statistics.of_nothing(o, plan) if stats else None,
+    )
 
 
 def _canonical(
@@ -312,30 +341,30 @@ def _canonical(
     dropout_rate: float,
     dropout_key: Array | None,
     dropout_broadcast: bool,
+    interpret: bool,
 ) -> _Call:
     batched = np.ndim(query) == 4
     q, k, v = _query_key_value(query, key, value)
     resolved = _precision(precision, str(q.dtype))
     factor, static_scale = _scale(scale, q)
     if logits_soft_cap is not None:
-        logits_soft_cap = _positive("logits_soft_cap", logits_soft_cap)
+        logits_soft_cap = _soft_cap(logits_soft_cap)
     plan = Plan(
         shift=shift,
         precision=resolved,
-        schedule=_schedule(schedule, q, k, v, bool(is_causal)),
+        schedule=_schedule(schedule, q, k, v, _flag("is_causal", is_causal)),
+        interpret=_flag("interpret", interpret),
         logits_soft_cap=logits_soft_cap,
         beta=beta,
-        paper_scale=static_scale,
+        scale=static_scale,
         explicit_precision=precision is not None,
         dropout_rate=_rate(dropout_rate),
     )
     _check_shift(plan)
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    if is_causal not in (True, False):
-        raise wrong("is_causal", "be True or False", repr(is_causal))
     ids = (None, None) if segment_ids is None else _segments(segment_ids, q, k)
     return _Call(
-        operands=Operands(q, k, v, _bias(bias, full), _sinks(sinks, q.shape[2]), factor),
+        operands=Operands(q, k, v, _bias(bias, full, wide_type(q.dtype)), _sinks(sinks, q.shape[2]), factor),
         mask=Mask(
             query_length=q.shape[1],
             key_length=k.shape[1],
@@ -410,14 +439,35 @@ def _scale(scale: ArrayLike | None, q: Array) -> tuple[Array, float | None]:
     wide = wide_type(q.dtype)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    if isinstance(scale, (int, float, np.number)):
-        if not math.isfinite(scale):
-            raise wrong("scale", "be finite", scale)
+    if _is_real(scale):
+        if not abs(scale) <= float(jnp.finfo(wide).max):  # NaN is not, either
+            raise wrong("scale", f"be finite in {wide}", scale)
         return jnp.asarray(scale, wide), float(scale)
+    if not _is_array(scale) or not _is_number_type(jnp.asarray(scale).dtype):
+        raise wrong("scale", "be a real number or a scalar array of one", repr(scale))
     array = jnp.asarray(scale)
     if array.ndim != 0:
         raise wrong("scale", "be a number or a scalar array", f"shape {array.shape}")
     return array.astype(wide), None
+
+
+def _is_real(x: Any) -> bool:
+    """Whether x is a real number of Python or NumPy."""
+    return isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
+
+
+def _is_number_type(dtype: jnp.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _flag(name: str, value: bool) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise wrong(name, "be True or False", repr(value))
+    return bool(value)
 
 
 def _schedule(schedule: Schedule | None, q: Array, k: Array, v: Array, is_causal: bool) -> Schedule:
@@ -441,10 +491,10 @@ def _check_shift(plan: Plan) -> None:
         if plan.beta is not None:
             raise wrong("beta", "be None unless shift='paper'", plan.beta)
         return
-    if plan.paper_scale is None:
+    if plan.scale is None:
         way_out = "Fold the array into query, or use another shift."
         raise wrong("scale", "be a Python number for shift='paper'", "an array", way_out)
-    if plan.paper_scale == 0:
+    if plan.scale == 0:
         raise wrong("scale", "be other than 0 for shift='paper', which divides by it", 0)
     if plan.beta is not None:
         check_beta(plan.beta)
@@ -453,20 +503,26 @@ def _check_shift(plan: Plan) -> None:
 
 
 def _positive(name: str, value: float) -> float:
-    if not isinstance(value, (int, float, np.number)) or not 0 < value < math.inf:
+    if not _is_real(value) or not 0 < value < math.inf:
         raise wrong(name, "be a positive, finite number", repr(value))
     return float(value)
 
 
+def _soft_cap(cap: float) -> float:
+    cap = _positive("logits_soft_cap", cap)
+    if not 1e-30 <= cap <= 1e30:  # it is divided by, and multiplied with, in float32
+        raise wrong("logits_soft_cap", "lie between 1e-30 and 1e30", cap)
+    return cap
+
+
 def _rate(rate: float) -> float:
-    if not isinstance(rate, (int, float, np.number)) or not 0 <= rate < 1:
+    if not _is_real(rate) or not 0 <= rate < 1:
         raise wrong("dropout_rate", "be a number in [0, 1)", repr(rate))
     return float(rate)
 
 
 def _seeds(rate: float, key: Array | None, broadcast: bool, q: Array) -> Array | None:
-    if broadcast not in (True, False):
-        raise wrong("dropout_broadcast", "be True or False", repr(broadcast))
+    broadcast = _flag("dropout_broadcast", broadcast)
     if rate == 0:
         return None
     if key is None:
@@ -476,16 +532,24 @@ def _seeds(rate: float, key: Array | None, broadcast: bool, q: Array) -> Array |
     typed = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
     if array.ndim != (0 if typed else 1) or not (typed or array.dtype == jnp.uint32):
         raise wrong("dropout_key", "be one key of jax.random", f"{array.dtype}{list(array.shape)}")
-    return _dropout.seeds(array, q.shape[0], q.shape[2], broadcast=bool(broadcast))
+    return _dropout.seeds(array, q.shape[0], q.shape[2], broadcast=broadcast)
 
 
 def _window(window: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if window is None:
         return None
-    pair = (window, window) if isinstance(window, (int, np.integer)) else tuple(window)
-    if len(pair) != 2 or not all(isinstance(w, (int, np.integer)) and w >= 0 for w in pair):
+    pair = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    if len(pair) != 2 or not all(_is_size(w) for w in pair):
         raise wrong("local_window_size", "be a non-negative int or a pair of them", repr(window))
-    return int(pair[0]), int(pair[1])
+    # A window beyond any sequence is no window; sums with it must fit int32.
+    return min(int(pair[0]), _FAR), min(int(pair[1]), _FAR)
+
+
+_FAR = 2**30
+
+
+def _is_size(x: Any) -> bool:
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x >= 0
 
 
 def _broadcastable(name: str, x: Array, full: tuple[int, ...]) -> Array:
@@ -495,12 +559,16 @@ def _broadcastable(name: str, x: Array, full: tuple[int, ...]) -> Array:
     return x
 
 
-def _bias(bias: ArrayLike | None, full: tuple[int, ...]) -> Array | None:
+def _bias(bias: ArrayLike | None, full: tuple[int, ...], wide: jnp.dtype) -> Array | None:
     if bias is None:
         return None
     x = jnp.asarray(bias)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise wrong("bias", "be of a floating type", str(x.dtype), "A bool array is a `mask`.")
+    if not _is_number_type(x.dtype):
+        allowed = "be of a floating or an integer type"
+        raise wrong("bias", allowed, str(x.dtype), "A bool array is a `mask`.")
+    # No score is wider: what a wider bias says of hidden keys must be said in its type.
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype.itemsize > wide.itemsize:
+        x = x.astype(wide)
     return _broadcastable("bias", x, full)
 
 
@@ -520,7 +588,9 @@ def _lengths(name: str, lengths: ArrayLike | None, x: Array) -> Array | None:
     if array.shape != (x.shape[0],) or not jnp.issubdtype(array.dtype, jnp.integer):
         seen = f"{array.dtype}{list(array.shape)}"
         raise wrong(name, f"be integers of shape [B] = [{x.shape[0]}]", seen)
-    return jnp.clip(array, 0, x.shape[1]).astype(jnp.int32)
+    # Clipped in its own type, by numbers that this type can hold.
+    most = min(x.shape[1], int(jnp.iinfo(array.dtype).max))
+    return jnp.clip(array, array.dtype.type(0), array.dtype.type(most)).astype(jnp.int32)
 
 
 def _segments(ids: SegmentIds, q: Array, k: Array) -> tuple[Array, Array]:
@@ -536,8 +606,17 @@ def _segments(ids: SegmentIds, q: Array, k: Array) -> tuple[Array, Array]:
         if array.shape != x.shape[:2] or not jnp.issubdtype(array.dtype, jnp.integer):
             allowed = f"be integers, {list(q.shape[:2])} for query and {list(k.shape[:2])} for key"
             raise wrong("segment_ids", allowed, f"{array.dtype}{list(array.shape)}")
-        arrays.append(array.astype(jnp.int32))
-    return arrays[0], arrays[1]
+        arrays.append(array)
+    return _narrow_ids(*arrays)
+
+
+def _narrow_ids(q: Array, k: Array) -> tuple[Array, Array]:
+    """The ids as int32, equal where they were: those of 64 bits by their rank among all."""
+    if max(q.dtype.itemsize, k.dtype.itemsize) <= 4:
+        return q.astype(jnp.int32), k.astype(jnp.int32)
+    q, k = (x if x.dtype == jnp.uint64 else x.astype(jnp.int64).astype(jnp.uint64) for x in (q, k))
+    ranked = jnp.sort(jnp.concatenate([q.ravel(), k.ravel()]))
+    return tuple(jnp.searchsorted(ranked, x).astype(jnp.int32) for x in (q, k))  # type: ignore
 
 
 def _sinks(sinks: ArrayLike | None, heads: int) -> Array | None:

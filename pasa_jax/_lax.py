@@ -18,7 +18,7 @@ from pasa_jax import _tile as tile
 from pasa_jax._operands import Keep, Operands, Result, heads_of
 from pasa_jax._prepare import HeadFacts, Known, Plan, prepare, prepare_known
 from pasa_jax._walk import Walk
-from pasa_jax.mask import Index, Mask, minimum, pick, slice_tile
+from pasa_jax.mask import Index, Mask, div, minimum, pick, slice_tile
 
 Array = jax.Array
 
@@ -200,19 +200,19 @@ class HeadWalk(Walk):
 
     @staticmethod
     def of(head: Operands, mask: Mask, plan: Plan, known: Known | None = None) -> HeadWalk:
-        if known is None:
-            facts = prepare(head.query, head.key, head.value, head.scale, mask, plan)
-        else:
-            facts = prepare_known(head.query, head.key, known, head.scale, mask, plan)
         length, groups = head.query.shape[:2]
+        block_q = max(1, min(plan.schedule.block_q // groups, length))
+        if known is None:
+            facts = prepare(head.query, head.key, head.value, head.scale, mask, plan, block_q)
+        else:
+            facts = prepare_known(head.query, head.key, known, head.scale, mask, plan, block_q)
         return HeadWalk(
             mask=mask,
             plan=plan,
             numerics=plan.numerics(len(head.key)),
             groups=groups,
-            block_q=max(1, min(plan.schedule.block_q // groups, length)),
+            block_q=block_q,
             value_size=head.value.shape[1],
-            value_gain=facts.value_gain,
             head=head,
             facts=facts,
         )
@@ -235,13 +235,23 @@ class HeadWalk(Walk):
         x = jnp.moveaxis(x, 1, 0).reshape(self.groups * self.block_q, *x.shape[2:])
         return x if x.ndim > 1 else x[:, None]
 
-    def put_rows(self, buffer: Array, x: Array, start: Index) -> Array:
+    def put_rows(self, buffer: Array, x: Array, start: Index, which: Array | None) -> Array:
+        """``buffer`` with the rows of x [R, …] that ``which`` [R, 1] names (None: all)."""
+        if which is not None:
+            x = jnp.where(which, x, self.rows(buffer, start))
         x = x.reshape(self.groups, self.block_q, *buffer.shape[2:])
         return lax.dynamic_update_slice_in_dim(buffer, jnp.moveaxis(x, 0, 1), start, axis=0)
 
+    def new(self, start: Index, i: Array) -> Array | None:
+        """[R, 1] bool: the rows that no earlier tile has done; None: all of them."""
+        if len(self.head.query) % self.block_q == 0:
+            return None
+        return self.positions(start) >= i.astype(jnp.int32) * self.block_q
+
     def fresh(self, start: Index, i: Array) -> Array:
         """[R, 1] bool: the rows in use that no earlier tile has done."""
-        return self.in_use(start) & (self.positions(start) >= i.astype(jnp.int32) * self.block_q)
+        new, used = self.new(start, i), self.in_use(start)
+        return used if new is None else used & new
 
     # Tiles.
 
@@ -258,7 +268,11 @@ class HeadWalk(Walk):
         q = self.rows(self.head.query, start)
         if self.mask.query_lengths is not None:
             q = tile.zero_unusable(q, self.in_use(start))
-        return tile.query_tile(q, self.plan.gain(self.head.scale), guard, self.numerics)
+        query = tile.query_tile(q, self.plan.gain(self.head.scale), guard, self.numerics)
+        if self.facts.value_gain is None:
+            return query
+        i = div(start + self.block_q - 1, self.block_q)
+        return query._replace(value_gain=pick(self.facts.value_gain, i))
 
     def raw_keys(self, j: Index) -> tuple[Array, Array, Array]:
         """Keys, values and which of them are usable [n, 1], of key tile j."""
@@ -269,7 +283,7 @@ class HeadWalk(Walk):
         )
         return k, v, usable[:, None]
 
-    def key(self, j: Index, *, for_gradient: bool = False) -> tile.KeyTile:
+    def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         k, v, usable = self.raw_keys(j)
         extra: dict[str, Any] = {}
         if self.facts.kappa is not None:
@@ -279,9 +293,7 @@ class HeadWalk(Walk):
             tail = j == len(self.head.key) // self.block_kv
             extra["matrix"] = jnp.where(tail, blocks.tail_matrix, blocks.matrix).astype(jnp.float16)
             extra["weights"] = jnp.where(tail, blocks.tail_weights, blocks.weights)
-        extra["key_gain"] = self.facts.key_gain
-        extra["value_gain"] = None if for_gradient else self.value_gain
-        return tile.key_tile(k, v, usable, self.numerics, **extra)
+        return tile.key_tile(k, v, usable, self.numerics, value_gain=value_gain, **extra)
 
     def array(self, start: Index, j: Index) -> Array | None:
         at, n = self.key_start(j), self.block_kv
@@ -317,7 +329,8 @@ def _forward_head(walk: HeadWalk) -> Result:
             l=found.l.astype(result.l.dtype),
             remainder=remainder,
         )
-        return Result(*(walk.put_rows(a, b, start) for a, b in zip(result, new, strict=True)))
+        rows = walk.new(start, i)
+        return Result(*(walk.put_rows(a, b, start, rows) for a, b in zip(result, new, strict=True)))
 
     rows, wide = head.query.shape[:2], numerics.product
     out = jnp.zeros((*rows, value_size), out_type)
@@ -332,6 +345,7 @@ def _backward_head(
     numerics, head = walk.numerics, walk.head
     wide = numerics.product
     stat = numerics.statistics
+    hides_rows = walk.mask.query_lengths is not None or len(head.query) % walk.block_q != 0
 
     def query_tile(i: Array, totals: Any) -> Any:
         start = walk.query_start(i)
@@ -352,7 +366,9 @@ def _backward_head(
 
         def step(j: Index, seen: Array | None, carry: Any) -> Any:
             d_q, d_k, d_v, d_bias = carry
-            key = walk.key(j, for_gradient=True)
+            key = walk.key(j)
+            if hides_rows:  # a tile that all of them see in full says nothing of padding
+                seen = live if seen is None else seen & live
             bias = walk.bias(start, j)
             s = tile.scores(query, key, state, seen, bias, numerics, with_slope=True)
             k, _, usable = walk.raw_keys(j)
@@ -370,14 +386,13 @@ def _backward_head(
         d_q_tile, d_k, d_v, d_bias = walk.over_keys(start, step, (zero, d_k, d_v, d_bias))
 
         def add(buffer: Array, x: Array) -> Array:  # rows done before keep what they have
-            old = walk.rows(buffer, start)
-            return walk.put_rows(buffer, jnp.where(live, x.astype(buffer.dtype), old), start)
+            return walk.put_rows(buffer, x.astype(buffer.dtype), start, live)
 
         d_scale = add(d_scale, jnp.sum(d_q_tile * q.astype(wide), axis=1, keepdims=True))
         d_q = add(d_q, d_q_tile * head.scale.astype(wide))
         sinks = walk.sinks()
         if sinks is not None:
-            weight = tile.sink_weight(sinks, m, l, numerics, query.temper)
+            weight = tile.sink_weight(sinks, m, l, numerics, query.guard)
             d_sinks = add(d_sinks, -weight * delta)
         return d_q, d_k, d_v, d_scale, d_sinks, d_bias
 

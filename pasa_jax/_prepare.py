@@ -24,11 +24,16 @@ from pasa_jax.target import find_target
 
 Array = jax.Array
 
-# Largest |S'| the guard lets into 16 bits: half of float16's range, for `reference` behind the
-# rounding subtracts an r as large as S itself. And into a float32 accumulator.
-_LIMIT_LOG2 = {"float16": 14.0, "bfloat16": 120.0, "float32": 120.0, "float64": 1000.0}
-# Keys and values up to 2^94 can be summed over 2^31 of them in float32.
+# Largest |S'| the guard lets into float16: half of its range, for `reference` behind the rounding
+# subtracts an r as large as S itself. And into an accumulator.
+_FLOAT16_LOG2 = 14.0
+_PRODUCT_LOG2 = {"float32": 120.0, "float64": 1000.0}
+# Largest |q/α| where the query is multiplied by 1/α in its own type.
+_QUERY_LOG2 = {"float16": 15.0, "bfloat16": 120.0, "float32": 120.0, "float64": 1000.0}
+# Values up to 2^94 can be summed over 2^31 of them in float32.
 _SUMMABLE_LOG2 = 94
+# A product of float16 numbers is below 2^32·D: up to this factor it stays in float32.
+_SAFE_SCALE = 2.0**60
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,12 @@ class Plan:
       precision, schedule: resolved.
       logits_soft_cap: or None.
       beta: β of `paper`, or None for `optimal_beta` of the block.
-      paper_scale: 1/α as a Python number, which `paper` folds into M; None for other shifts.
+      scale: 1/α where it is a Python number; None: it is an array. `paper` folds it into M.
       explicit_precision: whether the caller named the precision.
       dialect: the forms that the implementation's machine likes.
       dropout_rate: the share of the weights that dropout drops.
+      guarded: whether the implementation keeps scores in range (eq. 12).
+      interpret: whether a Pallas kernel is run step by step, on any device.
     """
 
     shift: str
@@ -51,10 +58,12 @@ class Plan:
     schedule: Schedule
     logits_soft_cap: float | None = None
     beta: float | None = None
-    paper_scale: float | None = None
+    scale: float | None = None
     explicit_precision: bool = False
     dialect: Dialect = field(default_factory=Dialect)
     dropout_rate: float = 0.0
+    guarded: bool = True
+    interpret: bool = False
 
     @property
     def resolved(self) -> str:
@@ -74,7 +83,7 @@ class Plan:
     def promises_finite(self) -> bool:
         """Whether finite inputs must give finite outputs (all but plain and all-16-bit forms)."""
         narrow = (self.precision.statistics, self.precision.accumulator)
-        return self.shift != "none" and "float16" not in narrow
+        return self.guarded and self.shift != "none" and "float16" not in narrow
 
     @property
     def chooses_per_head(self) -> bool:
@@ -111,8 +120,8 @@ class Plan:
         return jnp.ones_like(scale) if self.resolved == "paper" else scale
 
     def paper_blocks(self, keys: int) -> PaperBlocks:
-        assert self.paper_scale is not None
-        return paper_blocks(self.schedule.block_kv, keys, self.beta, self.paper_scale)
+        assert self.scale is not None
+        return paper_blocks(self.schedule.block_kv, keys, self.beta, self.scale)
 
 
 class PaperBlocks(NamedTuple):
@@ -157,37 +166,54 @@ class HeadFacts(NamedTuple):
     kappa: Array | None  # [blocks, D] of the keys' type
     chosen: Array | None  # [] bool: whether `auto` shifts this head
     guard: Guard | None  # each [T, G]
-    # Powers of two, 1 in ordinary data, by which keys and values are multiplied so that sums of
-    # them stay in range; None for float16, which fits float32 anyhow.
-    key_gain: Array | None  # []
-    value_gain: Array | None  # []
+    # [query tiles] powers of two, 1 in ordinary data, by which the values that a tile of queries
+    # sees are multiplied so that sums of them stay in range; None where they do anyhow.
+    value_gain: Array | None
 
 
-def prepare(q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan) -> HeadFacts:
+def prepare(
+    q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan, block_q: int
+) -> HeadFacts:
     """The facts of one key head: q [T, G, D], k [S, D], v [S, E].
 
     Keys that nobody sees are not usable, so that what stands there cannot matter; keys that are
-    seen and not finite are not usable either, and `key_tile` says so in their column.
+    seen and not finite are not usable either, and `key_tile` says so in their column. The guard
+    and the gain of a tile of ``block_q`` positions come from the key tiles that it visits.
     """
     finite = jnp.all(jnp.isfinite(k), axis=1) & jnp.all(jnp.isfinite(v), axis=1)
     usable = finite & mask.visible_keys()
-    key_gain = value_gain = None
-    if plan.promises_finite and k.dtype != jnp.float16:
-        key_gain, value_gain = (_range_gain(x, usable, _SUMMABLE_LOG2) for x in (k, v))
-        k = k * key_gain.astype(k.dtype)
-    if plan.precision.products == "float16":
-        value_gain = _range_gain(v, usable, _product_log2(plan))
+    n = plan.schedule.block_kv
+    value_gain = None
+    if _divides_values(plan, v.dtype):
+        magnitude = jnp.max(jnp.abs(v), axis=1, initial=0)
+        top = _per_block(jnp.where(usable, magnitude, jnp.zeros_like(magnitude)), n, jnp.max)
+        value_gain = _value_gain(over_visited(top, mask, block_q, n), plan)
     kappa = chosen = None
     if plan.needs_kappa():
-        n = plan.schedule.block_kv
         kappa = _block_kappa(k, usable, n, past=plan.resolved == "mean_past")
         if plan.chooses_per_head:
             chosen = _shifting_helps(q, k, usable, kappa, n, scale)
             kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
     guard = None
     if _guards(plan, q.dtype):
-        guard = _guard(q, key_norms(k, usable, kappa, plan), scale, plan, key_gain)
-    return HeadFacts(usable, kappa, chosen, guard, key_gain, value_gain)
+        guard = _guard(q, key_norms(k, usable, kappa, plan), scale, mask, plan, block_q)
+    return HeadFacts(usable, kappa, chosen, guard, value_gain)
+
+
+def over_visited(per_block: Array, mask: Mask, block_q: int, n: int) -> Array:
+    """[blocks] -> [query tiles]: the largest over the key tiles that each query tile visits; the
+    type's lowest number where it visits none.
+    """
+    length = mask.query_length
+    blocks = jnp.arange(len(per_block), dtype=jnp.int32)
+
+    def largest(start: Array) -> Array:
+        r = mask.key_range(start, start + block_q, n)
+        visited = (blocks >= r.lo) & (blocks < r.hi)
+        return jnp.max(jnp.where(visited, per_block, jnp.finfo(per_block.dtype).min))
+
+    starts = jnp.arange(-(-length // block_q), dtype=jnp.int32) * block_q
+    return jax.vmap(largest)(jnp.minimum(starts, max(0, length - block_q)))
 
 
 class Known(NamedTuple):
@@ -195,13 +221,13 @@ class Known(NamedTuple):
 
     finite: Array  # [S] bool: key and value are there, and finite
     total: Array  # [blocks, D] sum of each block's keys, float32 (float64 for float64)
-    key_norm: Array  # [] log2 of the largest norm of a key, float32
-    key_top: Array  # [] largest magnitude in a key
-    value_top: Array  # [] largest magnitude in a value
+    key_norm: Array  # [blocks] log2 of the largest norm of a key, float32
+    key_top: Array  # [blocks] largest magnitude in a key
+    value_top: Array  # [blocks] largest magnitude in a value
 
 
 def prepare_known(
-    q: Array, k: Array, known: Known, scale: Array, mask: Mask, plan: Plan
+    q: Array, k: Array, known: Known, scale: Array, mask: Mask, plan: Plan, block_q: int
 ) -> HeadFacts:
     """`prepare` for the keys of a cache, in O(S + blocks·D).
 
@@ -210,46 +236,42 @@ def prepare_known(
     """
     usable = known.finite & mask.visible_keys()
     wide = wide_type(k.dtype)
-    key_gain = value_gain = None
-    key_norm = known.key_norm
-    if plan.promises_finite and k.dtype != jnp.float16:
-        key_gain, value_gain = (_gain(x, _SUMMABLE_LOG2) for x in (known.key_top, known.value_top))
-        key_norm = key_norm + jnp.log2(key_gain).astype(jnp.float32)
-    if plan.precision.products == "float16":
-        value_gain = _gain(known.value_top, _product_log2(plan))
+    n = plan.schedule.block_kv
+    value_gain = None
+    if _divides_values(plan, k.dtype):
+        value_gain = _value_gain(over_visited(known.value_top, mask, block_q, n), plan)
     kappa = chosen = None
     if plan.needs_kappa():
-        n = plan.schedule.block_kv
         count = _per_block(known.finite[:, None], n, lambda x, axis: jnp.sum(x, axis, dtype=wide))
         kappa = mean_key(known.total, count, wide)
         if plan.resolved == "mean_past":
             first = jnp.where(known.finite[:1, None], k[:1], jnp.zeros_like(k[:1]))
             kappa = jnp.concatenate([first.astype(wide), kappa[:-1]])
-        kappa = kappa if key_gain is None else kappa * key_gain
-        fits = known.key_top < float(jnp.finfo(k.dtype).max) / 4
+        fits = jnp.max(known.key_top) < float(jnp.finfo(k.dtype).max) / 4
         fits = fits & jnp.isfinite(kappa)  # their sum may not be
         kappa = jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(k.dtype)
         if plan.chooses_per_head:
-            gained = k if key_gain is None else k * key_gain.astype(k.dtype)
-            chosen = _shifting_helps(q, gained, usable, kappa, n, scale)
+            chosen = _shifting_helps(q, k, usable, kappa, n, scale)
             kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
     guard = None
     if _guards(plan, q.dtype):
         shifts = plan.resolved == "paper" or (kappa is not None and plan.resolved != "reference")
-        guard = _guard(q, (key_norm, key_norm + float(shifts)), scale, plan, key_gain)
-    return HeadFacts(usable, kappa, chosen, guard, key_gain, value_gain)
+        norms = (known.key_norm, known.key_norm + float(shifts))
+        guard = _guard(q, norms, scale, mask, plan, block_q)
+    return HeadFacts(usable, kappa, chosen, guard, value_gain)
 
 
-def _range_gain(x: Array, usable: Array, log2: int) -> Array:
-    """The power of two, at most 1, that brings the usable rows of x to 2^log2 or below."""
-    top = jnp.max(jnp.where(usable[:, None], jnp.abs(x), jnp.zeros_like(x)), initial=0)
-    return _gain(top, log2)
+def _divides_values(plan: Plan, dtype: jnp.dtype) -> bool:
+    """Whether sums of values of ``dtype`` may leave the type in which they are formed."""
+    wide = plan.promises_finite and dtype != jnp.float16
+    return wide or plan.precision.products == "float16"
 
 
-def _gain(top: Array, log2: int) -> Array:
-    """The power of two, at most 1, that brings ``top`` to 2^log2 or below."""
+def _value_gain(top: Array, plan: Plan) -> Array:
+    """The power of two, at most 1, that brings values up to ``top`` into the range of their sums."""
     wide = wide_type(top.dtype)
-    excess = jnp.maximum(jnp.frexp(top.astype(wide))[1] - log2, 0)
+    limit = _product_log2(plan) if plan.precision.products == "float16" else _SUMMABLE_LOG2
+    excess = jnp.maximum(jnp.frexp(jnp.maximum(top, 0).astype(wide))[1] - limit, 0)
     return jnp.ldexp(jnp.ones((), wide), -excess)
 
 
@@ -281,7 +303,9 @@ def _block_kappa(k: Array, usable: Array, n: int, *, past: bool) -> Array:
     wide = wide_type(k.dtype)
     count = _per_block(usable[:, None], n, lambda x, axis: jnp.sum(x, axis, dtype=wide))
     clean = jnp.where(usable[:, None], k, jnp.zeros_like(k)).astype(wide)
-    kappa = mean_key(_per_block(clean, n, jnp.sum), count, wide)
+    # A power of two keeps the sum in range; it is taken out again exactly.
+    part = wide.type(0.5 ** n.bit_length() if k.dtype != jnp.float16 else 1.0)
+    kappa = mean_key(_per_block(clean * part, n, jnp.sum), count, wide) / part
     if past:
         kappa = jnp.concatenate([clean[:1], kappa[:-1]])
     kappa = kappa.astype(k.dtype).astype(wide)
@@ -328,49 +352,67 @@ def _stores16(plan: Plan) -> bool:
 
 def _guards(plan: Plan, dtype: jnp.dtype) -> bool:
     """Whether anything can leave its range, for inputs of ``dtype``."""
-    return plan.promises_finite and (dtype != jnp.float16 or _stores16(plan))
+    small = plan.scale is not None and abs(plan.scale) <= _SAFE_SCALE
+    return plan.promises_finite and (dtype != jnp.float16 or _stores16(plan) or not small)
 
 
 def _guard(
-    q: Array, norms: tuple[Array, Array], scale: Array, plan: Plan, key_gain: Array | None
+    q: Array,
+    norms: tuple[Array, Array],
+    scale: Array,
+    mask: Mask,
+    plan: Plan,
+    block_q: int,
 ) -> Guard:
-    """The powers of two of eq. 12.
+    """The powers of two of eq. 12, each [T, G]: as large as the keys that a row's tile visits ask.
 
     Arguments:
       norms: as from `key_norms`, or bounds on them.
     """
-    stores16 = _stores16(plan)
+    n = plan.schedule.block_kv
+
+    def seen(per_block: Array) -> Array:  # [T, 1]
+        per_tile = over_visited(per_block, mask, block_q, n)
+        return jnp.repeat(per_tile, block_q)[: len(q), None]
+
     of_q, of_scale = log2_norm(q), jnp.log2(jnp.abs(scale.astype(jnp.float32)))
-    of_k, of_shifted = norms
-    excess = (
-        of_q + of_shifted + of_scale - _LIMIT_LOG2["float16" if stores16 else plan.precision.scores]
-    )
-    if q.dtype != jnp.float16:
-        range_log2 = _LIMIT_LOG2["float64" if q.dtype == jnp.float64 else "float32"]
-        whole = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0)
-        excess = jnp.maximum(excess, whole - range_log2)
+    of_k, of_shifted = map(seen, norms)
+    range_log2 = _PRODUCT_LOG2[str(wide_type(q.dtype))]
+    excess = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0) - range_log2
+    if _stores16(plan):
+        excess = jnp.maximum(excess, of_q + of_shifted + of_scale - _FLOAT16_LOG2)
+    if not plan.reachable:
+        excess = jnp.maximum(excess, of_q + of_scale - _QUERY_LOG2[str(q.dtype)])
     # The margin covers the rounding of the logarithms.
     exponent = jnp.clip(jnp.ceil(excess + 0.01), 0, 2000).astype(jnp.int32)
-    half, one = exponent // 2, jnp.ones(exponent.shape, wide_type(q.dtype))
-    total = exponent if key_gain is None else exponent + 1 - jnp.frexp(key_gain)[1]
+    of_gain = jnp.clip(jnp.ceil(of_scale), 0, 120).astype(jnp.int32)
+    of_gain = jnp.minimum(exponent, of_gain)
+    half, one = (exponent - of_gain) // 2, jnp.ones(exponent.shape, wide_type(q.dtype))
+    temper = jnp.minimum(exponent, 126)
     return Guard(
         down=jnp.ldexp(one, -half),
-        rest=jnp.ldexp(one, half - exponent),
-        temper=jnp.ldexp(one, jnp.minimum(total, 100)),
+        rest=jnp.ldexp(one, half + of_gain - exponent),
+        gain=jnp.ldexp(one, -of_gain),
+        temper=jnp.ldexp(one, temper),
+        beyond=jnp.ldexp(one, jnp.minimum(exponent - temper, 126)),
     )
 
 
 def key_norms(k: Array, usable: Array, kappa: Array | None, plan: Plan) -> tuple[Array, Array]:
-    """log2 of the largest norm of a usable key, and of a shifted one: each []."""
+    """log2 of the largest norm of a usable key, and of a shifted one, in each block: [blocks]."""
+    n = plan.schedule.block_kv
+
+    def largest(x: Array) -> Array:
+        return _per_block(jnp.where(usable, log2_norm(x), -jnp.inf), n, jnp.max)
+
     clean = jnp.where(usable[:, None], k, jnp.zeros_like(k))
-    of_k = jnp.max(log2_norm(clean), initial=-jnp.inf)
+    of_k = largest(clean)
     if plan.resolved == "paper":
         return of_k, of_k + 1  # ‖k − β·k̄‖ ≤ 2·max‖k‖
     if kappa is None or plan.resolved == "reference":
         return of_k, of_k
     wide = wide_type(k.dtype)
-    shifted = clean.astype(wide) - _spread(kappa.astype(wide), plan.schedule.block_kv, len(k))
-    return of_k, jnp.max(log2_norm(shifted), initial=-jnp.inf)
+    return of_k, largest(clean.astype(wide) - _spread(kappa.astype(wide), n, len(k)))
 
 
 def log2_norm(x: Array) -> Array:

@@ -6,7 +6,7 @@ one number per query row has shape [R, 1] (or [R], where the dialect is flat). S
 n keys, D and E head sizes. The equations are those of docs/algorithm.md.
 
 Scores are kept divided by 2^e, e one number per row from the guard (eq. 12), 0 in ordinary data.
-``temper`` = 2^e puts it back in the exponent, so m and every offset are in the divided unit too.
+Its ``temper`` puts 2^e back in the exponent, so m and every offset are in the divided unit too.
 """
 
 from __future__ import annotations
@@ -132,16 +132,25 @@ class QueryTile(NamedTuple):
 
     q: Array  # [R, D]
     gain: Array  # [R|1, 1] factor of the product, applied before rounding
-    temper: Array | None  # [R, 1] 2^e of the guard, or None: 1
+    guard: Guard | None  # what the scores are divided by; None: 1
     rest: Array | None = None  # [1, 1] factor applied after rounding, or None: 1
+    value_gain: Array | None = None  # [] factor of the values these rows see, or None: 1
+    # The guard of scores that a soft cap brings back into range by itself, after which ``guard``
+    # is None; else None.
+    capped: Guard | None = None
 
 
 class Guard(NamedTuple):
-    """Powers of two that keep the scores of a row in range (eq. 12); all 1 in ordinary data."""
+    """Powers of two that keep the scores of a row in range (eq. 12); all 1 in ordinary data.
 
-    down: Array  # [R, 1] 2^-⌊e/2⌋
-    rest: Array  # [R, 1] 2^-⌈e/2⌉ (in two steps, since 2^-e itself may underflow)
-    temper: Array  # [R, 1] 2^e, at most 2^100
+    2^e and 2^-e may leave float32, so each comes as a product of factors that do not.
+    """
+
+    down: Array  # [R, 1] down·rest·gain = 2^-e: the first two are for q
+    rest: Array  # [R, 1]
+    gain: Array  # [R, 1] for the factor of the product, where that is large
+    temper: Array  # [R, 1] temper·beyond = 2^e; `temper` is at most 2^126
+    beyond: Array  # [R, 1]
 
 
 class KeyTile(NamedTuple):
@@ -180,23 +189,35 @@ def wide_type(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def _tempered(x: Array, temper: Array | None) -> Array:
-    """x·2^e, for a column or a tile x."""
-    if temper is None:
+def _tempered(x: Array, guard: Guard | None) -> Array:
+    """x·2^e as an exponent takes it, for a column or a tile x: what is left out beyond 2^126 would
+    change a weight only between scores that differ by less than 2^-119 of their bound.
+    """
+    if guard is None:
         return x
-    return x * (_beside(temper) if x.ndim == 2 else temper).astype(x.dtype)
+    return x * (_beside(guard.temper) if x.ndim == 2 else guard.temper).astype(x.dtype)
 
 
-def _divided(x: Array, temper: Array | None) -> Array:
+def _divided(x: Array, guard: Guard | None) -> Array:
     """x/2^e, for a column or a tile x."""
-    if temper is None:
+    if guard is None:
         return x
-    return x / (_beside(temper) if x.ndim == 2 else temper).astype(x.dtype)
+    for factor in (guard.down, guard.rest, guard.gain):
+        x = x * (factor if x.ndim == 2 else factor.reshape(x.shape)).astype(x.dtype)
+    return x
 
 
 def _beside(column: Array) -> Array:
     """A column as [R, 1], to stand beside a tile."""
     return column if column.ndim == 2 else column[:, None]
+
+
+def shown_by(bias: Array) -> Array:
+    """[…] bool: False where a bias hides its key: −∞, or the lowest finite number of its type,
+    which stands for it in many models' masks. NaN hides nothing: it is seen, and spoils the row.
+    """
+    floor = jnp.asarray(lowest(bias.dtype), bias.dtype)
+    return (bias > floor) | (bias != bias)
 
 
 def lowest(dtype: jnp.dtype) -> float:
@@ -240,15 +261,18 @@ def query_tile(q: Array, scale: Array, guard: Guard | None, numerics: Numerics) 
     if not numerics.reachable and numerics.dialect.base_two:
         power = _power_of_two(gain)  # log2 e is left for later: q would be rounded
         gain, rest = power, gain / power
-    if guard is not None and q.dtype == jnp.float16:  # its products fit float32: divide them
-        gain = gain * guard.down * guard.rest
-    elif guard is not None:  # the product itself could overflow: divide q, which is exact
-        q = q * guard.down.astype(q.dtype) * guard.rest.astype(q.dtype)
+    if guard is not None:
+        gain = gain * guard.gain
+        if q.dtype == jnp.float16:  # its products fit float32: divide them
+            gain = gain * guard.down * guard.rest
+        else:  # the product itself could overflow: divide q, which is exact
+            q = q * guard.down.astype(q.dtype) * guard.rest.astype(q.dtype)
     if not numerics.reachable:  # nothing can be multiplied between product and rounding
         q = (q.astype(dtype) * gain).astype(q.dtype)
         gain = jnp.ones_like(gain)
-    temper = None if guard is None else guard.temper.astype(numerics.statistics)
-    return QueryTile(q, gain, temper, rest)
+    if numerics.logits_soft_cap is not None:
+        return QueryTile(q, gain, None, rest, capped=guard)
+    return QueryTile(q, gain, guard, rest)
 
 
 def _power_of_two(x: Array) -> Array:
@@ -267,7 +291,6 @@ def key_tile(
     kappa: Array | None = None,
     matrix: Array | None = None,
     weights: Array | None = None,
-    key_gain: Array | None = None,
     value_gain: Array | None = None,
 ) -> KeyTile:
     """Keys without what the shift takes off them (eq. 4, 7), and values fit for the product.
@@ -282,12 +305,10 @@ def key_tile(
       kappa: [1, D] of k's type, for `mean` (any vector is valid, since the same is put back); or
         more rows, all equal, for a matrix unit that takes no single one.
       matrix, weights: M [n, n] and the share of each column in the row mean [n, 1], for `paper`.
-      key_gain, value_gain: [] powers of two that keep sums of keys and P·V in range, or None.
+      value_gain: [] the power of two that keeps P·V in range, or None.
     """
     if usable is not None:
         k, v = zero_unusable(k, usable), zero_unusable(v, usable)
-    if key_gain is not None:
-        k = k * key_gain.astype(k.dtype)
     if value_gain is not None:
         v = v * value_gain.astype(v.dtype)
     shifted, raw = k, None
@@ -338,15 +359,15 @@ def scores(
 
     Arguments:
       mask: [R, n] bool, True where the row sees the key; None: everywhere.
-      bias: [R, n] added to the scores; −inf hides a key.
+      bias: [R, n] added to the scores; −inf, or its type's lowest number, hides a key.
       state: for `reference` where the accumulator is out of reach: r is its running maximum.
       with_slope: also give the soft cap's derivative, for the gradient.
     """
     stat, store = numerics.statistics, jnp.dtype(numerics.precision.scores)
     if bias is not None:
-        seen = bias > -jnp.inf
-        mask = seen if mask is None else mask & seen
-        bias = _divided(bias.astype(stat) * stat.type(numerics.unit), query.temper)
+        shown = shown_by(bias)
+        mask = shown if mask is None else mask & shown
+        bias = _divided(bias.astype(stat) * stat.type(numerics.unit), query.guard)
     late = numerics.shift == "reference" and numerics.reachable
     narrow = numerics.tile if bias is None and query.rest is None else stat
     product = _dot(query.q, key.k, (1, 1), numerics.accumulated)
@@ -355,7 +376,9 @@ def scores(
     if late:
         z = product.astype(stat)
     elif numerics.shift == "reference":
-        z, offset = _lagging_reference(query, key, product, state, mask, numerics)
+        plain = bias is None and numerics.logits_soft_cap is None
+        running = state.m if plain else None
+        z, offset = _lagging_reference(query, key, product, running, mask, numerics)
     else:
         z = product.astype(store).astype(narrow)
         z = z if query.rest is None else z * query.rest.astype(stat)
@@ -368,7 +391,7 @@ def scores(
     slope = None
     if numerics.logits_soft_cap is not None:  # needs S itself: put the offset back first
         whole = z if offset is None else z + _beside(offset) * stat.type(numerics.inva)
-        z, slope = _soft_cap(whole, query.temper, numerics)
+        z, slope = _soft_cap(whole, query.capped, numerics)
         offset = None
     if bias is not None:
         z = z + bias
@@ -409,15 +432,16 @@ def _lagging_reference(
     query: QueryTile,
     key: KeyTile,
     shifted: Array,
-    state: State,
+    running: Array | None,
     mask: Array | None,
     numerics: Numerics,
 ) -> tuple[Array, Array]:
     """`reference` where the product leaves the matrix unit rounded (eq. 11): S' and r.
 
-    r is the running maximum before this block; rows that have none are primed with the block's
-    own maximum as `mean` sees it. r travels as two more columns of q·k, in halves of q's type,
-    and the r that is put back is the sum of those halves.
+    r is the ``running`` maximum before this block [R, 1]; rows that have none are primed with the
+    block's own maximum as `mean` sees it. So is every block beside a bias or a soft cap (None):
+    the running maximum then is not one of S. r travels as two more columns of q·k, in halves of
+    q's type, and what is put back is the sum of those halves.
     """
     assert key.raw is not None
     stat, store = numerics.statistics, jnp.dtype(numerics.precision.scores)
@@ -426,7 +450,7 @@ def _lagging_reference(
         prime = jnp.where(mask, prime, jnp.full_like(prime, lowest(stat)))
     prime = jnp.max(prime, axis=1, keepdims=True)
     prime = jnp.where(prime > lowest(stat), prime + _kappa_product(query, key, numerics), 0)
-    r = jnp.where(state.m > lowest(stat), state.m, prime)
+    r = prime if running is None else jnp.where(running > lowest(stat), running, prime)
     high = r.astype(query.q.dtype)
     low = (r - high.astype(stat)).astype(query.q.dtype)
     r = high.astype(stat) + low.astype(stat)
@@ -435,18 +459,21 @@ def _lagging_reference(
     return product.astype(store).astype(stat), r
 
 
-def _soft_cap(s: Array, temper: Array | None, numerics: Numerics) -> tuple[Array, Array]:
-    """cap·tanh(s/cap) and its derivative 1 − tanh²; the cap is divided by 2^e as s is."""
+def _soft_cap(s: Array, guard: Guard | None, numerics: Numerics) -> tuple[Array, Array]:
+    """cap·tanh(S/cap) and its derivative 1 − tanh², of s = S/2^e. An S that leaves float32 is
+    infinite here, and its tanh is 1.
+    """
     assert numerics.logits_soft_cap is not None
-    cap = jnp.asarray(numerics.logits_soft_cap * numerics.unit, numerics.statistics)
-    cap = cap if temper is None else cap / _beside(temper).astype(cap.dtype)
+    cap = numerics.statistics.type(numerics.logits_soft_cap * numerics.unit)
+    if guard is not None:
+        s = _tempered(s, guard) * _beside(guard.beyond).astype(s.dtype)
     tanh = jnp.tanh(s / cap)
     return cap * tanh, 1 - tanh * tanh
 
 
 def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Array:
     """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1."""
-    exponent = _tempered(s.stored, query.temper)
+    exponent = _tempered(s.stored, query.guard)
     if numerics.exponential is not None:
         exponent = exponent.astype(numerics.exponential)
     p = numerics.exp(exponent)
@@ -474,7 +501,7 @@ def update(
     l_loc, pv = _sum_and_product(p, key.v, numerics, kept)
     pv = pv.astype(acc)
     if numerics.follows_maximum:  # a row that has seen no key yet is wiped by its first one
-        keep = numerics.exp(_tempered(state.m - s.base, query.temper))
+        keep = numerics.exp(_tempered(state.m - s.base, query.guard))
         return State(
             s.base, keep * state.l + l_loc, _beside(keep.astype(acc)) * state.o + pv, state.f
         )
@@ -494,8 +521,8 @@ def update(
     if seen is not None:  # a row that saw no key of this tile stays at `lowest`, with any offset
         current = jnp.where(seen, current, jnp.full_like(current, lowest(stat)))
     m = jnp.maximum(previous, current).astype(stat)
-    keep = numerics.exp(_tempered(previous - m.astype(wide), query.temper)).astype(stat)
-    take = numerics.exp(_tempered(current - m.astype(wide), query.temper)).astype(stat)
+    keep = numerics.exp(_tempered(previous - m.astype(wide), query.guard)).astype(stat)
+    take = numerics.exp(_tempered(current - m.astype(wide), query.guard)).astype(stat)
     if seen is not None:
         take = jnp.where(seen, take, jnp.zeros_like(take))
     return State(
@@ -542,23 +569,23 @@ def settle(state: State, numerics: Numerics) -> State:
     return state._replace(m=m, f=jnp.zeros_like(m))
 
 
-def merge(a: State, b: State, numerics: Numerics, temper: Array | None = None) -> State:
+def merge(a: State, b: State, numerics: Numerics, guard: Guard | None = None) -> State:
     """The state over the keys of both settled states, for split keys and rings (eq. 13)."""
     m = jnp.maximum(a.m, b.m)
-    of_a, of_b = (numerics.exp(_tempered(x.m - m, temper)) for x in (a, b))
+    of_a, of_b = (numerics.exp(_tempered(x.m - m, guard)) for x in (a, b))
     return State(m, of_a * a.l + of_b * b.l, _beside(of_a) * a.o + _beside(of_b) * b.o, a.f)
 
 
-def add_sink(state: State, sink: Array, numerics: Numerics, temper: Array | None) -> State:
+def add_sink(state: State, sink: Array, numerics: Numerics, guard: Guard | None) -> State:
     """The settled state with one more key of score ``sink`` [R, 1] and value zero."""
     wide = state.m.dtype
-    sink = _divided(sink.astype(wide) * wide.type(numerics.unit), temper)
+    sink = _divided(sink.astype(wide) * wide.type(numerics.unit), guard)
     no_value = State(sink, jnp.ones_like(state.l), jnp.zeros_like(state.o), state.f)
-    return merge(state, no_value, numerics, temper)
+    return merge(state, no_value, numerics, guard)
 
 
 def finish(
-    state: State, numerics: Numerics, temper: Array | None, value_gain: Array | None = None
+    state: State, numerics: Numerics, guard: Guard | None, value_gain: Array | None = None
 ) -> tuple[Array, Array]:
     """Output [R, E] and log-sum-exp [R, 1] of a settled state (eq. 14).
 
@@ -578,7 +605,9 @@ def finish(
     if numerics.kept != 1:
         out = out * out.dtype.type(1 / numerics.kept)
     floor = lowest(state.m.dtype)
-    m = _tempered(state.m, temper) * l.dtype.type(1 / numerics.unit)
+    m = _tempered(state.m, guard) * l.dtype.type(1 / numerics.unit)
+    if guard is not None:
+        m = m * guard.beyond.astype(m.dtype)
     lse = jnp.clip(m, m.dtype.type(floor), m.dtype.type(-floor)) + jnp.log(l)
     return out, jnp.where(some, lse, jnp.full_like(lse, floor))
 
@@ -601,11 +630,11 @@ def sink_weight(
     m: Array,
     l: Array,  # noqa: E741
     numerics: Numerics,
-    temper: Array | None,
+    guard: Guard | None,
 ) -> Array:
     """The probability that a finished row (m, l of `gradients`) gives its sink, [R, 1]."""
-    gap = _divided(sink.astype(m.dtype) * m.dtype.type(numerics.unit), temper) - m
-    return numerics.exp(_tempered(gap, temper)) / jnp.where(l != 0, l, jnp.ones_like(l))
+    gap = _divided(sink.astype(m.dtype) * m.dtype.type(numerics.unit), guard) - m
+    return numerics.exp(_tempered(gap, guard)) / jnp.where(l != 0, l, jnp.ones_like(l))
 
 
 class TileGradients(NamedTuple):
@@ -648,7 +677,7 @@ def gradients(
         base = base + s.offset.astype(wide) * wide.type(numerics.inva)
     seen = s.base != lowest(numerics.statistics)
     gap = jnp.where(seen, base - m, jnp.full_like(m, lowest(wide)))
-    share = numerics.exp(_tempered(gap, query.temper)) / jnp.where(l != 0, l, jnp.ones_like(l))
+    share = numerics.exp(_tempered(gap, query.guard)) / jnp.where(l != 0, l, jnp.ones_like(l))
     p = p * jnp.where(seen, share, jnp.zeros_like(share))
     # float16 cannot hold gradients (their range is the loss's business): they stay in float32.
     operand = wide if q.dtype == jnp.float16 else q.dtype

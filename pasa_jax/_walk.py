@@ -44,7 +44,6 @@ class Walk(ABC):
       groups: G, the query heads that share the key head.
       block_q: positions of a query tile, each of which is G rows.
       value_size: E.
-      value_gain: [] what the values are multiplied by to keep P·V in range, or None.
     """
 
     mask: Mask
@@ -53,7 +52,6 @@ class Walk(ABC):
     groups: int
     block_q: int
     value_size: int
-    value_gain: Array | None = None
 
     # Where a walker's tiles come from.
 
@@ -62,8 +60,8 @@ class Walk(ABC):
         """The rows of the query tile at ``start``."""
 
     @abstractmethod
-    def key(self, j: Index) -> tile.KeyTile:
-        """Key tile j, values multiplied by ``value_gain``."""
+    def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
+        """Key tile j, values multiplied by ``value_gain`` [], which keeps P·V in range (None: 1)."""
 
     @abstractmethod
     def key_start(self, j: Index) -> Index:
@@ -177,7 +175,7 @@ class Walk(ABC):
     ) -> tuple[tile.State, Array]:
         """``carry`` after key tile j, of which each row sees what ``seen`` says (None: all)."""
         state, count = carry[0], carry[1] + 1
-        key = self.key(j)
+        key = self.key(j, query.value_gain)
         s = tile.scores(query, key, state, seen, self.bias(start, j), self.numerics)
         kept = self.kept(start, j)
         return tile.update(state, s, query, key, count, self.numerics, kept), count
@@ -187,8 +185,8 @@ class Walk(ABC):
         state = tile.settle(state, self.numerics)
         sinks = self.sinks()
         if sinks is not None:
-            state = tile.add_sink(state, sinks, self.numerics, query.temper)
-        out, lse = tile.finish(state, self.numerics, query.temper, self.value_gain)
+            state = tile.add_sink(state, sinks, self.numerics, query.guard)
+        out, lse = tile.finish(state, self.numerics, query.guard, query.value_gain)
         if self.mask.query_lengths is not None:
             used = self.in_use(start)
             out = tile.zero_unusable(out, used)

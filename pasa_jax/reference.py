@@ -6,6 +6,7 @@ It differentiates in every mode (`jax.jvp`, `jax.hessian`) and is what the other
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,20 @@ import jax.numpy as jnp
 from pasa_jax import _dropout
 from pasa_jax._operands import Operands
 from pasa_jax._prepare import Plan
-from pasa_jax._tile import lowest, wide_type
+from pasa_jax._tile import lowest, shown_by, wide_type
 from pasa_jax.mask import Mask
 
 Array = jax.Array
+
+
+def adapt(plan: Plan) -> Plan:
+    """``plan`` with scores in float32 at least, unless the caller named a type: `supports` then
+    refuses a narrower one. There is no guard: scores that leave float32 are not finite.
+    """
+    if plan.precision.scores in ("float16", "bfloat16") and not plan.explicit_precision:
+        wide = replace(plan.precision, scores="float32", probabilities="float32")
+        plan = replace(plan, precision=wide)
+    return replace(plan, guarded=False)
 
 
 def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
@@ -49,7 +60,7 @@ def attend(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> tuple[Array
         s = plan.logits_soft_cap * jnp.tanh(s / plan.logits_soft_cap)
     seen = _seen(mask, batch, heads)
     if operands.bias is not None:
-        seen = seen & (operands.bias > -jnp.inf)
+        seen = seen & shown_by(operands.bias)
         s = s + jnp.where(seen, operands.bias, jnp.zeros_like(operands.bias)).astype(wide)
     # A key that is not finite makes the rows that see it NaN, and no others.
     usable = jnp.swapaxes(finite, 1, 2)[:, :, None, None, :]

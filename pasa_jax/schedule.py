@@ -57,7 +57,7 @@ class Schedule:
         *,
         head_dim: int = 128,
         value_head_dim: int | None = None,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         length: int | None = None,
         is_causal: bool = False,
     ) -> Schedule:
@@ -66,12 +66,18 @@ class Schedule:
 
         Arguments:
           head_dim, value_head_dim: D and E.
+          dtype: of queries, keys and values: "float16", "bfloat16", "float32" or "float64", or
+            what NumPy or JAX have for it (``q.dtype``, ``jnp.bfloat16``).
           length: the number of keys; None: 2048.
 
         >>> Schedule.for_target("ascend_910b", dtype="float16").block_kv
         512
         """
-        target = find_target(target) if isinstance(target, str) else target
+        target = target if isinstance(target, Target) else find_target(target)
+        dtype = _type_name(dtype)
+        for name, size in (("head_dim", head_dim), ("value_head_dim", value_head_dim or 1)):
+            if not isinstance(size, int) or size < 1:
+                raise wrong(name, "be a positive int", repr(size))
         defaults = [
             Schedule(
                 block_q=block_q,
@@ -97,7 +103,7 @@ class Schedule:
         return schedule
 
     def footprint(
-        self, *, head_dim: int, value_head_dim: int | None = None, dtype: str
+        self, *, head_dim: int, value_head_dim: int | None = None, dtype: Any
     ) -> dict[str, int]:
         """Bytes that one tile step needs in each on-chip memory of the target.
 
@@ -106,7 +112,7 @@ class Schedule:
         the products run in sub-tiles of 128 × 128 × 128, of which one is loaded ahead, and the two
         vector cores share the rows, of which each works on 16 at a time.
         """
-        item, e = _ITEMSIZE[dtype], value_head_dim or head_dim
+        item, e = _ITEMSIZE[_type_name(dtype)], value_head_dim or head_dim
         kind = find_target(self.target).kind
         if kind == "gpu":  # whose tiles have sides that are powers of two
             head_dim, e = (1 << (n - 1).bit_length() for n in (head_dim, e))
@@ -130,8 +136,9 @@ class Schedule:
             }
         return {}
 
-    def check(self, *, head_dim: int, value_head_dim: int | None = None, dtype: str) -> None:
+    def check(self, *, head_dim: int, value_head_dim: int | None = None, dtype: Any) -> None:
         """Raises `ScheduleError` if a tile step does not fit the target's memories."""
+        dtype = _type_name(dtype)
         overfull = self._overfull(head_dim, value_head_dim or head_dim, dtype)
         if overfull:
             memory, wanted, there = overfull
@@ -159,6 +166,14 @@ class Schedule:
             block_q=max(1, min(self.block_q, rows)),
             block_kv=max(1, min(self.block_kv, keys)),
         )
+
+
+def _type_name(dtype: Any) -> str:
+    """The name of a type, however it is spelt: "float16", ``np.float16``, ``x.dtype``, …"""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None)
+    name = str(dtype) if name is None else name
+    check_choice("dtype", name, tuple(_ITEMSIZE))
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,8 +67,8 @@ def optimal_beta(
 
 def check_beta(beta: float, argument: str = "beta") -> None:
     """Raises unless 0 < β < 1."""
-    if not 0 < beta < 1:
-        raise wrong(argument, "lie strictly between 0 and 1", beta)
+    if isinstance(beta, (str, complex)) or not 0 < beta < 1:
+        raise wrong(argument, "lie strictly between 0 and 1", repr(beta))
 
 
 def paper_matrix(

@@ -61,6 +61,15 @@ def collect(operands: Operands, mask: Mask, plan: Plan) -> Statistics:
     return per_head(operands, mask, plan, _head)
 
 
+def of_nothing(operands: Operands, plan: Plan) -> Statistics:
+    """The statistics of a call without queries or keys: zeros, and what `collect` would say of
+    shift and reason."""
+    shape = (operands.query.shape[0], operands.query.shape[2])
+    shift, reason = _choice(plan, jnp.zeros((), bool) if plan.chooses_per_head else None)
+    zeros = [jnp.zeros(shape, jnp.float32)] * (len(Statistics._fields) - 2)
+    return Statistics(*zeros, *(jnp.full(shape, x, jnp.int32) for x in (shift, reason)))
+
+
 def per_head(operands: Operands, mask: Mask, plan: Plan, look: Callable[[HeadWalk], Any]) -> Any:
     """``look(walk)`` of every key head, whose leaves are [G, …], as [B, N, …]."""
 
@@ -106,7 +115,7 @@ def _head(walk: HeadWalk) -> Statistics:
             k, _, usable = walk.raw_keys(j)
             s = tile.plain_scores(raw, tile.zero_unusable(k, usable), walk.head.scale, numerics)
             s = jnp.where(jnp.isnan(s), jnp.inf, s).astype(jnp.float32)
-            found = tile.scores(query, walk.key(j, for_gradient=True), state, seen, None, numerics)
+            found = tile.scores(query, walk.key(j), state, seen, None, numerics)
             stored = jnp.abs(found.stored + (0 if relative else found.base)).astype(jnp.float32)
             shown = jnp.broadcast_to(fresh if seen is None else fresh & seen, s.shape)
             s, stored, shown = (x.reshape(groups, -1) for x in (s, stored, shown))
@@ -131,11 +140,10 @@ def _summary(walk: HeadWalk, e: _Extremes) -> Statistics:
     peak = jnp.where(some, jnp.where(e.high >= -e.low, e.high, e.low), 0)
     scale = jnp.log2(jnp.abs(head.scale)).astype(jnp.float32)
     of_q = jnp.max(log2_norm(head.query), axis=0)
-    k = head.key if facts.key_gain is None else head.key * facts.key_gain.astype(head.key.dtype)
-    of_k, of_shifted = key_norms(k, facts.usable, facts.kappa, plan)
+    of_k, of_shifted = map(jnp.max, key_norms(head.key, facts.usable, facts.kappa, plan))
     exponent = zero
     if facts.guard is not None:
-        exponent = jnp.max(-jnp.log2(facts.guard.down) - jnp.log2(facts.guard.rest), axis=0)
+        exponent = jnp.max(jnp.log2(facts.guard.temper) + jnp.log2(facts.guard.beyond), axis=0)
     usable = facts.usable[:, None]
     count = jnp.maximum(jnp.sum(usable, dtype=jnp.float32), 1)
     k = tile.zero_unusable(head.key, usable).astype(jnp.float32)
@@ -150,10 +158,16 @@ def _summary(walk: HeadWalk, e: _Extremes) -> Statistics:
         overflow_share=e.lost / jnp.maximum(e.count, 1),
         key_bias=zero + jnp.linalg.norm(mean),
         key_spread=zero + spread,
-        resonance=jnp.clip(peak / jnp.exp2(of_q + of_k + scale), -1, 1).astype(jnp.float32),
+        resonance=_share(peak, of_q + of_k + scale).astype(jnp.float32),
         shift=jnp.full(zero.shape, shift, jnp.int32),
         reason=jnp.full(zero.shape, reason, jnp.int32),
     )
+
+
+def _share(peak: Array, log2: Array) -> Array:
+    """peak/2^log2, between −1 and 1; 0 of nothing."""
+    log2 = jnp.where(peak == 0, 0, log2)
+    return jnp.clip(peak / jnp.exp2(log2), -1, 1)
 
 
 def _choice(plan: Plan, chosen: Array | None) -> tuple[Array | int, Array | int]:

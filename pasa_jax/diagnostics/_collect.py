@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import wraps
-from types import FrameType
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,9 +19,10 @@ from pasa_jax._operands import Operands
 from pasa_jax._prepare import Plan
 from pasa_jax.diagnostics._forms import measure_errors
 from pasa_jax.diagnostics._measure import Measured, measure
+from pasa_jax.diagnostics._names import Caller, caller, unique_names
 from pasa_jax.diagnostics.report import Call, Report
 from pasa_jax.mask import Mask
-from pasa_jax.plugins._adapter import lent
+from pasa_jax.plugins._swap import DIRECT
 from pasa_jax.shifts import SHIFTS
 
 Progress = Callable[[Call], None]
@@ -38,7 +37,7 @@ def inspect(
 ) -> Report:
     """Calls ``model(*inputs, **keywords)`` and reports on every attention call on the way.
 
-    Seen are calls of `pasa_jax.dot_product_attention`, `jax.nn.dot_product_attention`, the
+    Seen are calls of ``dot_product_attention`` of pasa_jax, jax.nn, flax.nnx and flax.linen, the
     attention modules of flax.nnx and flax.linen that have flax's own attention function or ours,
     and `KVCache.attend`; within jit, scan, vmap, grad and remat too. What multiplies out its own
     scores is not. Every call that is seen is computed by PASA, so that a layer that overflows
@@ -53,7 +52,8 @@ def inspect(
       progress: told of each call when it is measured.
 
     Returns:
-      A `Report`. A call under vmap stands in it once for each of the mapped axis' entries.
+      A `Report`. A call under vmap stands in it once for each of the mapped axis' entries. Where
+      two models have paths in common, all paths begin with their models' classes there.
 
     Raises:
       ValueError: ``model`` cannot be called like this, or no attention call was seen.
@@ -77,47 +77,36 @@ def inspect(
         jax.block_until_ready(model(*inputs, **keywords))
     collector.drain()
     if not collector.calls:
-        way_out = (
-            "Model code that multiplies out its own scores must call "
-            "pasa_jax.dot_product_attention there (docs/flax.md)."
-        )
-        raise wrong("model", "compute an attention that can be seen", "no call of one", way_out)
-    return Report(tuple(collector.calls))
+        raise _nothing_seen()
+    return collector.report()
+
+
+def _nothing_seen() -> ValueError:
+    allowed = (
+        "call dot_product_attention of flax.nnx, flax.linen, jax.nn or pasa_jax, or a module of "
+        "flax with that attention"
+    )
+    way_out = (
+        "Model code that multiplies out its own scores, or holds one of these functions by another "
+        "name, must call pasa_jax.dot_product_attention there (docs/flax.md)."
+    )
+    return wrong("model", allowed, "no such call", way_out)
 
 
 @contextmanager
 def _routed() -> Iterator[None]:
     """While it lasts, flax's and jax's own attention is PASA's, which tells of its calls."""
-
-    def if_native(path: str, module: Any) -> dict[str, Any] | None:
-        del path
-        return {} if module.attention_fn is linen.dot_product_attention else None
-
     with ExitStack() as stack:
-        stack.enter_context(_nnx_replaced())
-        stack.enter_context(plugins.linen.replaced(choose=if_native))
-        stack.enter_context(plugins.replace_jax_nn())
+        for plugin in (plugins.nnx, plugins.linen):
+            choose = partial(_if_native, plugin.NATIVE)
+            stack.enter_context(plugin.replaced(choose, missing_ok=True))
+        stack.enter_context(plugins.replace_jax_nn(missing_ok=True))
         yield
 
 
-@contextmanager
-def _nnx_replaced() -> Iterator[None]:
-    """`plugins.patch` for every nnx module there is: jit and scan run copies of a model's."""
-    kind: Any = nnx.MultiHeadAttention
-    before = kind.__call__
-
-    @wraps(before)
-    def call(module: Any, *args: Any, **keywords: Any) -> Any:
-        if module.attention_fn is not nnx.dot_product_attention:
-            return before(module, *args, **keywords)
-        with lent(module, plugins.nnx.attention_fn()):
-            return before(module, *args, **keywords)
-
-    kind.__call__ = call
-    try:
-        yield
-    finally:
-        kind.__call__ = before
+def _if_native(native: object, path: str, module: Any) -> dict[str, Any] | None:
+    """Calls of flax's function, and modules that have it; others keep their own attention."""
+    return {} if path.endswith(DIRECT) or module.attention_fn is native else None
 
 
 class _Collector:
@@ -126,15 +115,16 @@ class _Collector:
     def __init__(self, error_rows: int, progress: Progress | None) -> None:
         self.calls: list[Call] = []
         self._error_rows, self._progress = error_rows, progress
-        self._waiting: list[tuple[str, str, Plan, Operands, Mask]] = []
+        self._callers: list[Caller] = []
+        self._waiting: list[tuple[Caller, Plan, Operands, Mask]] = []
 
     def observe(self, operands: Operands, mask: Mask, plan: Plan) -> None:
         """Puts the call in line; under vmap and grad its arrays come with a callback."""
-        name, via = _caller()
+        who = caller()
 
         def take(operands: Operands, mask: Mask) -> None:
             arrays = jax.tree.map(np.asarray, (operands, mask))
-            self._waiting.append((name, via, plan, *arrays))
+            self._waiting.append((who, plan, *arrays))
 
         operands, mask = jax.lax.stop_gradient((operands, mask))
         jax.debug.callback(take, operands, mask)
@@ -144,13 +134,21 @@ class _Collector:
         """Measures what waits."""
         jax.effects_barrier()
         while self._waiting:
-            call = _measured(*self._waiting.pop(0), self._error_rows)
+            waited = self._waiting.pop(0)
+            call = _measured(*waited, self._error_rows)
+            self._callers.append(waited[0])
             self.calls.append(call)
             if self._progress is not None:
                 self._progress(call)
 
+    def report(self) -> Report:
+        """Of all calls, with names that tell them apart."""
+        names = unique_names(self._callers)
+        pairs = zip(self.calls, names, strict=True)
+        return Report(tuple(replace(c, name=n) if c.name != n else c for c, n in pairs))
 
-def _measured(name: str, via: str, plan: Plan, operands: Operands, mask: Mask, rows: int) -> Call:
+
+def _measured(who: Caller, plan: Plan, operands: Operands, mask: Mask, rows: int) -> Call:
     inputs = (operands.query, operands.key, operands.value)
     if operands.query.dtype == np.float64:
         operands = jax.tree.map(lambda x: x.astype(np.float32), operands)
@@ -158,12 +156,11 @@ def _measured(name: str, via: str, plan: Plan, operands: Operands, mask: Mask, r
     found = jax.tree.map(np.asarray, measure(operands, mask, plan))
     loudest = int(found.products.max_product.max(axis=1).argmax())
     errors = measure_errors(operands, mask, plan, loudest, rows) if rows else {}
-    return _call(name, via, plan, inputs, float(operands.scale), found, errors)
+    return _call(who, plan, inputs, float(operands.scale), found, errors)
 
 
 def _call(
-    name: str,
-    via: str,
+    who: Caller,
     plan: Plan,
     inputs: tuple[Any, ...],
     scale: float,
@@ -176,8 +173,8 @@ def _call(
     shift, reason = replace(plan, shift="auto").explain_shift()
     used = SHIFTS[int(statistics.shift.flat[0])]
     return Call(
-        name=name,
-        via=via,
+        name=who.name,
+        via=who.via,
         shapes=tuple(x.shape for x in inputs),
         dtype=str(inputs[0].dtype),
         scale=scale,
@@ -204,59 +201,3 @@ def _call(
 def _largest(x: np.ndarray) -> np.ndarray:
     """[B, N] -> [N]: the entry of the largest magnitude, with its sign."""
     return np.take_along_axis(x, np.abs(x).argmax(axis=0)[None], axis=0)[0]
-
-
-# Who called.
-
-_FLAX = {"flax.nnx.nn.attention": "flax.nnx", "flax.linen.attention": "flax.linen"}
-
-
-def _caller() -> tuple[str, str]:
-    """What to call the call that is on the stack, and what it came through.
-
-    The name is the path of the innermost flax module whose method runs, or the function that
-    called, with its line.
-    """
-    via, frames = "pasa_jax", list(_frames(sys._getframe(1)))
-    for frame in frames:
-        module = frame.f_globals.get("__name__", "")
-        if module in _FLAX:
-            via = _FLAX[module]
-        elif module == "pasa_jax.plugins.patching" and via == "pasa_jax":
-            via = "jax.nn"
-    owners = [_owner(frame) for frame in frames]
-    modules = [owner for owner in owners if isinstance(owner, (nnx.Module, linen.Module))]
-    if modules:
-        return _path(modules), via
-    for frame in frames:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("pasa_jax.", "jax.", "flax.", "contextlib")):
-            return f"{frame.f_code.co_qualname}:{frame.f_lineno}", via
-    return "call", via
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _owner(frame: FrameType) -> Any:
-    """The object whose method runs: the first argument, if it has a method of that name."""
-    code = frame.f_code
-    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-    return first if hasattr(type(first), code.co_name) else None
-
-
-def _path(modules: list[Any]) -> str:
-    """The path of the first in the last that holds it (jit and scan run copies of modules)."""
-    innermost = modules[0]
-    if isinstance(innermost, linen.Module):
-        return ".".join(innermost.path) or type(innermost).__name__
-    for outer in reversed(modules):
-        if isinstance(outer, nnx.Module) and outer is not innermost:
-            for path, module in nnx.iter_modules(outer):
-                if module is innermost:
-                    copied = [] if outer is modules[-1] else [type(outer).__name__]
-                    return ".".join([*copied, *map(str, path)])
-    return type(innermost).__name__

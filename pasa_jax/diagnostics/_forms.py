@@ -113,7 +113,7 @@ def _output(form: str, dtype: str, sample: Operands, shown: Mask, plan: Plan) ->
     if form == "paper":
         if sample.scale == 0:  # which its matrix is divided by
             return None
-        plan = replace(plan, paper_scale=float(sample.scale))
+        plan = replace(plan, scale=float(sample.scale))
     return np.asarray(_walked(plan, cast, shown)[0], np.float32)
 
 

@@ -159,6 +159,9 @@ def _shifts_behind(walk: HeadWalk) -> Array:
     """[] bool: what `auto` decides for this head where the product is rounded first."""
     plan = replace(walk.plan, schedule=replace(walk.plan.schedule, target=BEHIND))
     head = walk.head
-    chosen = prepare(head.query, head.key, head.value, head.scale, walk.mask, plan).chosen
+    facts = prepare(
+        head.query, head.key, head.value, head.scale, walk.mask, plan, walk.block_q
+    )
+    chosen = facts.chosen
     assert chosen is not None
     return chosen

@@ -22,7 +22,7 @@ EXTRA = "diagnostics"
 TOLERANCE = 1e-2
 
 _FIX = {
-    "flax.nnx": "with pasa_jax.plugins.patch(model): …",
+    "flax.nnx": "with pasa_jax.plugins.nnx.replaced(): model(…)",
     "flax.linen": "with pasa_jax.plugins.linen.replaced(): model.apply(…)",
     "jax.nn": "with pasa_jax.plugins.replace_jax_nn(): …",
     "pasa_jax": "pasa_jax.dot_product_attention was called, which is safe as it is",

@@ -2,7 +2,7 @@
 
 `nnx.attention_fn`, `linen.attention_fn`   for the ``attention_fn`` of flax's attention modules
 `patch`                                    swaps the attention of a finished nnx model
-`linen.replaced`                           the same for linen, while a context lasts
+`linen.replaced`, `nnx.replaced`           swap all of flax's attention, while a context lasts
 `replace_jax_nn`                           the same for callers of `jax.nn.dot_product_attention`
 `KVCache`                                  keys and values of a decoder, with what PASA asks of them
 

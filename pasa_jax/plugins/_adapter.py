@@ -193,11 +193,20 @@ def options_for(
       choose: see `patch`.
       native: flax's own attention function, the only one that is replaced without being chosen.
     """
-    if choose is not None:
-        chosen = choose(path, module)
-        return None if chosen is None else {**options, **chosen}
-    own = module.attention_fn
+    if choose is None:
+        _check_native(path, module.attention_fn, native)
+    return chosen_options(path, module, choose, options)
+
+
+def chosen_options(
+    path: str, module: Any, choose: Choose | None, options: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The options that ``choose`` gives, beside those of all."""
+    chosen = {} if choose is None else choose(path, module)
+    return None if chosen is None else {**options, **chosen}
+
+
+def _check_native(path: str, own: Any, native: object) -> None:
     if own is not native and not getattr(own, "__module__", "").startswith("pasa_jax.plugins."):
         way_out = "`choose` says which modules to change."
         raise wrong(f"attention_fn at {path!r}", "be flax's own", repr(own), way_out)
-    return options

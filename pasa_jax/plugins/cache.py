@@ -31,7 +31,7 @@ class KVCache:
     """Keys and values of up to S tokens, made by `empty`, grown by `append`, read by `attend`.
 
     A pytree: it goes through jit (donate it: `append` then writes in place), scan and vmap. Beside
-    keys and values it keeps the sums of their blocks and three maxima, which `append` brings up
+    keys and values it keeps the sums of their blocks and three maxima of each, which `append` brings up
     to date in O(tokens appended); so `attend` reads each key and value once, where
     `pasa_jax.dot_product_attention` also asks all of them whether they are finite, how large and
     how biased they are.
@@ -95,9 +95,9 @@ class KVCache:
             known=Known(
                 finite=jnp.zeros((*heads, max_length), bool),
                 total=jnp.zeros((*heads, blocks, head_dim), wide_type(dtype)),
-                key_norm=jnp.full(heads, -jnp.inf, jnp.float32),
-                key_top=jnp.zeros(heads, dtype),
-                value_top=jnp.zeros(heads, dtype),
+                key_norm=jnp.full((*heads, blocks), -jnp.inf, jnp.float32),
+                key_top=jnp.zeros((*heads, blocks), dtype),
+                value_top=jnp.zeros((*heads, blocks), dtype),
             ),
             schedule=schedule,
         )
@@ -211,12 +211,16 @@ class KVCache:
         old = self.known
         wide, block = old.total.dtype, place // self.schedule.block_kv
         norms = jnp.where(finite, log2_norm(key), -jnp.inf)
+
+        def raised(old: Array, x: Array) -> Array:
+            return old.at[rows, :, block].max(x, mode="drop")
+
         return Known(
             finite=old.finite.at[rows, :, place].set(finite, mode="drop"),
             total=old.total.at[rows, :, block].add(key.astype(wide), mode="drop"),
-            key_norm=jnp.maximum(old.key_norm, jnp.max(norms, axis=1)),
-            key_top=jnp.maximum(old.key_top, jnp.max(jnp.abs(key), axis=(1, 3))),
-            value_top=jnp.maximum(old.value_top, jnp.max(jnp.abs(value), axis=(1, 3))),
+            key_norm=raised(old.key_norm, norms),
+            key_top=raised(old.key_top, jnp.max(jnp.abs(key), axis=-1)),
+            value_top=raised(old.value_top, jnp.max(jnp.abs(value), axis=-1)),
         )
 
 

@@ -18,12 +18,14 @@ from pasa_jax.plugins._adapter import (
     check_softmax,
     checked,
     lent,
-    options_for,
     refuse,
     refuse_to_sow,
 )
+from pasa_jax.plugins._swap import Swap
 
 Array = jax.Array
+# Flax's own, also while a context gives its name to another.
+NATIVE = linen.dot_product_attention
 
 
 def attention_fn(**options: Any) -> Callable[..., Array]:
@@ -105,41 +107,46 @@ def _attention_fn(options: Options) -> Callable[..., Array]:
 
 
 @contextmanager
-def replaced(choose: Choose | None = None, **options: Any) -> Iterator[list[str]]:
-    """While it lasts, linen's attention modules compute with `attention_fn`.
+def replaced(
+    choose: Choose | None = None, *, missing_ok: bool = False, **options: Any
+) -> Iterator[list[str]]:
+    """While it lasts, linen's attention is `attention_fn`.
 
-    Linen makes its modules anew at each call, so there is nothing to change in a model; instead,
+    Linen makes its modules anew at each call, so there is nothing to change in a model. Instead,
     every `MultiHeadDotProductAttention` (and what derives from it) that is called within the
-    context, at whatever depth, takes another ``attention_fn`` for that call. A function that jit
-    has compiled before is not traced again and stays as it was.
+    context, at whatever depth, takes another ``attention_fn`` for that call, and so does every
+    call of `flax.linen.dot_product_attention`, by that name or one imported from there. A function
+    that jit has compiled before is not traced again and stays as it was. Modules are swapped in
+    this thread, the function in every one.
 
     Arguments:
       choose: (path, module) -> options for this module beside ``options``, or None to leave it;
-        path as ``"encoder.layers_0.attention"``. Without it, every module is changed, and must
-        have flax's own attention.
+        path as ``"encoder.layers_0.attention"``, or for the function
+        ``"block.attention1: dot_product_attention"``, with the module that calls it, or None.
+        Without it, everything is changed, and each module must have flax's own attention.
+      missing_ok: no error where there is nothing to swap.
       options: as in `attention_fn`.
 
     Returns:
-      A context manager; it yields a list, to which the path of each changed module is added.
+      A context manager; it yields a list, to which the path of each changed module and of each
+      caller of the function is added.
 
     Raises:
-      ValueError: an unknown option, or an ``attention_fn`` that is not flax's own.
+      ValueError: an unknown option, an ``attention_fn`` that is not flax's own; at the end, where
+        no attention was called or traced meanwhile.
     """
-    checked(options)
-    changed: list[str] = []
+    swap = Swap(NATIVE, attention_fn, choose, options)
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if not isinstance(module, linen.MultiHeadDotProductAttention):
+        attends = isinstance(module, linen.MultiHeadDotProductAttention)
+        if not attends or context.method_name != "__call__":
             return call(*args, **kwargs)
-        path = ".".join(module.path)
-        chosen = options_for(path, module, choose, options, linen.dot_product_attention)
-        if chosen is None or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        if path not in changed:
-            changed.append(path)
-        with lent(module, attention_fn(**chosen)):
+        swapped = swap.of_module(".".join(module.path), module)
+        with lent(module, swapped or module.attention_fn):
             return call(*args, **kwargs)
 
-    with linen.intercept_methods(intercept):
-        yield changed
+    with linen.intercept_methods(intercept), swap.calls_of(linen.dot_product_attention):
+        yield swap.changed
+    if not missing_ok:
+        swap.check("linen.replaced", "flax.linen")

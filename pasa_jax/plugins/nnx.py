@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
 from typing import Any
 
 import jax
+from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 
-from pasa_jax.plugins._adapter import Options, attend, checked, refuse_to_sow
+from pasa_jax.plugins import _callers
+from pasa_jax.plugins._adapter import Choose, Options, attend, checked, lent, refuse_to_sow
+from pasa_jax.plugins._swap import Swap
 
 Array = jax.Array
+# Flax's own, also while a context gives its name to another.
+NATIVE = nnx.dot_product_attention
 
 
 def attention_fn(**options: Any) -> Callable[..., Array]:
@@ -91,3 +97,69 @@ def _attention_fn(options: Options) -> Callable[..., Array]:
         )
 
     return attention
+
+
+@contextmanager
+def replaced(
+    choose: Choose | None = None, *, missing_ok: bool = False, **options: Any
+) -> Iterator[list[str]]:
+    """While it lasts, nnx's attention is `attention_fn`.
+
+    As `pasa_jax.plugins.linen.replaced`: every `flax.nnx.MultiHeadAttention` that is called within
+    the context takes another ``attention_fn`` for that call, and so does every call of
+    `flax.nnx.dot_product_attention`, which `pasa_jax.plugins.patch` cannot change in a model. A
+    function that jit has compiled before is not traced again and stays as it was. The change is
+    seen by every thread.
+
+    Arguments:
+      choose: (path, module) -> options for this module beside ``options``, or None to leave it;
+        path as ``"encoder.layers.0.attention"``, or for the function
+        ``"encoder.layers.0: dot_product_attention"``, with the module that calls it, or None.
+        Without it, everything is changed, and each module must have flax's own attention.
+      missing_ok: no error where there is nothing to swap.
+      options: as in `attention_fn`.
+
+    Returns:
+      A context manager; it yields a list, to which the path of each changed module and of each
+      caller of the function is added.
+
+    Raises:
+      ValueError: an unknown option, an ``attention_fn`` that is not flax's own; at the end, where
+        no attention was called or traced meanwhile.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.full((1, 4, 2, 64), 300.0, jnp.float16)
+    >>> with replaced(shift="mean"):
+    ...     bool(jnp.all(nnx.dot_product_attention(x, x, x) == 300))
+    True
+    """
+    swap = Swap(NATIVE, attention_fn, choose, options)
+    with _modules_swapped(swap), swap.calls_of(nnx.dot_product_attention):
+        yield swap.changed
+    if not missing_ok:
+        swap.check("nnx.replaced", "flax.nnx")
+
+
+@contextmanager
+def _modules_swapped(swap: Swap) -> Iterator[None]:
+    """In the class: jit and scan run copies of a model's modules."""
+    kind: Any = nnx.MultiHeadAttention
+    before = kind.__call__
+    # Past an outer context, whose options would come after these.
+    original = getattr(before, "original", before)
+
+    @wraps(before)
+    def call(module: Any, *args: Any, **keywords: Any) -> Any:
+        path = _callers.path([module, *_callers.modules(_callers.frames())])
+        swapped = swap.of_module(path, module)
+        if swapped is None:
+            return before(module, *args, **keywords)
+        with lent(module, swapped):
+            return original(module, *args, **keywords)
+
+    call.original = original  # pyright: ignore[reportAttributeAccessIssue]
+    kind.__call__ = call
+    try:
+        yield
+    finally:
+        kind.__call__ = before

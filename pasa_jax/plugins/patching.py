@@ -16,6 +16,7 @@ from pasa_jax._api import dot_product_attention
 from pasa_jax._errors import check_choice, wrong
 from pasa_jax.plugins import nnx
 from pasa_jax.plugins._adapter import Choose, checked, options_for
+from pasa_jax.plugins._swap import nothing_swapped, renamed
 
 Array = jax.Array
 
@@ -101,8 +102,7 @@ def patch(
         choose = _from_mapping(choose, tuple(modules))
     changes, chosen_options = [], {}
     for path, module in modules.items():
-        native = flax_nnx.dot_product_attention
-        chosen = options_for(path, module, choose, options, native)
+        chosen = options_for(path, module, choose, options, nnx.NATIVE)
         if chosen is not None:
             after = nnx.attention_fn(**chosen)
             changes.append(_Change(path, module, module.attention_fn, after))
@@ -125,7 +125,8 @@ def _attention_modules(model: Any) -> dict[str, Any]:
     }
     if not found:
         way_out = (
-            "What calls jax.nn itself: `replace_jax_nn`; what multiplies out its own scores: call "
+            "What calls flax.nnx.dot_product_attention itself: `nnx.replaced`; jax.nn's: "
+            "`replace_jax_nn`; what multiplies out its own scores: call "
             "pasa_jax.dot_product_attention there."
         )
         allowed = "hold a flax.nnx.MultiHeadAttention"
@@ -144,22 +145,24 @@ _OF_THE_CALL = ("scale", "local_window_size")
 
 
 @contextmanager
-def replace_jax_nn(**options: Any) -> Iterator[None]:
+def replace_jax_nn(*, missing_ok: bool = False, **options: Any) -> Iterator[None]:
     """While it lasts, `jax.nn.dot_product_attention` is `pasa_jax.dot_product_attention`.
 
-    For code that calls it by that name: flax.nnx's own attention (without dropout), keras on jax.
-    A name imported before (``from jax.nn import dot_product_attention``) and functions that jit
-    has compiled before stay as they were. The change is seen by every thread.
+    For code that calls it by that name, or one imported from there: flax.nnx's own attention
+    (without dropout), keras on jax. Functions that jit has compiled before stay as they were. The
+    change is seen by every thread.
 
-    ``implementation="xla"`` or ``"cudnn"`` in such a call is replaced like None. The differences
-    between the two functions are listed in docs/api.md.
+    ``implementation`` in such a call, ``"xla"`` and ``"cudnn"`` as well, means what it does for
+    `pasa_jax.dot_product_attention`; the option, where it is given, comes before it. The
+    differences between the two functions are listed in docs/api.md.
 
     Arguments:
+      missing_ok: no error where there is nothing to swap.
       options: of `pasa_jax.dot_product_attention`, by keyword: ``shift``, ``beta``, ``precision``,
         ``schedule``, ``implementation``, ``causal_alignment``, ``logits_soft_cap``.
 
     Raises:
-      ValueError: an unknown option.
+      ValueError: an unknown option; at the end, where the function was not called meanwhile.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.full((1, 4, 2, 64), 300.0, jnp.float16)
@@ -171,7 +174,7 @@ def replace_jax_nn(**options: Any) -> Iterator[None]:
     for name in _OF_THE_CALL:
         if name in options:
             raise wrong(name, "be left to the calls of jax.nn.dot_product_attention", options[name])
-    before = jax.nn.dot_product_attention
+    called = False
 
     def replacement(
         query: ArrayLike,
@@ -179,16 +182,13 @@ def replace_jax_nn(**options: Any) -> Iterator[None]:
         value: ArrayLike,
         bias: ArrayLike | None = None,
         mask: ArrayLike | None = None,
-        *,
-        implementation: str | None = None,
         **keywords: Any,
     ) -> Any:
-        if implementation is not None:
-            check_choice("implementation", implementation, ("xla", "cudnn"))
-        return dot_product_attention(query, key, value, bias, mask, **keywords, **options)
+        nonlocal called
+        called = True
+        return dot_product_attention(query, key, value, bias, mask, **{**keywords, **options})
 
-    jax.nn.dot_product_attention = replacement
-    try:
+    with renamed(jax.nn.dot_product_attention, replacement):
         yield
-    finally:
-        jax.nn.dot_product_attention = before
+    if not called and not missing_ok:
+        raise nothing_swapped("replace_jax_nn", "jax.nn")

@@ -1,9 +1,10 @@
-"""The interpreters: JAX's for TPUs (two cores, races, NaN-filled memory, bounds), Pallas' own."""
+"""The TPU interpreter with all its checks: two cores, races, NaN-filled memory, bounds.
+
+Kernels are interpreted where the call says ``interpret=True``; this makes it strict.
+"""
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-
-from pallas_kernels import gpu
 
 
 @pytest.fixture
@@ -23,13 +24,9 @@ def tpu_interpreter():
     assert races is None or not races.races_found
 
 
-@pytest.fixture
-def gpu_interpreter(monkeypatch):
-    monkeypatch.setattr(gpu, "INTERPRET", True)
-
-
 @pytest.fixture(params=["tpu", "gpu"])
 def kernel(request):
-    """The name of an implementation, whose kernel is interpreted."""
-    request.getfixturevalue(f"{request.param}_interpreter")
+    """The name of an implementation, for calls with ``interpret=True``."""
+    if request.param == "tpu":
+        request.getfixturevalue("tpu_interpreter")
     return f"pallas_{request.param}"

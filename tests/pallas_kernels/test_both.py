@@ -26,7 +26,7 @@ def tiles(kernel, case=None):
 @pytest.mark.parametrize("name", CASES)
 def test_contract(kernel, name):
     case = CASES[name]
-    options = {"implementation": kernel, "schedule": tiles(kernel, case)}
+    options = {"implementation": kernel, "interpret": True, "schedule": tiles(kernel, case)}
     check(case, "float32", BOUND["float32"], **options)
 
 
@@ -34,14 +34,14 @@ def test_contract(kernel, name):
 @pytest.mark.parametrize("name", ["lengths, bottom right", "bias", "soft cap, causal, biased"])
 def test_contract_in_16_bits(kernel, name, dtype):
     case = CASES[name]
-    options = {"implementation": kernel, "schedule": tiles(kernel, case)}
+    options = {"implementation": kernel, "interpret": True, "schedule": tiles(kernel, case)}
     check(case, dtype, BOUND[dtype], **options)
 
 
 @pytest.mark.parametrize("shift", ["none", "mean", "mean_past", "reference"])
 def test_every_shift(kernel, shift):
     dtype = "bfloat16" if kernel == "pallas_tpu" else "float16"
-    options = {"implementation": kernel, "schedule": tiles(kernel), "precision": dtype}
+    options = {"implementation": kernel, "interpret": True, "schedule": tiles(kernel), "precision": dtype}
     check(CASES["causal, fewer keys"], dtype, BOUND[dtype], shift=shift, **options)
 
 
@@ -50,7 +50,9 @@ def pair(kernel, arrays, **options):
     options = {"precision": "float32", "schedule": tiles(kernel)} | options
     return [
         np.asarray(
-            dot_product_attention(**arrays, **options, implementation=name).astype(jnp.float32)
+            dot_product_attention(
+                **arrays, **options, implementation=name, interpret=name != "lax"
+            ).astype(jnp.float32)
         )
         for name in (kernel, "lax")
     ]
@@ -105,6 +107,7 @@ def test_gradients(kernel, dtype):
             v,
             is_causal=True,
             implementation=name,
+            interpret=name != "lax",
             schedule=tiles(kernel),
             return_residual=True,
         )
@@ -119,5 +122,5 @@ def test_gradients(kernel, dtype):
 
 
 def test_under_x64(kernel, x64):
-    options = {"implementation": kernel, "schedule": tiles(kernel)}
+    options = {"implementation": kernel, "interpret": True, "schedule": tiles(kernel)}
     check(CASES["causal"], "float32", 4e-6, **options)

@@ -39,14 +39,14 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_many_tiles(name):
     schedule = dataclasses.replace(BY_LANES, block_q=128)
-    check(LARGE[name], "float32", 4e-6, implementation="pallas_tpu", schedule=schedule)
+    check(LARGE[name], "float32", 4e-6, implementation="pallas_tpu", interpret=True, schedule=schedule)
 
 
 @INTERPRETED
 @pytest.mark.parametrize("unroll", [2, 3])
 def test_tiles_of_one_step(unroll):
     schedule = dataclasses.replace(TILES, unroll=unroll)
-    check(CASES["causal"], "float32", 4e-6, implementation="pallas_tpu", schedule=schedule)
+    check(CASES["causal"], "float32", 4e-6, implementation="pallas_tpu", interpret=True, schedule=schedule)
 
 
 def test_float16_is_widened_bit_by_bit():
@@ -68,7 +68,8 @@ class TestChoice:
         told = explain(**self.arrays, is_causal=True)
         assert told.implementation == "lax"
         assert told.why_not["pallas_tpu"] == (
-            "its schedule would have to be for a TPU, and is for cpu"
+            "its schedule would have to be for a TPU, and is for cpu "
+            "(schedule=Schedule.for_target('tpu_v6e'))"
         )
 
     def test_none_runs_on_the_cpu_too(self):

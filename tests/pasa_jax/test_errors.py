@@ -13,7 +13,7 @@ def zeros(*shape, dtype="float32"):
 
 
 Q, K, V = zeros(2, 6, 4, 8), zeros(2, 5, 2, 8), zeros(2, 5, 2, 8)
-IMPLEMENTATIONS = "'pallas_tpu', 'pallas_gpu', 'lax', 'reference'"
+IMPLEMENTATIONS = "'pallas_tpu', 'pallas_gpu', 'lax', 'reference', 'xla', 'cudnn'"
 
 WRONG = {
     "rank": (
@@ -65,14 +65,14 @@ WRONG = {
     "bias of bool": (
         (Q, K, V, zeros(1, 1, 6, 5).astype(bool)),
         {},
-        "`bias` must be of a floating type; got bool. A bool array is a `mask`.",
+        "`bias` must be of a floating or an integer type; got bool. A bool array is a `mask`.",
     ),
     "mask of float": (
         (Q, K, V, None, zeros(1, 1, 6, 5)),
         {},
         "`mask` must be of type bool; got float32. An additive mask is a `bias`.",
     ),
-    "scale": ((Q, K, V), {"scale": np.inf}, "`scale` must be finite; got inf."),
+    "scale": ((Q, K, V), {"scale": np.inf}, "`scale` must be finite in float32; got inf."),
     "scale array": (
         (Q, K, V),
         {"scale": zeros(2)},
@@ -149,13 +149,13 @@ WRONG = {
     ),
     "implementation": (
         (Q, K, V),
-        {"implementation": "xla"},
-        f"`implementation` must be one of {IMPLEMENTATIONS}; got 'xla'.",
+        {"implementation": "mosaic"},
+        f"`implementation` must be one of {IMPLEMENTATIONS}; got 'mosaic'.",
     ),
     "implementation in a sequence": (
         (Q, K, V),
-        {"implementation": ("lax", "cudnn")},
-        f"`implementation` must be one of {IMPLEMENTATIONS}; got 'cudnn'.",
+        {"implementation": ("lax", "triton")},
+        f"`implementation` must be one of {IMPLEMENTATIONS}; got 'triton'.",
     ),
     "unsupported": (
         (Q, K, V),
@@ -183,8 +183,9 @@ def test_float64_precision_is_for_float64_inputs():
 
 
 NO_KERNEL = {
-    f"pallas_{kind}": f"its schedule would have to be for a {kind.upper()}, and is for cpu"
-    for kind in ("tpu", "gpu")
+    f"pallas_{kind}": f"its schedule would have to be for a {kind.upper()}, and is for cpu "
+    f"(schedule=Schedule.for_target({example!r}))"
+    for kind, example in (("tpu", "tpu_v6e"), ("gpu", "h100"))
 }
 
 

@@ -46,8 +46,8 @@ def one_tile(q, k, v, kappa, matrix, weights, mask, bias, guard, numerics):
     s = tile.scores(query, key, state, mask, bias, numerics, with_slope=True)
     state = tile.settle(tile.update(state, s, query, key, jnp.float32(1), numerics), numerics)
     state = tile.merge(state, state, numerics)
-    state = tile.add_sink(state, jnp.zeros((R, 1), jnp.float32), numerics, query.temper)
-    out, lse = tile.finish(state, numerics, query.temper, jnp.float32(1))
+    state = tile.add_sink(state, jnp.zeros((R, 1), jnp.float32), numerics, query.guard)
+    out, lse = tile.finish(state, numerics, query.guard, jnp.float32(1))
     d_out, delta = jnp.zeros((R, E), jnp.float32), jnp.zeros((R, 1), jnp.float32)
     g = tile.gradients(s, query, key, q, k, state.m, state.l, d_out, delta, numerics)
     return out, lse, g
@@ -71,7 +71,7 @@ def arguments(dtype="float16", seed=0):
         jnp.asarray(blocks.weights),
         mask,
         bias,
-        tile.Guard(one, one, one),
+        tile.Guard(one, one, one, one, one),
     )
 
 
@@ -114,7 +114,7 @@ def test_merging_states_of_split_keys_is_the_whole():
     left, _ = walk(q, k, v, chosen, [np.arange(16)])
     right, _ = walk(q, k, v, chosen, [np.arange(16, 32)])
     for state in (whole, tile.merge(left, right, chosen), tile.merge(right, left, chosen)):
-        out, lse = tile.finish(state, chosen, query.temper)
+        out, lse = tile.finish(state, chosen, query.guard)
         true_out, true_lse = exact(q, k, v)
         np.testing.assert_allclose(out, true_out, atol=1e-5)
         np.testing.assert_allclose(lse[:, 0], true_lse, rtol=1e-5)

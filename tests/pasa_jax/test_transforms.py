@@ -123,7 +123,82 @@ print("sharded")
 """
 
 
-def test_shard_map_over_batch_and_heads():
+# The default mesh of `jax.make_mesh`: what an array is sharded over stands in its type.
+EXPLICIT = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P
+from pasa_jax import dot_product_attention, Schedule, explain
+from pasa_jax.plugins import nnx as plugin
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+rng = np.random.default_rng(0)
+q, k, v = (jnp.asarray(rng.standard_normal((2, 40, h, 16)), jnp.float32) for h in (4, 2, 2))
+tiles = Schedule(block_q=32, block_kv=16)
+mesh = jax.make_mesh((2, 2), ("batch", "heads"))
+def attend(*x, **options):
+    return dot_product_attention(*x, is_causal=True, schedule=tiles, **options)
+def loss(f):
+    return lambda *x: jnp.sum(f(*x) ** 2)
+def put(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+def kind(x):
+    return jax.typeof(x).sharding.spec
+plain, gradients = attend(q, k, v), jax.grad(loss(attend), (0, 1, 2))(q, k, v)
+spec = ("batch", None, "heads", None)
+placed = [put(x, *spec) for x in (q, k, v)]
+np.testing.assert_allclose(attend(*placed), plain, atol=3e-6)  # without a mesh in the context
+with jax.set_mesh(mesh):
+    assert explain(*placed).implementation == "lax"
+    peer = jax.nn.dot_product_attention(*placed)
+    for f in (attend, jax.jit(attend), lambda *x: attend(*x, implementation="reference")):
+        out = f(*placed)
+        assert kind(out) == kind(peer) == P(*spec), kind(out)
+        np.testing.assert_allclose(out, plain, atol=3e-6)
+    found = jax.jit(jax.grad(loss(attend), (0, 1, 2)))(*placed)
+    for a, b in zip(found, gradients):
+        assert kind(a) == P(*spec)
+        np.testing.assert_allclose(a, b, atol=3e-5)
+    options = {"return_residual": True, "return_statistics": True}
+    _, lse, seen = attend(*placed, **options)
+    assert kind(lse) == P("batch", None, "heads")
+    for a, b in zip(seen, attend(q, k, v, **options)[2]):
+        assert kind(a) == P("batch", "heads")
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    further = {
+        "query_seq_lengths": jnp.asarray([30, 40]), "mask": jnp.asarray(rng.random((2, 1, 1, 40)) > 0.2),
+        "bias": jnp.asarray(rng.standard_normal((1, 4, 40, 1)), jnp.float32),
+        "sinks": jnp.arange(4.0), "segment_ids": jnp.asarray(rng.integers(0, 2, (2, 40))),
+        "dropout_rate": 0.3, "dropout_key": jax.random.key(0),
+    }
+    np.testing.assert_allclose(attend(*placed, **further), attend(q, k, v, **further), atol=3e-6)
+    # One key head beside sharded query heads; unbatched; vmap.
+    one = [x[:, :, :1] for x in (k, v)]
+    whole = [put(x, "batch", None, None, None) for x in one]
+    np.testing.assert_allclose(attend(placed[0], *whole), attend(q, *one), atol=3e-6)
+    single = attend(*(put(x[0], None, "heads", None) for x in (q, k, v)))
+    assert kind(single) == P(None, "heads", None)
+    np.testing.assert_allclose(single, plain[0], atol=3e-6)
+    several = jax.vmap(attend)(*(jnp.stack([x, x]) for x in placed))
+    assert kind(several) == P(None, *spec)
+    for wrong in ((None, "batch", None, None), (None, None, None, "batch")):
+        try:
+            attend(put(q, *wrong), *placed[1:])
+            raise AssertionError("accepted")
+        except ValueError as error:
+            assert "`query` must be sharded over its batch and its heads alone" in str(error)
+            assert "jax.shard_map" in str(error)
+    module = nnx.MultiHeadAttention(
+        4, 32, decode=False, rngs=nnx.Rngs(0), attention_fn=plugin.attention_fn(schedule=tiles)
+    )
+    x = put(jnp.asarray(rng.standard_normal((2, 10, 32)), jnp.float32), "batch")
+    assert kind(module(x))[0] == "batch"
+    assert kind(jax.grad(lambda x: jnp.sum(module(x) ** 2))(x))[0] == "batch"
+print("sharded")
+"""
+
+
+@pytest.mark.parametrize("script", [SHARDED, EXPLICIT], ids=["shard_map", "explicit"])
+def test_sharded_over_batch_and_heads(script):
     """With check_vma on, on four devices; they must exist before jax starts, hence a process."""
     import os
     import subprocess
@@ -133,7 +208,7 @@ def test_shard_map_over_batch_and_heads():
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     env = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "sharded", done.stderr[-2000:]
 

@@ -117,6 +117,146 @@ def test_linen():
     assert found(model.bind(variables), X) == expected
 
 
+class Direct(linen.Module):
+    """Calls flax's function itself."""
+
+    @linen.compact
+    def __call__(self, x):
+        q = linen.DenseGeneral((2, 4))(x)
+        return x + linen.dot_product_attention(q, q, q).reshape(x.shape)
+
+
+class Directs(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return Direct(name="second")(Direct(name="first")(x))
+
+
+class NnxDirect(nnx.Module):
+    def __init__(self):
+        self.project = nnx.LinearGeneral(8, (2, 4), rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        q = self.project(x)
+        out = nnx.dot_product_attention(q, q, q, dropout_rate=0.1, deterministic=True)
+        return x + out.reshape(x.shape)
+
+
+def test_models_that_call_flax_s_function_themselves():
+    model = Directs()
+    variables = model.init(jax.random.key(0), X)
+    expected = [("first", "flax.linen"), ("second", "flax.linen")]
+    assert found(model.apply, variables, X) == expected
+    root = Direct()
+    assert found(root.apply, root.init(jax.random.key(0), X), X) == [("Direct", "flax.linen")]
+    # By a method that is no module's: the root has no variables there.
+    attend = lambda module, q: linen.dot_product_attention(q, q, q)  # noqa: E731
+    name = [("Direct", "flax.linen")]
+    assert found(lambda q: root.apply({}, q, method=attend), Q) == name
+    assert found(nnx.Sequential(NnxDirect(), NnxDirect()), X) == [
+        ("layers.0", "flax.nnx"),
+        ("layers.1", "flax.nnx"),
+    ]
+
+
+def test_an_attention_fn_that_calls_flax_s_function():
+    def halved(query, key, value, **keywords):
+        return linen.dot_product_attention(query / 2, key, value)
+
+    module = linen.MultiHeadDotProductAttention(2, attention_fn=halved)
+    variables = module.init(jax.random.key(0), X)
+    (call,) = inspect(module.apply, variables, X, error_rows=0).calls
+    assert (call.name, call.via) == ("MultiHeadDotProductAttention", "flax.linen")
+
+
+class Encoder(Model):
+    pass
+
+
+class Decoder(Model):
+    pass
+
+
+def names(model, *inputs):
+    return [name for name, _ in found(model, *inputs)]
+
+
+def test_two_models_of_unlike_classes_are_told_apart():
+    encoder, decoder = Encoder(), Decoder()
+    below = [f"{kind}.layers.{i}.attention" for kind in ("Encoder", "Decoder") for i in range(2)]
+    assert names(lambda x: decoder(encoder(x)), X) == below
+    # Names that are apart already stay.
+    alone = MODULE(), encoder
+    assert names(lambda x: alone[1](alone[0](x)), X)[1:] == [path for path, _ in PATHS]
+
+
+def MODULE():
+    return nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(1))
+
+
+def test_two_models_of_one_class_are_numbered():
+    first, second = Model(), Model()
+    run = nnx.jit(lambda model, x: model(x))
+    expected = [f"Model_{n}.layers.{i}.attention" for n in range(2) for i in range(2)]
+    assert names(lambda x: run(second, run(first, x)), X) == expected
+    # One model is one, whether jit and grad run copies of it.
+    assert names(lambda x: run(first, first(run(first, x))), X) == [n for n, _ in PATHS] * 3
+    pair = [MODULE(), MODULE()]
+    expected = ["MultiHeadAttention_0", "MultiHeadAttention_1"]
+    assert names(lambda x: pair[1](pair[0](x)), X) == expected
+
+
+def test_two_models_of_linen():
+    model = Linen()
+    first, second = (model.init(jax.random.key(i), X) for i in range(2))
+    inner = ["first", "MultiHeadDotProductAttention_0"]
+    two = [f"Linen_{n}.{name}" for n in range(2) for name in inner]
+    run = jax.jit(model.apply)
+    assert names(lambda x: run(second, run(first, x)), X) == two
+    assert names(lambda x: model.bind(second)(model.bind(first)(x)), X) == two
+    assert names(lambda x: Linen().apply(first, run(first, x)), X) == inner * 2
+    direct = Directs()
+    other = direct.init(jax.random.key(0), X)
+    expected = [*(f"Linen.{name}" for name in inner), "Directs.first", "Directs.second"]
+    assert names(lambda x: direct.apply(other, run(first, x)), X) == expected
+
+
+def test_a_model_of_linen_that_is_initialized_is_one_model():
+    class Twice(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            shared = linen.MultiHeadDotProductAttention(2, name="shared")
+            return shared(linen.Dense(8)(shared(x)))
+
+    def run(x):
+        variables = Twice().init(jax.random.key(0), x)
+        return Twice().apply(variables, x)
+
+    assert names(run, X) == ["shared"] * 4
+
+
+def test_layers_under_a_scan_of_linen_are_one_model():
+    class Layer(linen.Module):
+        @linen.compact
+        def __call__(self, x, _):
+            return linen.MultiHeadDotProductAttention(2)(x), None
+
+    class Scan(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            layers = linen.scan(
+                Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+            )
+            return layers(name="layers")(x, None)[0]
+
+    model = Scan()
+    variables = model.init(jax.random.key(0), X)
+    path = "layers.MultiHeadDotProductAttention_0"
+    assert set(names(model.apply, variables, X)) == {path}
+    gradient = jax.grad(lambda v: model.apply(v, X).sum())
+    assert set(names(gradient, variables)) == {path}
+
+
 def test_functions_are_named_by_line():
     def attend(q):
         return jax.nn.dot_product_attention(q, q, q) + dot_product_attention(q, q, q)
@@ -151,7 +291,7 @@ def test_a_layer_that_overflows_does_not_hide_those_behind_it():
     assert sorted(report.overflowing) == [(0, 0), (0, 1)]
     assert all(call.not_finite == (0, 0, 0) for call in report.calls)
     assert "2 of 4 heads overflow float16, in layers.0.attention (call 0):" in report.verdict
-    assert report.advice == ["flax.nnx: with pasa_jax.plugins.patch(model): …"]
+    assert report.advice == ["flax.nnx: with pasa_jax.plugins.nnx.replaced(): model(…)"]
 
 
 def test_a_patched_model_is_seen_as_well():
@@ -184,5 +324,11 @@ def test_errors():
         inspect(Linen(), X)
     with pytest.raises(ValueError, match=r"`model` must be a flax\.nnx model or a function; got a"):
         inspect(3)
-    with pytest.raises(ValueError, match="`model` must compute an attention that can be seen;"):
+    with pytest.raises(ValueError, match="`model` must call dot_product_attention of") as error:
         inspect(lambda x: x, X)
+    assert str(error.value) == (
+        "`model` must call dot_product_attention of flax.nnx, flax.linen, jax.nn or pasa_jax, or a "
+        "module of flax with that attention; got no such call. Model code that multiplies out its "
+        "own scores, or holds one of these functions by another name, must call "
+        "pasa_jax.dot_product_attention there (docs/flax.md)."
+    )

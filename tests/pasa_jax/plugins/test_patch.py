@@ -1,5 +1,8 @@
 """Attention swapped in finished models, and put back."""
 
+import sys
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from flax import linen, nnx
 from pasa_jax import dot_product_attention
 from pasa_jax.plugins import linen as linen_plugin
 from pasa_jax.plugins import nnx as nnx_plugin
-from pasa_jax.plugins import patch, replace_jax_nn
+from pasa_jax.plugins import patch, patching, replace_jax_nn
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 8)), jnp.float32)
 NATIVE = nnx.dot_product_attention
@@ -106,8 +109,8 @@ WRONG = {
     "no attention": (
         lambda: patch(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
         "`model` must hold a flax.nnx.MultiHeadAttention; got a Linear without one. What calls "
-        "jax.nn itself: `replace_jax_nn`; what multiplies out its own scores: call "
-        "pasa_jax.dot_product_attention there.",
+        "flax.nnx.dot_product_attention itself: `nnx.replaced`; jax.nn's: `replace_jax_nn`; what "
+        "multiplies out its own scores: call pasa_jax.dot_product_attention there.",
     ),
     "path": (
         lambda: patch(Model(nnx.Rngs(0)), choose={"layers.7": {}}),
@@ -122,16 +125,7 @@ WRONG = {
         lambda: replace_jax_nn(scale=1.0).__enter__(),
         "`scale` must be left to the calls of jax.nn.dot_product_attention; got 1.0.",
     ),
-    "xla": (
-        lambda: call_jax_nn(implementation="mosaic"),
-        "`implementation` must be one of 'xla', 'cudnn'; got 'mosaic'.",
-    ),
 }
-
-
-def call_jax_nn(**keywords):
-    with replace_jax_nn():
-        return jax.nn.dot_product_attention(*[X[:, :, None]] * 3, **keywords)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -191,8 +185,9 @@ def test_linen_chooses_and_refuses():
         linen_plugin.replaced(),
     ):
         model.init(jax.random.key(0), X)
-    with pytest.raises(ValueError, match="`option`"), linen_plugin.replaced(is_causal=True):
-        pass
+    for plugin in (linen_plugin, nnx_plugin):
+        with pytest.raises(ValueError, match="`option`"), plugin.replaced(is_causal=True):
+            pass
 
 
 def test_jax_nn_is_replaced_nested_and_put_back():
@@ -200,7 +195,7 @@ def test_jax_nn_is_replaced_nested_and_put_back():
     q = jnp.full((1, 4, 2, 64), 300, jnp.float16)
 
     def inner():
-        found = jax.nn.dot_product_attention(q, q, q, implementation="xla", is_causal=True)
+        found = jax.nn.dot_product_attention(q, q, q, is_causal=True)
         np.testing.assert_array_equal(found, dot_product_attention(q, q, q, is_causal=True))
 
     with replace_jax_nn(shift="none"):
@@ -209,6 +204,46 @@ def test_jax_nn_is_replaced_nested_and_put_back():
         assert fails(replace_jax_nn(), inner)
         assert jax.nn.dot_product_attention is outer
     assert jax.nn.dot_product_attention is before
+
+
+def call_jax_nn(options=None, **keywords):
+    with replace_jax_nn(**(options or {})):
+        return jax.nn.dot_product_attention(*[X[:, :, None]] * 3, **keywords)
+
+
+def test_the_implementation_of_a_call_of_jax_nn_is_passed_on(monkeypatch):
+    expected = dot_product_attention(*[X[:, :, None]] * 3, implementation="reference")
+    np.testing.assert_array_equal(call_jax_nn(implementation="reference"), expected)
+    with pytest.raises(ValueError, match=r"`implementation` must be one of .*; got 'mosaic'"):
+        call_jax_nn(implementation="mosaic")
+    monkeypatch.setattr(patching, "dot_product_attention", lambda *_, **keywords: keywords)
+    for name in ("xla", "cudnn", None, "lax"):
+        assert call_jax_nn(implementation=name) == {"implementation": name}
+    assert call_jax_nn({"implementation": "lax"}, implementation="xla")["implementation"] == "lax"
+
+
+@pytest.mark.parametrize("name", ["xla", "cudnn"])
+def test_jax_nn_s_names_of_implementations_mean_the_lax_walk_on_a_cpu(name):
+    expected = dot_product_attention(*[X[:, :, None]] * 3, implementation="lax")
+    np.testing.assert_array_equal(call_jax_nn(implementation=name), expected)
+
+
+def test_a_name_of_jax_nn_s_function_imported_before(monkeypatch):
+    module = ModuleType("of_a_user")
+    module.dot_product_attention = jax.nn.dot_product_attention
+    monkeypatch.setitem(sys.modules, "of_a_user", module)
+    q = jnp.full((1, 4, 2, 64), 300, jnp.float16)
+    with replace_jax_nn(shift="none"):
+        assert bool(jnp.isnan(module.dot_product_attention(q, q, q)).all())
+    assert module.dot_product_attention is jax.nn.dot_product_attention
+
+
+def test_nothing_of_jax_nn_to_replace():
+    message = r"`replace_jax_nn` must last while .* of jax\.nn is"
+    with pytest.raises(ValueError, match=message), replace_jax_nn():
+        pass
+    with replace_jax_nn(missing_ok=True):
+        pass
 
 
 def test_flax_s_own_attention_calls_the_replacement():

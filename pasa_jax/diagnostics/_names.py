@@ -1,0 +1,126 @@
+"""What to call each call: by the module that made it, or the function, and what it came through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import jax
+from flax import linen, nnx
+from jax.core import Tracer
+
+from pasa_jax.plugins import _callers
+
+_VIA = {
+    "flax.nnx.nn.attention": "flax.nnx",
+    "flax.linen.attention": "flax.linen",
+    # A call of flax's function by the model itself is ours at once.
+    "pasa_jax.plugins.nnx.attention": "flax.nnx",
+    "pasa_jax.plugins.linen.attention": "flax.linen",
+}
+
+
+@dataclass(frozen=True)
+class Root:
+    """The outermost flax module that runs.
+
+    Arguments:
+      kind: its class.
+      weights: its parameters. Jit runs copies of a module, which share them with it; while linen
+        initializes a model, they grow.
+    """
+
+    kind: str
+    weights: tuple[Any, ...]
+
+    def is_same(self, other: Root) -> bool:
+        """Whether both are one model; yes, where tracers stand for the weights, which may be."""
+        if self.kind != other.kind:
+            return False
+        if any(isinstance(x, Tracer) for x in self.weights + other.weights):
+            return True
+        fewer, more = sorted(({id(x) for x in root.weights} for root in (self, other)), key=len)
+        return fewer <= more
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who made a call.
+
+    Arguments:
+      name: path of the flax module in the root, or the function and its line.
+      via: see `pasa_jax.diagnostics.Call`.
+      root: None where no module runs.
+    """
+
+    name: str
+    via: str
+    root: Root | None
+
+
+def caller() -> Caller:
+    """Of the call that is on the stack."""
+    stack = _callers.frames()
+    running = _callers.modules(stack)
+    return Caller(_callers.name(stack), _via(stack), _root(running) if running else None)
+
+
+def _via(stack: list[FrameType]) -> str:
+    via = "pasa_jax"
+    for frame in stack:
+        module = frame.f_globals.get("__name__", "")
+        found = _VIA.get(module) or _VIA.get(f"{module}.{frame.f_code.co_name}")
+        if found:
+            via = found
+        elif module == "pasa_jax.plugins.patching" and via == "pasa_jax":
+            via = "jax.nn"
+    return via
+
+
+def _root(running: list[Any]) -> Root:
+    outermost = running[-1]
+    if isinstance(outermost, nnx.Module):
+        weights = nnx.state(outermost, nnx.Param)
+    else:  # linen's apply runs in a module without variables, and binds a copy
+        scopes = [m.scope for m in running if isinstance(m, linen.Module) and m.scope is not None]
+        weights = scopes[-1].root.variables().get("params", {}) if scopes else {}
+    return Root(type(outermost).__name__, tuple(jax.tree.leaves(weights)))
+
+
+def unique_names(callers: list[Caller]) -> list[str]:
+    """The names as they are; behind their roots' where two roots have a name in common."""
+    roots: list[Root] = []
+    numbers = [_number(roots, caller.root) for caller in callers]
+    names = [caller.name for caller in callers]
+    if len(set(zip(names, numbers, strict=True))) == len(set(names)):
+        return names
+    labels = _labels([root.kind for root in roots])
+    return [
+        name if number is None else _below(labels[number], roots[number], name)
+        for name, number in zip(names, numbers, strict=True)
+    ]
+
+
+def _number(roots: list[Root], root: Root | None) -> int | None:
+    """Where ``root`` stands among the ``roots``, to which it is added if it is new."""
+    if root is None:
+        return None
+    for i, other in enumerate(roots):
+        if root.is_same(other):
+            return i
+    roots.append(root)
+    return len(roots) - 1
+
+
+def _labels(kinds: list[str]) -> list[str]:
+    """The classes, numbered where there are several of one."""
+    return [
+        kind if kinds.count(kind) == 1 else f"{kind}_{kinds[:i].count(kind)}"
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def _below(label: str, root: Root, name: str) -> str:
+    """A module is named by its class where it is the root itself."""
+    return label if name == root.kind else f"{label}.{name}"

@@ -1,0 +1,67 @@
+"""Which flax module, or which function, runs: read off Python's stack."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from flax import linen, nnx
+
+# Whose functions are not the model's.
+_LIBRARIES = ("pasa_jax.", "jax.", "flax.", "contextlib")
+
+
+def frames() -> list[FrameType]:
+    """Those of the caller, innermost first."""
+    return list(_outwards(sys._getframe(1)))
+
+
+def modules(stack: list[FrameType]) -> list[Any]:
+    """The flax modules whose methods run, innermost first."""
+    owners = (_owner(frame) for frame in stack)
+    return [owner for owner in owners if isinstance(owner, (nnx.Module, linen.Module))]
+
+
+def path(running: list[Any]) -> str:
+    """That of the first module in the last that holds it; of the outermost module itself, "".
+
+    Jit and scan run copies of modules, which the outermost does not hold.
+    """
+    innermost = running[0]
+    if isinstance(innermost, linen.Module):
+        return "" if innermost.scope is None else ".".join(innermost.path)
+    for outer in reversed(running):
+        if isinstance(outer, nnx.Module) and outer is not innermost:
+            for found, module in nnx.iter_modules(outer):
+                if module is innermost:
+                    copied = [] if outer is running[-1] else [type(outer).__name__]
+                    return ".".join([*copied, *map(str, found)])
+    return "" if innermost is running[-1] else type(innermost).__name__
+
+
+def name(stack: list[FrameType]) -> str:
+    """The path or the class of the innermost module, or the function that runs, and its line."""
+    running = modules(stack)
+    return path(running) or type(running[0]).__name__ if running else _function(stack)
+
+
+def _function(stack: list[FrameType]) -> str:
+    for frame in stack:
+        if not frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
+            return f"{frame.f_code.co_qualname}:{frame.f_lineno}"
+    return "call"
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _owner(frame: FrameType) -> Any:
+    """The object whose method runs: the first argument, if it has a method of that name."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return first if hasattr(type(first), code.co_name) else None
