@@ -170,6 +170,9 @@ class Model:
         wide = 120 if self.a.wide == "float32" else 1000
         e = np.maximum(self.bound() + scale - limit, self.bound() + max(scale, 0) - wide)
         e = np.where(self.a.dtype == "float16", self.bound() + scale - limit, e)
+        if not self.a.reach:  # q/α has its own type
+            norm_q = np.log2(np.sqrt((self.q**2).sum(-1)))[..., None]
+            e = np.maximum(e, norm_q + scale - (14 if self.a.dtype == "float16" else 119))
         largest = np.log2(np.maximum(self.visited(self.k.max(-1)), 1))
         return np.maximum(np.ceil(e), 0) + (
             np.maximum(largest - 93, 0) if self.a.dtype != "float16" else 0
@@ -269,11 +272,14 @@ class Model:
         with_bias = self.blocks.max_before(self.top(self.true.scores), first)
         without = self.blocks.max_before(self.top(self.plain), first)
         limit = 2.0**14 * self.lifted  # what the guard lets a reference be
-        apart = [np.abs(self.plain - np.clip(r, -limit, limit)) for r in (with_bias, without)]
-        size = np.maximum(np.abs(with_bias), np.abs(without))
+        # The gradient takes the final maximum; beside a bias or a soft cap every block is primed.
+        final = np.broadcast_to(self.top(self.plain).max(-1, keepdims=True), first.shape)
+        choices = [with_bias, without, first, np.where(np.isfinite(final), final, 0)]
+        apart = [np.abs(self.plain - np.clip(r, -limit, limit)) for r in choices]
+        size = np.max(np.abs(choices), axis=0)
         return (
             self.add * (self.size + np.minimum(size, limit))
-            + self.u_store * np.maximum(*apart)
+            + self.u_store * np.max(apart, axis=0)
             + self.u_store * self._mean()
         )
 
