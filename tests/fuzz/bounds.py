@@ -225,19 +225,22 @@ class Model:
     def _mean_past(self) -> np.ndarray:
         return self._mean(past=True)
 
+    def _usable(self) -> Iterator[np.ndarray]:
+        """[B, N, S] keys that enter a mean, for each reading of "visible to some query"."""
+        seen, groups = self.true.parts, self.x.n // self.x.k
+        # The conditions may be asked together, or each for itself and of padding, too.
+        for y in (
+            (seen.by_place & seen.by_mask).any(2),
+            (seen.reach & seen.by_mask).any(2),
+            seen.reach.any(2) & seen.by_mask.any(2),
+        ):
+            of_head = y.reshape(self.x.b, self.x.k, groups, self.x.s).any(2)
+            yield np.repeat(of_head, groups, axis=1) & self.true.finite
+
     def _kappas(self, past: bool) -> Iterator[np.ndarray]:
         """[B, N, S, D] κ of each key's block (eq. 7, 8), for each reading of "usable"."""
-        seen, shape = self.true.parts, self.true.k.shape
-        groups = self.x.n // self.x.k
-        # The conditions may be asked together, or each for itself.
-        together = (seen.by_place & seen.by_mask).any(2)
-        apart = seen.by_place.any(2) & seen.by_mask.any(2)
-        everywhere = np.ones_like(together)
-        usable = []
-        for y in (together, apart, everywhere):
-            of_head = y.reshape(self.x.b, self.x.k, groups, self.x.s).any(2)
-            usable.append(np.repeat(of_head, groups, axis=1) & self.true.finite)
-        for y in usable[:2]:
+        shape = self.true.k.shape
+        for y in self._usable():
             kappa, before = np.zeros(shape), np.where(y[:, :, :1, None], self.true.k[:, :, :1], 0)
             for at in self.blocks.each():
                 count = np.maximum(y[:, :, at].sum(2), 1)[..., None, None]
@@ -266,7 +269,7 @@ class Model:
 
     def _reference(self) -> np.ndarray:
         if self.a.reach:  # rounded later, in `_rest`
-            return self.add * self.size
+            return self.add * self.size + self.u_stat * np.abs(self.plain)
         first = self.blocks.max(self.top(self.plain))
         first = np.where(np.isfinite(first), first, 0)
         with_bias = self.blocks.max_before(self.top(self.true.scores), first)
@@ -284,8 +287,12 @@ class Model:
         )
 
     def _paper(self) -> np.ndarray:
+        return np.max([self._mixed(usable) for usable in self._usable()], axis=0)
+
+    def _mixed(self, usable: np.ndarray) -> np.ndarray:
         """K' and S' are rounded, and Inva times the mean of what that did to a row (eq. 4, 5)."""
-        x, out = self.true.product, np.zeros_like(self.plain)
+        usable_k = np.where(usable[..., None], self.true.k, 0)
+        x, out = np.where(usable[:, :, None], self.true.product, 0), np.zeros_like(self.plain)
         spread, inva = np.zeros_like(self.plain), 1.0
         means = []
         for at in self.blocks.each():
@@ -295,12 +302,13 @@ class Model:
             inva = float(self.true.scale) / row_sum - 1
             total = x[..., at].sum(-1, keepdims=True)
             stored = (inside - off) * x[..., at] + off * total
-            keys = self.true.k[:, :, at]
+            keys = usable_k[:, :, at]
             mixed = np.abs((inside - off) * keys + off * keys.sum(2, keepdims=True))
             gross = abs(inside) * np.abs(keys) + abs(off) * np.abs(keys).sum(2, keepdims=True)
-            mixing = (n / 2 + 4) * self.u_wide * gross + self.u_in * mixed
+            mixing = (n / 2 + 4) * self.u_wide * gross + self.u_in * mixed + FLOOR[self.a.dtype]
             rounding = self.q @ (mixing + self.add * mixed).swapaxes(-1, -2)
             rounding = rounding + self.u_store * (np.abs(stored) + rounding)
+            rounding = rounding + FLOOR[self.a.precision.scores] * self.lifted
             mean = stored.mean(-1, keepdims=True)
             means.append(mean)
             of_mean = rounding.mean(-1, keepdims=True) + self.u_stat * np.abs(mean)
@@ -368,7 +376,9 @@ class Model:
         if self.a.shifts != ("none",):  # a mean is of keys that the row does not see, too
             size = np.maximum(size, 2 * self.blocks.max(np.abs(self.plain)))
         found = self.row_max(size) >= top
-        gross = np.maximum(self.size, self.size / (self.factor or 1))
+        gross = np.maximum(self.size, self.q @ self.k.swapaxes(-1, -2))
+        if self.a.shifts != ("none",):  # nor of one whose mean is of such keys
+            gross = np.broadcast_to(gross.max(-1, keepdims=True), gross.shape)
         found = found | (self.row_max(gross) >= 0.9 * TOP[self.a.products])
         if not self.a.reach:
             found = found | (self.q.max(-1, keepdims=True) * self.factor >= 0.9 * TOP[self.a.dtype])

@@ -169,8 +169,7 @@ FOCUS: dict[str, Callable] = {
     "not bfloat16": lambda x: x.dtype != "bfloat16",
     "mean": lambda x: x.dtype != "float32" and x.static.get("shift") == "mean",
     "mean with a tail": lambda x: (
-        x.static.get("shift") == "mean"
-        and x.s % min(x.schedule.block_kv, x.s) > 0
+        x.static.get("shift") == "mean" and x.s % min(x.schedule.block_kv, x.s) > 0
     ),
     "reference": lambda x: x.static.get("shift") == "reference",
     "exact scores": lambda x: x.dtype != "float32" and x.static.get("precision") == "float32",
@@ -258,8 +257,11 @@ def main() -> int:
             verdict = "caught" if fine else "MISSED"
             if clean["caught"] is not None:
                 verdict = "FAILS WITHOUT IT TOO"
-            print(f"{verdict:8} {defect.kind:9} {found['s']:4.0f} s, {found['tried']:2} signatures: "
-                  f"{defect.name}\n    {found['line'][:150]}", flush=True)
+            print(
+                f"{verdict:8} {defect.kind:9} {found['s']:4.0f} s, {found['tried']:2} signatures: "
+                f"{defect.name}\n    {found['line'][:150]}",
+                flush=True,
+            )
     print(f"{caught} of {len(numbers)} caught")
     return int(caught < len(numbers))
 
