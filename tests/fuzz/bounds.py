@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -323,7 +324,7 @@ class Model:
         spread = np.max(means, axis=0) - np.min(means, axis=0)
         return out + 4 * self.blocks.count * self.u_stat * abs(inva) * spread
 
-    _SHIFTS = {
+    _SHIFTS: ClassVar = {
         "none": _none,
         "mean": _mean,
         "mean_past": _mean_past,
@@ -332,7 +333,7 @@ class Model:
     }
 
     def _query_rounding(self) -> tuple[np.ndarray, np.ndarray]:
-        """q/α is rounded: what that does to a score's distance from the row's others, and to all."""
+        """q/α is rounded: what that does to a score beside the others of its row, and to all."""
         centre = np.where(self.true.seen.any(2)[..., None], self.true.k, 0).sum(2, keepdims=True)
         centre = centre / np.maximum(self.true.seen.any(2).sum(-1), 1)[..., None, None]
         unit = 0.0 if _is_power_of_two(self.factor) else self.u_in * self.factor
@@ -422,7 +423,7 @@ def forward(call: Call, true: Truth) -> Forward:
     cap = x.static.get("logits_soft_cap")
     steep, of_slope = np.ones_like(true.slope), np.zeros_like(true.slope)
     common = s.common
-    if cap is not None:  # (18) |log slope|' ≤ 2/cap
+    if cap is not None:  # |d log slope|' ≤ 2/cap
         whole = s.raw + common[..., None]
         steep = np.minimum(1, true.slope * np.exp(np.minimum(2 * whole / cap, 700)))
         of_slope = np.minimum(1, 2 / cap * whole * steep + 8 * model.u_stat)
@@ -433,13 +434,13 @@ def forward(call: Call, true: Truth) -> Forward:
     delta = np.where(s.cut[..., None], 1e300, delta)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         log_p = np.where(true.seen, true.scores - true.lse[..., None], -np.inf)
-        # (19) ln Σ p·e^δ, from above; a sink's own error is that of the row's noise.
+        # (18) ln Σ p·e^δ, from above; a sink's own error is that of the row's noise.
         row = np.where(true.seen, s.rest, np.inf).min(-1)
         of_sink = SAFETY * (np.where(np.isfinite(row), row, 0) + model.u_wide * _sink_size(call))
         weights = log_p + delta
         total = np.logaddexp(_log_sum(weights), np.log(true.sink) + of_sink)
         total = np.where(np.isfinite(total), np.maximum(total, 0), 0)
-        # (20) weights relative to the sum, and what the least probabilities lose
+        # (19) weights relative to the sum, and what the least probabilities lose
         least = SAFETY * FLOOR[p.probabilities]
         if p.exponential is not None:
             least = least + SAFETY * FLOOR[p.exponential]
@@ -450,7 +451,7 @@ def forward(call: Call, true: Truth) -> Forward:
             1, np.maximum(p_plus - true.p, true.p * -np.expm1(-delta - total[..., None]))
         )
         d_p = np.where(true.seen, d_p, 0)
-        # (21) of the output: a common factor of the weights does not count
+        # (18) the output: a common factor of the weights does not count
         growth = np.where(delta < 30, np.log(np.expm1(np.minimum(delta, 30))), delta)
         grown = np.exp(np.minimum(growth + log_p + total[..., None], 0))
         grown = np.where(true.seen, grown, 0) + least
@@ -485,7 +486,7 @@ def forward(call: Call, true: Truth) -> Forward:
         weighted + of_l * np.abs(true.out) + of_o * gross + SAFETY * (lost + 2.0**-200 * top_v)
     )
     out = weighted + UNIT[a.dtype] * (np.abs(true.out) + weighted) + FLOOR[a.dtype]
-    # (22) the log-sum-exp sees what all scores of a row have in common
+    # (19) the log-sum-exp sees what all scores of a row have in common
     lse = total + SAFETY * (common + s.common * 0 + model.u_wide * (4 * np.abs(true.lse) + 4))
     lse = lse + of_l + SAFETY * FLOOR[p.probabilities] * x.s
     largest = np.maximum(model.row_max(np.abs(true.scores))[..., 0], _sink_size(call))
@@ -508,7 +509,7 @@ def _sink_size(call: Call) -> np.ndarray:
 
 
 def gradients(call: Call, true: Truth, f: Forward, back: Backward) -> dict[str, np.ndarray]:
-    """(23) Bounds on the gradients by name, in the layouts of the arguments."""
+    """(20) Bounds on the gradients by name, in the layouts of the arguments."""
     x, a = call.signature, arithmetic(call.signature)
     wide = UNIT[a.wide]
     operand = 0.0 if a.dtype == "float16" else UNIT[a.dtype]  # what products take

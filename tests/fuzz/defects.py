@@ -1,8 +1,8 @@
 """`python -m tests.fuzz.defects`: does the fuzzer see defects that are put in?
 
-Each defect is one change of a line of pasa_jax in a copy. Signatures are drawn until one reaches the
-line ("focus"), and run with fixed seeds until a result is beyond its bound; the same signature must
-then pass without the defect.
+Each defect is one change of a line of pasa_jax in a copy. Signatures are drawn until one reaches
+the line ("focus"), and run with fixed seeds until a result is beyond its bound; the same signature
+must then pass without the defect.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SEED, LIMIT, DATA = 2026, 25, 24
 
 @dataclass(frozen=True)
 class Defect:
-    """``old`` becomes ``new`` in pasa_jax/``file``; ``focus`` names the signatures that reach it."""
+    """``old`` becomes ``new`` in pasa_jax/``file``; ``focus``: which signatures reach it."""
 
     name: str
     kind: str  # "structure", or "digits": only the last digits are lost
@@ -74,8 +74,8 @@ DEFECTS = (
         "the log-sum-exp's cotangent left out",
         "structure",
         "_lax.py",
-        "            delta = delta - tile.zero_unusable(walk.rows(d_lse, start).astype(wide), live)",
-        "            delta = delta - 0 * tile.zero_unusable(walk.rows(d_lse, start).astype(wide), live)",
+        "delta = delta - tile.zero_unusable(walk.rows(d_lse, start).astype(wide), live)",
+        "delta = delta - 0 * tile.zero_unusable(walk.rows(d_lse, start).astype(wide), live)",
         gradient=True,
     ),
     Defect(

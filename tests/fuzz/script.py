@@ -62,7 +62,8 @@ else:
     INDEX = INDEX if BATCHED else INDEX[1:]
 seen = float(found[INDEX])
 print(f"{kind}: {{what}}{{list(INDEX)}} is {{seen!r}}, should be {{TRUE!r}}")
-print(f"error {{abs(seen - TRUE):.3g}}, bound {{BOUND:.3g}} (when found: {{abs(FOUND - TRUE):.3g}})")
+error = abs(seen - TRUE)
+print(f"error {{error:.3g}}, bound {{BOUND:.3g}} (when found: {{abs(FOUND - TRUE):.3g}})")
 '''
 
 
