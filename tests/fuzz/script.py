@@ -29,8 +29,8 @@ PACKED = """
 """
 STATIC = dict({static})
 BATCHED = {batched}
+inf, nan = float("inf"), float("nan")
 FOUND, TRUE, BOUND, INDEX = {found!r}, {true!r}, {bound!r}, {index!r}
-inf, nan = jnp.inf, jnp.nan
 
 arrays = {{
     name: jnp.asarray(x.view(TYPES[name]) if x.dtype == np.uint16 else x, TYPES[name])
@@ -90,13 +90,7 @@ def write(failure: Failure, folder: Path, name: str, title: str) -> Path:
         kind=failure.kind,
         index=failure.index,
         **numbers,
-    ).replace("=nan", '=float("nan")')
-    for key in ("nan", "inf", "-inf"):
-        text = (
-            text.replace(f"{key}, ", f'float("{key}"), ')
-            if key in text.split("INDEX =")[1][:80]
-            else text
-        )
+    )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.py"
     path.write_text(text)
