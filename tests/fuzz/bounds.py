@@ -540,7 +540,7 @@ def gradients(call: Call, true: Truth, f: Forward, back: Backward) -> dict[str, 
         "value": over_groups(call, (of_p + sums * rows * p).swapaxes(-1, -2) @ d_out),
     }
     every = x.b * x.n * x.t / 2 + 4
-    if "bias" in call.arrays:
+    if "bias" in call.arrays and call.arrays["bias"].dtype != np.int32:
         total = of_s + sums * (every + keys) * np.abs(back.d_s)
         found["bias"] = to_shape(total, call.arrays["bias"].shape)
     if "sinks" in call.arrays:
