@@ -44,10 +44,26 @@ def _padding_of_reference(f: Failure) -> bool:
     return x.static["implementation"] == "reference" and f.what.startswith("d ") and spoiled
 
 
+def _clipped_reference(f: Failure) -> bool:
+    """The gradient goes through the clip of an output at its type's largest number."""
+    x = f.call.signature
+    large = _largest(f, "value") > 0.9 * float(jnp.finfo(x.dtype).max)
+    return x.static["implementation"] == "reference" and f.what.startswith("d ") and large
+
+
+def _unshifted_block(f: Failure) -> bool:
+    """Keys that nobody sees, zeroed, are asked whether a shifted block stays in range."""
+    a = arithmetic(f.call.signature)
+    shifts = not {"mean", "mean_past"}.isdisjoint(a.shifts) or not a.reach
+    return shifts and _largest(f, "key") > 0.45 * float(jnp.finfo(a.dtype).max)
+
+
 KNOWN: dict[str, Callable[[Failure], bool]] = {
     "keys near their largest number mixed by paper": _mixed_keys,
     "a sink divided by a huge guard": _divided_sink,
     "unseen values summed in a float16 accumulator": _narrow_sum,
+    "the reference's gradient through its clip": _clipped_reference,
+    "a block that is not shifted because of unseen keys": _unshifted_block,
     "NaN in padding queries of the reference's gradient": _padding_of_reference,
 }
 
