@@ -35,11 +35,11 @@ speed: .venv/test
 
 # Random calls against their bounds; failures are written to out/fuzz as scripts.
 MINUTES ?= 20
-fuzz: .venv/installed
+fuzz: .venv/test
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 # Does the fuzzer see defects that are put in?
-fuzz-defects: .venv/installed
+fuzz-defects: .venv/test
 	$(BIN)/python -m tests.fuzz.defects
 
 # Every emitted kernel executed on the host, and every mutant of one: minutes.

@@ -496,8 +496,9 @@ def _check_shift(plan: Plan) -> None:
     if plan.scale is None:
         way_out = "Fold the array into query, or use another shift."
         raise wrong("scale", "be a Python number for shift='paper'", "an array", way_out)
-    if plan.scale == 0:
-        raise wrong("scale", "be other than 0 for shift='paper', which divides by it", 0)
+    if not 0 < abs(plan.scale) <= 2.0**100:
+        allowed = "be other than 0 and at most 2^100 for shift='paper', whose matrix holds it"
+        raise wrong("scale", allowed, plan.scale)
     if plan.beta is not None:
         check_beta(plan.beta)
     else:

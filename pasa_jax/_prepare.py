@@ -6,6 +6,7 @@ depends on the data (docs/algorithm.md, sections 4 to 6). O((T + S)·D) work, O(
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -116,12 +117,20 @@ class Plan:
         return Numerics(shift, self.precision, self.reachable, inva, cap, dialect, kept)
 
     def gain(self, scale: Array) -> Array:
-        """The factor of the product: 1/α, or 1 for `paper`, whose M carries it."""
-        return jnp.ones_like(scale) if self.resolved == "paper" else scale
+        """The factor of the product: 1/α, or what is left of it by `paper`, whose M carries it."""
+        return jnp.full_like(scale, self._paper_gain) if self.resolved == "paper" else scale
+
+    @property
+    def _paper_gain(self) -> float:
+        """The power of two, at least 1, that is left out of M: |K'| ≤ 2·max|K|/α must fit the type
+        of the keys. 1 where α ≥ 2, as for every usual head size.
+        """
+        assert self.scale is not None
+        return max(1.0, 2.0 ** math.ceil(math.log2(2 * abs(self.scale))))
 
     def paper_blocks(self, keys: int) -> PaperBlocks:
         assert self.scale is not None
-        return paper_blocks(self.schedule.block_kv, keys, self.beta, self.scale)
+        return paper_blocks(self.schedule.block_kv, keys, self.beta, self.scale / self._paper_gain)
 
 
 class PaperBlocks(NamedTuple):
@@ -309,9 +318,8 @@ def _block_kappa(k: Array, usable: Array, n: int, *, past: bool) -> Array:
     if past:
         kappa = jnp.concatenate([clean[:1], kappa[:-1]])
     kappa = kappa.astype(k.dtype).astype(wide)
-    largest = _per_block(
-        jnp.max(jnp.abs(clean - _spread(kappa, n, k.shape[0])), axis=1), n, jnp.max
-    )
+    distance = jnp.max(jnp.abs(clean - _spread(kappa, n, k.shape[0])), axis=1)
+    largest = _per_block(jnp.where(usable, distance, jnp.zeros_like(distance)), n, jnp.max)
     fits = largest < float(jnp.finfo(k.dtype).max) / 2
     return jnp.where(fits[:, None], kappa, jnp.zeros_like(kappa)).astype(k.dtype)
 
@@ -381,8 +389,10 @@ def _guard(
     excess = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0) - range_log2
     if _stores16(plan):
         excess = jnp.maximum(excess, of_q + of_shifted + of_scale - _FLOAT16_LOG2)
-    if not plan.reachable:
-        excess = jnp.maximum(excess, of_q + of_scale - _QUERY_LOG2[str(q.dtype)])
+    if not plan.reachable:  # q·gain is formed in q's type; a gain below 1 cannot lead out of it
+        of_factor = jnp.log2(jnp.abs(plan.gain(scale.astype(jnp.float32))))
+        of_product = of_q + of_factor - _QUERY_LOG2[str(q.dtype)]
+        excess = jnp.maximum(excess, jnp.where(of_factor > 0, of_product, -jnp.inf))
     # The margin covers the rounding of the logarithms.
     exponent = jnp.clip(jnp.ceil(excess + 0.01), 0, 2000).astype(jnp.int32)
     of_gain = jnp.clip(jnp.ceil(of_scale), 0, 120).astype(jnp.int32)

@@ -525,6 +525,8 @@ def update(
     take = numerics.exp(_tempered(current - m.astype(wide), query.guard)).astype(stat)
     if seen is not None:
         take = jnp.where(seen, take, jnp.zeros_like(take))
+        if acc == jnp.float16:  # where the sum of values that a row does not see may be infinite
+            pv = jnp.where(_beside(seen), pv, jnp.zeros_like(pv))
     return State(
         m=m,
         l=keep * state.l + take * l_loc,

@@ -184,9 +184,13 @@ class Walk(ABC):
         """The results of a query tile that has seen all its keys."""
         state = tile.settle(state, self.numerics)
         sinks = self.sinks()
+        alone = None
         if sinks is not None:
+            alone = state.l == 0
             state = tile.add_sink(state, sinks, self.numerics, query.guard)
         out, lse = tile.finish(state, self.numerics, query.guard, query.value_gain)
+        if sinks is not None:  # where the guard divides, a sink may have lost digits
+            lse = jnp.where(alone, sinks.astype(lse.dtype), lse)
         if self.mask.query_lengths is not None:
             used = self.in_use(start)
             out = tile.zero_unusable(out, used)

@@ -53,7 +53,11 @@ def attend(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> tuple[Array
         jnp.where(finite[..., None], x, jnp.zeros_like(x)).astype(wide)
         for x in (operands.key, operands.value)
     )
-    query = operands.query.astype(wide).reshape(batch, length, kv_heads, -1, size)
+    query = operands.query
+    valid = mask.row_valid()
+    if valid is not None:  # what stands in padding may not reach a gradient
+        query = jnp.where(valid[..., None, None], query, jnp.zeros_like(query))
+    query = query.astype(wide).reshape(batch, length, kv_heads, -1, size)
     s = jnp.einsum("btkgd,bskd->bkgts", query, key, precision=highest)
     s = (s * operands.scale.astype(wide)).reshape(batch, heads, length, -1)
     if plan.logits_soft_cap is not None:
@@ -83,12 +87,13 @@ def attend(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> tuple[Array
     out = jnp.einsum("bkgts,bske->btkge", p.reshape(grouped), value, precision=highest)
     logs = jnp.where(some, m + jnp.log(total), lowest(wide))[..., 0]
     out, logs = out.reshape(batch, length, heads, -1), jnp.swapaxes(logs, 1, 2)
-    valid = mask.row_valid()
     if valid is not None:
         out = jnp.where(valid[..., None, None], out, jnp.zeros_like(out))
         logs = jnp.where(valid[..., None], logs, lowest(wide))
+    # Rounding may lead a mean of values out of their type; the gradient is that of the mean.
     largest = float(jnp.finfo(operands.query.dtype).max)
-    return jnp.clip(out, -largest, largest).astype(operands.query.dtype), logs
+    out = out + jax.lax.stop_gradient(jnp.clip(out, -largest, largest) - out)
+    return out.astype(operands.query.dtype), logs
 
 
 def _seen(mask: Mask, batch: int, heads: int) -> Array:

@@ -434,3 +434,89 @@ class TestKernelsElsewhere:
         by_lax = dot_product_attention(**arrays, **options, implementation="lax")
         np.testing.assert_allclose(found, by_lax, atol=4e-6)
         assert explain(**arrays, **options, interpret=True).implementation == name
+
+
+# What the fuzzer found (`make fuzz`).
+
+SIXTEEN = Schedule(block_q=16, block_kv=16)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("scale", [0.7, 3.0])
+def test_the_paper_s_keys_stay_in_their_type(dtype, scale):
+    """|K'| is up to twice |K|/α: a power of two of 1/α is left to the product."""
+    signs = np.where(np.arange(16) == 0, -1.0, 1.0)[None, :, None, None]
+    k = jnp.asarray(float(jnp.finfo(dtype).max) * signs * np.ones((1, 16, 1, 8)), dtype)
+    q, v = jnp.full((1, 1, 1, 8), 1e-3, dtype), jnp.asarray(1 - signs * 0.5, dtype)
+    out = dot_product_attention(
+        q, k, v, shift="paper", scale=scale, beta=0.9375, schedule=SIXTEEN
+    )
+    np.testing.assert_allclose(wide(out), 0.5, rtol=1e-2)
+
+
+def test_a_sink_beside_scores_beyond_float32():
+    k = jnp.full((1, 16, 1, 8), 3e38)
+    mask = jnp.zeros((1, 1, 2, 16), bool).at[0, 0, 0].set(True)
+    out, lse = dot_product_attention(
+        jnp.full((1, 2, 1, 8), 1e36),
+        k,
+        jnp.ones_like(k),
+        mask=mask,
+        sinks=jnp.asarray([10.0]),
+        schedule=SIXTEEN,
+        return_residual=True,
+    )
+    np.testing.assert_array_equal(out[0, :, 0, 0], [1, 0])
+    np.testing.assert_array_equal(lse[0, :, 0], [np.finfo(np.float32).max, 10])
+
+
+def test_values_that_a_row_does_not_see_in_a_float16_accumulator():
+    """A tile's sum of them may be infinite there, and is not to be weighted by 0."""
+    z = jnp.zeros((1, 512, 1, 16), jnp.float16)
+    out = dot_product_attention(
+        z,
+        z,
+        jnp.full_like(z, 300),
+        is_causal=True,
+        precision="paper",
+        schedule=Schedule(block_q=512, block_kv=256),
+    )
+    np.testing.assert_allclose(wide(out[:, :200]), 300, rtol=1e-2)  # 200·300 fits float16
+
+
+def test_gradients_of_the_reference_beside_padding_and_at_the_largest_number():
+    z = jnp.zeros((1, 7, 1, 4), jnp.float16)
+    one, q = jnp.ones_like(z), z.at[0, 5:].set(jnp.nan)
+
+    def padded(k):
+        lengths = jnp.asarray([5])
+        return dot_product_attention(
+            q, k, one, implementation="reference", query_seq_lengths=lengths
+        )
+
+    assert np.all(np.isfinite(jax.grad(lambda k: total(padded(k)))(one)))
+
+    def largest(v):
+        return dot_product_attention(z, z, v, implementation="reference")
+
+    found = jax.grad(lambda v: total(largest(v)))(jnp.full_like(z, 65504))
+    np.testing.assert_allclose(wide(found), 1, rtol=1e-3)
+
+
+def test_keys_that_nobody_sees_do_not_decide_whether_a_block_is_shifted():
+    k = jnp.full((1, 16, 1, 8), 60000, jnp.float16)
+    q = jnp.full((1, 1, 1, 8), 0.123, jnp.float16)
+    found = [
+        dot_product_attention(
+            q,
+            k,
+            jnp.ones_like(k),
+            shift="mean",
+            key_value_seq_lengths=jnp.asarray([length]),
+            schedule=SIXTEEN,
+            return_residual=True,
+        )[1].item()
+        for length in (15, 16)
+    ]
+    true = wide(q)[0, 0, 0, 0] * 60000 * 8 / np.sqrt(8)
+    np.testing.assert_allclose(found, true + np.log([15, 16]), rtol=1e-6)
