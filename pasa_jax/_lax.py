@@ -361,16 +361,21 @@ def _backward_head(
         if d_lse is not None:
             delta = delta - tile.zero_unusable(walk.rows(d_lse, start).astype(wide), live)
 
-        # A reference that lags takes the final maximum here: any reference gives the same scores.
-        state = tile.State(m.astype(stat), l.astype(stat), d_o, jnp.zeros_like(l, stat))
+        state, _ = walk.begin()
+        # The maximum of the tiles so far, where the forward pass stored scores relative to it: the
+        # same one, or their roundings would be others.
+        running = state.m if numerics.lags else None
 
         def step(j: Index, seen: Array | None, carry: Any) -> Any:
-            d_q, d_k, d_v, d_bias = carry
+            d_q, d_k, d_v, d_bias, running = carry
             key = walk.key(j)
             if hides_rows:  # a tile that all of them see in full says nothing of padding
                 seen = live if seen is None else seen & live
             bias = walk.bias(start, j)
-            s = tile.scores(query, key, state, seen, bias, numerics, with_slope=True)
+            before = state if running is None else state._replace(m=running)
+            s = tile.scores(query, key, before, seen, bias, numerics, with_slope=True)
+            if running is not None:
+                running = tile.running_maximum(running, s, numerics)
             k, _, usable = walk.raw_keys(j)
             k = tile.zero_unusable(k, usable)
             kept = walk.kept(start, j)
@@ -379,11 +384,13 @@ def _backward_head(
             if d_bias is not None:
                 tiled = g.scores.reshape(walk.groups, walk.block_q, walk.block_kv)
                 d_bias = _add_bias(d_bias, tiled, start, at)
-            return d_q + g.q, _add_at(d_k, g.k, (at, 0)), _add_at(d_v, g.v, (at, 0)), d_bias
+            d_k, d_v = _add_at(d_k, g.k, (at, 0)), _add_at(d_v, g.v, (at, 0))
+            return d_q + g.q, d_k, d_v, d_bias, running
 
         d_q, d_k, d_v, d_scale, d_sinks, d_bias = totals
         zero = jnp.zeros(q.shape, wide)
-        d_q_tile, d_k, d_v, d_bias = walk.over_keys(start, step, (zero, d_k, d_v, d_bias))
+        carry = (zero, d_k, d_v, d_bias, running)
+        d_q_tile, d_k, d_v, d_bias, _ = walk.over_keys(start, step, carry)
 
         def add(buffer: Array, x: Array) -> Array:  # rows done before keep what they have
             return walk.put_rows(buffer, x.astype(buffer.dtype), start, live)

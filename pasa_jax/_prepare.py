@@ -317,10 +317,11 @@ def _block_kappa(k: Array, usable: Array, n: int, *, past: bool) -> Array:
     kappa = mean_key(_per_block(clean * part, n, jnp.sum), count, wide) / part
     if past:
         kappa = jnp.concatenate([clean[:1], kappa[:-1]])
-    kappa = kappa.astype(k.dtype).astype(wide)
+    most = float(jnp.finfo(k.dtype).max)  # which the rounding of a mean may pass
+    kappa = jnp.clip(kappa, -most, most).astype(k.dtype).astype(wide)
     distance = jnp.max(jnp.abs(clean - _spread(kappa, n, k.shape[0])), axis=1)
     largest = _per_block(jnp.where(usable, distance, jnp.zeros_like(distance)), n, jnp.max)
-    fits = largest < float(jnp.finfo(k.dtype).max) / 2
+    fits = largest < most / 2
     return jnp.where(fits[:, None], kappa, jnp.zeros_like(kappa)).astype(k.dtype)
 
 
@@ -352,16 +353,18 @@ def _shifting_helps(q: Array, k: Array, usable: Array, kappa: Array, n: int, sca
     return square + 2 * _TOP * jnp.sqrt(around) * towards > around
 
 
-def _stores16(plan: Plan) -> bool:
-    """Whether scores of any size would be stored in float16."""
-    late = plan.resolved == "reference" and plan.reachable  # stores S' ≤ 0, clamped
-    return "float16" in (plan.precision.scores, plan.precision.products) and not late
+def _stores16(plan: Plan, dtype: jnp.dtype) -> bool:
+    """Whether scores of any size would be stored in float16, for inputs of ``dtype``."""
+    if plan.resolved == "reference" and plan.reachable:
+        return False  # S' ≤ 0, clamped
+    lags = plan.resolved == "reference" and dtype == jnp.float16  # r travels in q's type
+    return lags or "float16" in (plan.precision.scores, plan.precision.products)
 
 
 def _guards(plan: Plan, dtype: jnp.dtype) -> bool:
     """Whether anything can leave its range, for inputs of ``dtype``."""
     small = plan.scale is not None and abs(plan.scale) <= _SAFE_SCALE
-    return plan.promises_finite and (dtype != jnp.float16 or _stores16(plan) or not small)
+    return plan.promises_finite and (dtype != jnp.float16 or _stores16(plan, dtype) or not small)
 
 
 def _guard(
@@ -387,7 +390,7 @@ def _guard(
     of_k, of_shifted = map(seen, norms)
     range_log2 = _PRODUCT_LOG2[str(wide_type(q.dtype))]
     excess = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0) - range_log2
-    if _stores16(plan):
+    if _stores16(plan, q.dtype):
         excess = jnp.maximum(excess, of_q + of_shifted + of_scale - _FLOAT16_LOG2)
     if not plan.reachable:  # q·gain is formed in q's type; a gain below 1 cannot lead out of it
         of_factor = jnp.log2(jnp.abs(plan.gain(scale.astype(jnp.float32))))

@@ -121,6 +121,11 @@ class Numerics:
         return reduce(x, axis=1, keepdims=not self.dialect.flat)
 
     @property
+    def lags(self) -> bool:
+        """Whether scores are stored minus the running maximum of the tiles before."""
+        return self.shift == "reference" and not self.reachable
+
+    @property
     def follows_maximum(self) -> bool:
         """Whether scores are stored minus the running maximum."""
         late = self.shift == "none" or (self.shift == "reference" and self.reachable)
@@ -473,7 +478,9 @@ def _soft_cap(s: Array, guard: Guard | None, numerics: Numerics) -> tuple[Array,
 
 def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Array:
     """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1."""
-    exponent = _tempered(s.stored, query.guard)
+    exponent = s.stored
+    if query.guard is not None:  # whose 2^e the tile's own type need not hold
+        exponent = _tempered(exponent.astype(numerics.statistics), query.guard)
     if numerics.exponential is not None:
         exponent = exponent.astype(numerics.exponential)
     p = numerics.exp(exponent)
@@ -518,9 +525,7 @@ def update(
     elif s.offset is not None:
         current = current + s.offset.astype(wide)
     seen = None if s.every else s.base != lowest(stat)
-    if seen is not None:  # a row that saw no key of this tile stays at `lowest`, with any offset
-        current = jnp.where(seen, current, jnp.full_like(current, lowest(stat)))
-    m = jnp.maximum(previous, current).astype(stat)
+    m, current = _larger(previous, current, seen, stat)
     keep = numerics.exp(_tempered(previous - m.astype(wide), query.guard)).astype(stat)
     take = numerics.exp(_tempered(current - m.astype(wide), query.guard)).astype(stat)
     if seen is not None:
@@ -533,6 +538,29 @@ def update(
         o=_beside(keep.astype(acc)) * state.o + _beside(take.astype(acc)) * pv,
         f=f,
     )
+
+
+def _larger(
+    previous: Array, current: Array, seen: Array | None, stat: jnp.dtype
+) -> tuple[Array, Array]:
+    """The new maximum of a row, and its tile's; a row that saw no key of the tile stays at
+    `lowest` there, whatever its offset.
+    """
+    if seen is not None:
+        current = jnp.where(seen, current, jnp.full_like(current, lowest(stat)))
+    return jnp.maximum(previous, current).astype(stat), current
+
+
+def running_maximum(m: Array, s: Scores, numerics: Numerics) -> Array:
+    """What `update` makes of the running maximum m [R, 1]: the next tile's r, for `reference`
+    behind the rounding.
+    """
+    wide = numerics.product
+    current = s.base.astype(wide)
+    if s.offset is not None:
+        current = current + s.offset.astype(wide)
+    seen = None if s.every else s.base != lowest(numerics.statistics)
+    return _larger(m.astype(wide), current, seen, numerics.statistics)[0]
 
 
 def _sum_and_product(

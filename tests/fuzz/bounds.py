@@ -200,7 +200,7 @@ class Model:
         with np.errstate(over="ignore"):
             near = np.exp(np.minimum(top - self.true.lse[..., None], 50))
         # A row is cut where the guard's exponent is: its weights are those of other scores.
-        cut = (self.exponent() > 99)[..., 0]
+        cut = (self.exponent() > 125)[..., 0]
         return Scores(raw, rest, common[..., 0], cut, self._excused(), near)
 
     def _underflow(self) -> np.ndarray:
@@ -276,9 +276,8 @@ class Model:
         with_bias = self.blocks.max_before(self.top(self.true.scores), first)
         without = self.blocks.max_before(self.top(self.plain), first)
         limit = 2.0**14 * self.lifted  # what the guard lets a reference be
-        # The gradient takes the final maximum; beside a bias or a soft cap every block is primed.
-        final = np.broadcast_to(self.top(self.plain).max(-1, keepdims=True), first.shape)
-        choices = [with_bias, without, first, np.where(np.isfinite(final), final, 0)]
+        # Beside a bias or a soft cap every block is primed.
+        choices = [with_bias, without, first]
         apart = [np.abs(self.plain - np.clip(r, -limit, limit)) for r in choices]
         size = np.max(np.abs(choices), axis=0)
         return (
@@ -437,6 +436,7 @@ def forward(call: Call, true: Truth) -> Forward:
         # (18) ln Σ p·e^δ, from above; a sink's own error is that of the row's noise.
         row = np.where(true.seen, s.rest, np.inf).min(-1)
         of_sink = SAFETY * (np.where(np.isfinite(row), row, 0) + model.u_wide * _sink_size(call))
+        of_sink = of_sink + SAFETY * common  # which it does not share with the keys
         weights = log_p + delta
         total = np.logaddexp(_log_sum(weights), np.log(true.sink) + of_sink)
         total = np.where(np.isfinite(total), np.maximum(total, 0), 0)
@@ -490,7 +490,7 @@ def forward(call: Call, true: Truth) -> Forward:
     lse = total + SAFETY * (common + s.common * 0 + model.u_wide * (4 * np.abs(true.lse) + 4))
     lse = lse + of_l + SAFETY * FLOOR[p.probabilities] * x.s
     largest = np.maximum(model.row_max(np.abs(true.scores))[..., 0], _sink_size(call))
-    of_cut = np.log(x.s + 1) + SAFETY * (s.raw + s.rest).max(-1) + 2.0**-10 * largest
+    of_cut = np.log(x.s + 1) + SAFETY * (common + (s.raw + s.rest).max(-1)) + 2.0**-10 * largest
     lse = np.where(s.cut, of_cut, lse)
     lse = np.where(true.seen.any(-1) | (true.sink > 0), lse, 0)
     return Forward(out, lse, s.excused, s.cut, of_slope, d_p, sink, weighted)
@@ -548,7 +548,8 @@ def gradients(call: Call, true: Truth, f: Forward, back: Backward) -> dict[str, 
         found["sinks"] = (of_sink + sums * every * true.sink * np.abs(back.delta)).sum((0, 2))
     if "scale" in call.arrays:
         product = np.abs(true.q) @ k.swapaxes(-1, -2)
-        found["scale"] = ((of_raw + sums * (every + keys) * raw) * product).sum()
+        flushed = FLOOR[a.wide] * (np.abs(true.q).sum(-1)[..., None] + k.sum(-1)[:, :, None, :])
+        found["scale"] = ((of_raw + sums * (every + keys) * raw) * product + raw * flushed).sum()
     for name, bound in found.items():
         kind = str(call.arrays[name].dtype)
         exact = np.abs(back.grads[name])

@@ -95,7 +95,8 @@ def in_range(call: Call, d_out: np.ndarray) -> bool:
         for y in (call.arrays[n].astype(float) for n in ("query", "key", "value"))
     )
     top = float(np.abs(d_out.astype(float)).max(initial=0))
-    return max(q, k, 1) ** 2 * max(v, 1) * max(top, 1) < 1e30
+    sizes = [max(q, k, 1)] * 2 + [max(v, 1), max(top, 1)]
+    return sum(np.log10(x) for x in sizes) < 30
 
 
 def _with(failure: Failure, **fields: Any) -> Failure:
