@@ -363,7 +363,9 @@ def _stores16(plan: Plan, dtype: jnp.dtype) -> bool:
 
 def _guards(plan: Plan, dtype: jnp.dtype) -> bool:
     """Whether anything can leave its range, for inputs of ``dtype``."""
-    small = plan.scale is not None and abs(plan.scale) <= _SAFE_SCALE
+    # Where q/α is formed in q's type, a factor above 1 may lead out of it.
+    safe = _SAFE_SCALE if plan.reachable else 1.0
+    small = plan.scale is not None and abs(plan.scale) <= safe
     return plan.promises_finite and (dtype != jnp.float16 or _stores16(plan, dtype) or not small)
 
 
@@ -398,16 +400,18 @@ def _guard(
         excess = jnp.maximum(excess, jnp.where(of_factor > 0, of_product, -jnp.inf))
     # The margin covers the rounding of the logarithms.
     exponent = jnp.clip(jnp.ceil(excess + 0.01), 0, 2000).astype(jnp.int32)
-    of_gain = jnp.clip(jnp.ceil(of_scale), 0, 120).astype(jnp.int32)
+    wide = wide_type(q.dtype)
+    largest = jnp.finfo(wide).maxexp - 2  # of a power whose inverse is a normal number too
+    of_gain = jnp.clip(jnp.ceil(of_scale), 0, range_log2).astype(jnp.int32)
     of_gain = jnp.minimum(exponent, of_gain)
-    half, one = (exponent - of_gain) // 2, jnp.ones(exponent.shape, wide_type(q.dtype))
-    temper = jnp.minimum(exponent, 126)
+    half, one = (exponent - of_gain) // 2, jnp.ones(exponent.shape, wide)
+    temper = jnp.minimum(exponent, largest)
     return Guard(
         down=jnp.ldexp(one, -half),
         rest=jnp.ldexp(one, half + of_gain - exponent),
         gain=jnp.ldexp(one, -of_gain),
         temper=jnp.ldexp(one, temper),
-        beyond=jnp.ldexp(one, jnp.minimum(exponent - temper, 126)),
+        beyond=jnp.ldexp(one, jnp.minimum(exponent - temper, largest)),
     )
 
 

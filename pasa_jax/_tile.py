@@ -154,7 +154,7 @@ class Guard(NamedTuple):
     down: Array  # [R, 1] down·rest·gain = 2^-e: the first two are for q
     rest: Array  # [R, 1]
     gain: Array  # [R, 1] for the factor of the product, where that is large
-    temper: Array  # [R, 1] temper·beyond = 2^e; `temper` is at most 2^126
+    temper: Array  # [R, 1] temper·beyond = 2^e; `temper` is at most 2^126 (float64: 2^1022)
     beyond: Array  # [R, 1]
 
 
@@ -520,7 +520,9 @@ def update(
         count, inva = jnp.asarray(count, stat), stat.type(numerics.inva)
         old = jnp.where(count > 1, state.f, s.offset)
         f = old + (s.offset - old) / count
-        previous = previous + (inva * (old - f)).astype(wide)
+        unseen = previous == lowest(stat)  # and stays there: in float16 it would drift away
+        moved = previous + (inva * (old - f)).astype(wide)
+        previous = jnp.where(unseen, previous, moved) if stat == jnp.float16 else moved
         current = current + (inva * (s.offset - f)).astype(wide)
     elif s.offset is not None:
         current = current + s.offset.astype(wide)
@@ -530,7 +532,8 @@ def update(
     take = numerics.exp(_tempered(current - m.astype(wide), query.guard)).astype(stat)
     if seen is not None:
         take = jnp.where(seen, take, jnp.zeros_like(take))
-        if acc == jnp.float16:  # where the sum of values that a row does not see may be infinite
+        # Where the sum of values that a row does not see may be infinite: 0·∞ is NaN.
+        if acc == jnp.float16 or numerics.shift == "none":
             pv = jnp.where(_beside(seen), pv, jnp.zeros_like(pv))
     return State(
         m=m,

@@ -200,7 +200,7 @@ class Model:
         with np.errstate(over="ignore"):
             near = np.exp(np.minimum(top - self.true.lse[..., None], 50))
         # A row is cut where the guard's exponent is: its weights are those of other scores.
-        cut = (self.exponent() > 125)[..., 0]
+        cut = (self.exponent() > (125 if self.a.wide == "float32" else 1021))[..., 0]
         return Scores(raw, rest, common[..., 0], cut, self._excused(), near)
 
     def _underflow(self) -> np.ndarray:
@@ -218,7 +218,11 @@ class Model:
         )
 
     def _none(self) -> np.ndarray:
-        return self.add * self.size + self.u_store * np.abs(self.plain)
+        return self.add * self.size + (self.u_store + self._u_narrow()) * np.abs(self.plain)
+
+    def _u_narrow(self) -> float:
+        """What a score loses where the statistics are narrower than float32."""
+        return self.u_stat if self.a.precision.statistics == "float16" else 0.0
 
     def _mean(self, past: bool = False) -> np.ndarray:
         return np.max([self._shifted(kappa) for kappa in self._kappas(past)], axis=0)
@@ -265,7 +269,7 @@ class Model:
             + (self.x.d / 2 + 4) * self.u_wide * offset
             + self.u_in * apart
             + self.u_store * (stored + 2 * self.u_in * offset)
-            + (self.u_stat * offset if self.a.precision.statistics == "float16" else 0)
+            + self._u_narrow() * (offset + stored)
         )
 
     def _reference(self) -> np.ndarray:
@@ -469,7 +473,8 @@ def forward(call: Call, true: Truth) -> Forward:
         1, true.sink * np.expm1(np.minimum(of_sink, 700)) * np.exp(np.minimum(total, 700))
     )
     weighted = weighted + of_zero[..., None] * np.abs(true.out)
-    hull = np.where((true.sink > 0)[..., None], np.maximum(hull, np.abs(true.out)), hull)
+    sunk = (true.sink > 0) | (s.cut & ("sinks" in call.arrays))
+    hull = np.where(sunk[..., None], np.maximum(hull, np.abs(true.out)), hull)
     gross = magnitude + weighted
     n = model.blocks.size
     sums = SAFETY * (n / 2 + 2 + 4 * model.blocks.count)
