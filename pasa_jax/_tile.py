@@ -711,6 +711,9 @@ def gradients(
     seen = s.base != lowest(numerics.statistics)
     gap = jnp.where(seen, base - m, jnp.full_like(m, lowest(wide)))
     share = numerics.exp(_tempered(gap, query.guard)) / jnp.where(l != 0, l, jnp.ones_like(l))
+    # That of the tile's largest score, which is no more than 1. Where `paper` has moved m by far
+    # larger offsets, its rounding says otherwise.
+    share = jnp.minimum(share, jnp.ones_like(share))
     p = p * jnp.where(seen, share, jnp.zeros_like(share))
     # float16 cannot hold gradients (their range is the loss's business): they stay in float32.
     operand = wide if q.dtype == jnp.float16 else q.dtype

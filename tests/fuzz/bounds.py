@@ -279,7 +279,8 @@ class Model:
         first = np.where(np.isfinite(first), first, 0)
         with_bias = self.blocks.max_before(self.top(self.true.scores), first)
         without = self.blocks.max_before(self.top(self.plain), first)
-        limit = 2.0**14 * self.lifted  # what the guard lets a reference be
+        narrow = "float16" in (self.a.dtype, self.a.precision.scores, self.a.products)
+        limit = 2.0 ** (14 if narrow else 121) * self.lifted  # what the guard lets a reference be
         # Beside a bias or a soft cap every block is primed.
         choices = [with_bias, without, first]
         apart = [np.abs(self.plain - np.clip(r, -limit, limit)) for r in choices]
@@ -380,6 +381,8 @@ class Model:
         if self.a.shifts != ("none",):  # a mean is of keys that the row does not see, too
             size = np.maximum(size, 2 * self.blocks.max(np.abs(self.plain)))
         found = self.row_max(size) >= top
+        if "float16" in (p.statistics, p.accumulator):  # exponentials of m's own rounding
+            found = found | (self.row_max(size) * UNIT[p.statistics] > 1)
         gross = np.maximum(self.size, self.q @ self.k.swapaxes(-1, -2))
         if self.a.shifts != ("none",):  # nor of one whose mean is of such keys
             gross = np.broadcast_to(gross.max(-1, keepdims=True), gross.shape)
@@ -472,9 +475,11 @@ def forward(call: Call, true: Truth) -> Forward:
     of_zero = np.minimum(
         1, true.sink * np.expm1(np.minimum(of_sink, 700)) * np.exp(np.minimum(total, 700))
     )
+    if "sinks" in call.arrays:  # whose share may have been too small for a number
+        of_zero = np.where(of_sink + total > 700, 1, of_zero)
     weighted = weighted + of_zero[..., None] * np.abs(true.out)
-    sunk = (true.sink > 0) | (s.cut & ("sinks" in call.arrays))
-    hull = np.where(sunk[..., None], np.maximum(hull, np.abs(true.out)), hull)
+    if "sinks" in call.arrays:
+        hull = np.maximum(hull, np.abs(true.out))
     gross = magnitude + weighted
     n = model.blocks.size
     sums = SAFETY * (n / 2 + 2 + 4 * model.blocks.count)
