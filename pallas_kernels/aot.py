@@ -329,7 +329,7 @@ def device(target: str) -> Any:
     ).devices[0]
 
 
-def _as_if_on(target: str) -> contextlib.AbstractContextManager[Any]:
+def as_if_on(target: str) -> contextlib.AbstractContextManager[Any]:
     """Names the GPU that Triton is lowered for; newer versions of JAX ask for one."""
     gpu = GPUS.get(target)
     if gpu is None:
@@ -355,7 +355,7 @@ def _compile(job: dict[str, Any], dump: Path) -> Report:
     start = time.perf_counter()
     x64 = jax.enable_x64(True) if job["x64"] else contextlib.nullcontext()
     try:
-        with x64, _as_if_on(target):
+        with x64, as_if_on(target):
             make = getattr(importlib.import_module(module), name)
             function, arguments = make(array, **job["arguments"])
             lowered = jax.jit(function).lower(*arguments)
