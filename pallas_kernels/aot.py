@@ -329,16 +329,20 @@ def device(target: str) -> Any:
     ).devices[0]
 
 
-def as_if_on(target: str) -> contextlib.AbstractContextManager[Any]:
-    """Names the GPU that Triton is lowered for; newer versions of JAX ask for one."""
-    gpu = GPUS.get(target)
-    if gpu is None:
-        return contextlib.nullcontext()
+def gpu_mesh(target: str, **axes: int) -> jax.sharding.AbstractMesh:
+    """A mesh of GPUs that are not here, with the sizes of its axes by name."""
+    gpu = GPUS[target]
     # JAX 0.12 knows GPUs by name, the RTX 5090 not; the RTX PRO 6000 has its architecture.
     name = "NVIDIA RTX PRO 6000" if target == "rtx5090" else gpu.name
     device = jax.sharding.AbstractDevice(name, gpu.cores, "gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
+    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), abstract_device=device)
+
+
+def as_if_on(target: str) -> contextlib.AbstractContextManager[Any]:
+    """Names the GPU that Triton is lowered for; newer versions of JAX ask for one."""
+    if target not in GPUS:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(gpu_mesh(target))
 
 
 def _compile(job: dict[str, Any], dump: Path) -> Report:

@@ -448,9 +448,7 @@ def test_the_paper_s_keys_stay_in_their_type(dtype, scale):
     signs = np.where(np.arange(16) == 0, -1.0, 1.0)[None, :, None, None]
     k = jnp.asarray(float(jnp.finfo(dtype).max) * signs * np.ones((1, 16, 1, 8)), dtype)
     q, v = jnp.full((1, 1, 1, 8), 1e-3, dtype), jnp.asarray(1 - signs * 0.5, dtype)
-    out = dot_product_attention(
-        q, k, v, shift="paper", scale=scale, beta=0.9375, schedule=SIXTEEN
-    )
+    out = dot_product_attention(q, k, v, shift="paper", scale=scale, beta=0.9375, schedule=SIXTEEN)
     np.testing.assert_allclose(wide(out), 0.5, rtol=1e-2)
 
 
