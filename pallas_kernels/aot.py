@@ -335,7 +335,9 @@ def gpu_mesh(target: str, **axes: int) -> jax.sharding.AbstractMesh:
     # JAX 0.12 knows GPUs by name, the RTX 5090 not; the RTX PRO 6000 has its architecture.
     name = "NVIDIA RTX PRO 6000" if target == "rtx5090" else gpu.name
     device = jax.sharding.AbstractDevice(name, gpu.cores, "gpu")
-    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), abstract_device=device)
+    types = (jax.sharding.AxisType.Auto,) * len(axes)
+    sizes, names = tuple(axes.values()), tuple(axes)
+    return jax.sharding.AbstractMesh(sizes, names, types, abstract_device=device)
 
 
 def as_if_on(target: str) -> contextlib.AbstractContextManager[Any]:

@@ -184,9 +184,8 @@ class Walk(ABC):
         """The results of a query tile that has seen all its keys."""
         state = tile.settle(state, self.numerics)
         sinks = self.sinks()
-        alone = None
+        alone = state.l == 0
         if sinks is not None:
-            alone = state.l == 0
             state = tile.add_sink(state, sinks, self.numerics, query.guard)
         out, lse = tile.finish(state, self.numerics, query.guard, query.value_gain)
         if sinks is not None:  # where the guard divides, a sink may have lost digits
