@@ -344,7 +344,6 @@ def _backward_head(
 ) -> tuple[tuple[Array, ...], Array | None]:
     numerics, head = walk.numerics, walk.head
     wide = numerics.product
-    stat = numerics.statistics
     hides_rows = walk.mask.query_lengths is not None or len(head.query) % walk.block_q != 0
 
     def query_tile(i: Array, totals: Any) -> Any:

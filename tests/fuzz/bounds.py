@@ -432,7 +432,9 @@ def forward(call: Call, true: Truth) -> Forward:
     if cap is not None:  # |d log slope|' ≤ 2/cap
         whole = s.raw + common[..., None]
         steep = np.minimum(1, true.slope * np.exp(np.minimum(2 * whole / cap, 700)))
-        of_slope = np.minimum(1, 2 / cap * whole * steep + 8 * model.u_stat)
+        # A compiler's tanh of 64 bits is some units off.
+        units = 64 if a.wide == "float64" else 8
+        of_slope = np.minimum(1, 2 / cap * whole * steep + units * model.u_stat)
         delta, common = steep * whole + s.rest, 0 * common
     else:
         delta = s.raw + s.rest
@@ -555,7 +557,9 @@ def gradients(call: Call, true: Truth, f: Forward, back: Backward) -> dict[str, 
         found["bias"] = to_shape(total, call.arrays["bias"].shape)
     if "sinks" in call.arrays:
         of_sink = f.sink * np.abs(back.delta) + (true.sink + f.sink) * of_delta
-        found["sinks"] = (of_sink + sums * every * true.sink * np.abs(back.delta)).sum((0, 2))
+        flushed = 2 * FLOOR[a.wide]  # of each row
+        of_sink = of_sink + sums * every * true.sink * np.abs(back.delta) + flushed
+        found["sinks"] = of_sink.sum((0, 2))
     if "scale" in call.arrays:
         product = np.abs(true.q) @ k.swapaxes(-1, -2)
         flushed = FLOOR[a.wide] * (np.abs(true.q).sum(-1)[..., None] + k.sum(-1)[:, :, None, :])
