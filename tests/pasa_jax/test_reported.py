@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasa_jax import Schedule, dot_product_attention, explain
+from pasa_jax import Precision, Schedule, dot_product_attention, explain
 from pasa_jax._errors import BackendUnsupported
 from tests.cases import CASES, TILES, exact
 
@@ -141,8 +141,6 @@ def test_a_bias_behind_the_rounding(shift, kind):
 @pytest.mark.parametrize("cut", [False, True], ids=["ascend", "float16 products"])
 def test_a_scale_above_one_behind_the_rounding(shift, cut):
     """q·scale is formed in 16 bits there: the guard must leave room for it too."""
-    from pasa_jax import Precision
-
     q = jnp.full((1, 8, 1, 4), 65504, jnp.float16)
     k = v = jnp.ones((1, 40, 1, 4), jnp.float16)
     half = Precision(scores="float16", probabilities="float16", products="float16")
@@ -518,3 +516,76 @@ def test_keys_that_nobody_sees_do_not_decide_whether_a_block_is_shifted():
     ]
     true = wide(q)[0, 0, 0, 0] * 60000 * 8 / np.sqrt(8)
     np.testing.assert_allclose(found, true + np.log([15, 16]), rtol=1e-6)
+
+
+def test_the_gradient_of_a_lagging_reference_has_the_forward_pass_s_roundings():
+    """Rounded relative to another reference, scores of 10^6 may pass the maximum by thousands."""
+    q, k = 1000 * normal(1, (1, 14, 2, 16), "float16"), 1e4 * normal(2, (1, 65, 1, 16), "float16")
+    v = normal(3, (1, 65, 1, 4), "float16")
+    schedule = Schedule(block_q=16, block_kv=16, target="ascend_910b")
+
+    def gradient(v, **options):
+        return jax.grad(lambda v: total(dot_product_attention(q, k, v, scale=1e-2, **options)))(v)
+
+    found = gradient(v, shift="reference", schedule=schedule)
+    # Each query gives its weights, which sum to 1, to each channel.
+    np.testing.assert_allclose(wide(found).sum(1), 2 * 14, rtol=2e-2)
+
+
+def test_no_weight_of_a_gradient_is_above_one():
+    """`paper` moves m by offsets whose rounding in float32 is larger than 1 at scores of 10^9."""
+    q, k = 6e4 * normal(1, (1, 8, 1, 16), "float32"), 6e4 * normal(2, (1, 48, 1, 16), "float32")
+    q, k = (jnp.clip(x, -65504, 65504).astype(jnp.float16) for x in (q, k))
+    v = normal(3, (1, 48, 1, 4), "float16")
+    options = {"shift": "paper", "precision": "float32", "schedule": SIXTEEN}
+    found = jax.grad(lambda v: total(dot_product_attention(q, k, v, **options)))(v)
+    assert np.all(np.isfinite(wide(found)))
+    assert np.all(wide(found) <= 8)  # queries
+
+
+BEYOND = {
+    "a reference in q's type": ("float16", {"shift": "reference", "precision": "bfloat16"}),
+    "scores in float32 and a scale above 1": (
+        "float16",
+        {"shift": "mean", "precision": "float32", "scale": 40.0},
+    ),
+    "exponentials in float16": (
+        "bfloat16",
+        {
+            "shift": "mean",
+            "precision": Precision(
+                scores="float16", probabilities="float32", exponential="float16"
+            ),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_the_guard_had_left_out(name):
+    dtype, options = BEYOND[name]
+    top = float(jnp.finfo(dtype).max)
+    q, k = (top * jnp.sign(normal(i, (1, 12, 1, 16))).astype(dtype) for i in (1, 2))
+    v = normal(3, (1, 12, 1, 4), dtype)
+    schedule = Schedule(block_q=16, block_kv=16, target="ascend_910b")
+    out, lse = dot_product_attention(q, k, v, **options, schedule=schedule, return_residual=True)
+    assert np.all(np.isfinite(wide(out)))
+    assert np.all(np.isfinite(wide(lse)))
+
+
+def test_values_that_a_row_does_not_see_and_the_shift_none():
+    v = jnp.full((1, 32, 1, 4), 3e38).at[0, 0].set(1.0)
+    x = jnp.zeros((1, 32, 1, 8))
+    schedule = Schedule(block_q=32, block_kv=16)
+    out = dot_product_attention(x, x, v, is_causal=True, shift="none", schedule=schedule)
+    np.testing.assert_allclose(out[0, 0, 0], 1)
+
+
+def test_the_guard_of_float64(x64):
+    """Keys that another row of the tile sees make e 1000; the score itself fits."""
+    q = jnp.full((1, 2, 1, 4), 1e300, jnp.float64)
+    k = jnp.full((1, 3, 1, 4), 1e300, jnp.float64).at[0, 0].set(1.0)
+    mask = jnp.asarray([[True, False, False], [True, True, True]])[None, None]
+    out, lse = dot_product_attention(q, k, k[..., :1], mask=mask, return_residual=True)
+    np.testing.assert_allclose(out[0, 0], 1)
+    np.testing.assert_allclose(lse[0, :, 0], [2e300, np.finfo(np.float64).max])
