@@ -78,7 +78,9 @@ class Kernel:
             scale=self.head_dim**-0.5 if self.shift == "paper" else None,
             explicit_precision=True,
             dialect=tile.Dialect(
-                contracts=False, sum_columns=COLUMNS if self.sums_multiplied else 0
+                contracts=False,
+                narrow_sums=False,
+                sum_columns=COLUMNS if self.sums_multiplied else 0,
             ),
         )
 

@@ -43,6 +43,9 @@ class Dialect:
         running maximum instead of their tile's, which saves rescaling what the tile adds.
       contracts: the compiler may round product·gain − maximum only once.
       flat: columns have shape [R], for a compiler that would hold [R, 1] as a whole tile.
+      narrow_sums: whether sums that may leave their type, of values that a row does not see, are
+        taken out (a select of a whole tile of the output), and m stays at `lowest` until a row sees
+        a key, where the statistics are float16.
     """
 
     base_two: bool = False
@@ -53,6 +56,7 @@ class Dialect:
     running_maximum: bool = False
     contracts: bool = True
     flat: bool = False
+    narrow_sums: bool = True
 
 
 @dataclass(frozen=True)
@@ -520,9 +524,10 @@ def update(
         count, inva = jnp.asarray(count, stat), stat.type(numerics.inva)
         old = jnp.where(count > 1, state.f, s.offset)
         f = old + (s.offset - old) / count
-        unseen = previous == lowest(stat)  # and stays there: in float16 it would drift away
         moved = previous + (inva * (old - f)).astype(wide)
-        previous = jnp.where(unseen, previous, moved) if stat == jnp.float16 else moved
+        if stat == jnp.float16 and numerics.dialect.narrow_sums:
+            moved = jnp.where(previous == lowest(stat), previous, moved)
+        previous = moved
         current = current + (inva * (s.offset - f)).astype(wide)
     elif s.offset is not None:
         current = current + s.offset.astype(wide)
@@ -533,7 +538,8 @@ def update(
     if seen is not None:
         take = jnp.where(seen, take, jnp.zeros_like(take))
         # Where the sum of values that a row does not see may be infinite: 0·∞ is NaN.
-        if acc == jnp.float16 or numerics.shift == "none":
+        infinite = acc == jnp.float16 or numerics.shift == "none"
+        if infinite and numerics.dialect.narrow_sums:
             pv = jnp.where(_beside(seen), pv, jnp.zeros_like(pv))
     return State(
         m=m,
