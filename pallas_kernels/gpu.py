@@ -46,11 +46,7 @@ def adapt(plan: Plan) -> Plan:
     """
     if not plan.explicit_precision and plan.precision.scores in ("float16", "bfloat16"):
         plan = replace(plan, precision=replace(plan.precision, scores="float32"))
-    schedule = plan.schedule
-    # Problems smaller than a tile have cut it; a tile that is larger than they are is masked.
-    schedule = replace(schedule, block_q=_side(schedule.block_q), block_kv=_side(schedule.block_kv))
-    dialect = tile.Dialect(base_two=True, running_maximum=True)
-    return replace(plan, schedule=schedule, dialect=dialect)
+    return replace(plan, dialect=tile.Dialect(base_two=True, running_maximum=True))
 
 
 def _side(n: int) -> int:
@@ -428,6 +424,10 @@ def forward(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[Result, Array]:
     """What the kernel alone gives, and [] bool: whether something in it may not be right."""
+    schedule = plan.schedule
+    # Problems smaller than a tile have cut it; a tile that is larger than they are is masked.
+    schedule = replace(schedule, block_q=_side(schedule.block_q), block_kv=_side(schedule.block_kv))
+    plan = replace(plan, schedule=schedule)
     specs = Specs.of(operands, plan)
     inputs = _inputs(operands, mask, plan, specs)
     # What is Triton's alone; XLA, which runs the repair and the gradient, knows none of it. (The
