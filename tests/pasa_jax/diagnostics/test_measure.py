@@ -139,7 +139,7 @@ def test_a_scale_of_zero():
 
 def test_no_queries_is_no_call():
     empty = jnp.zeros((1, 0, 2, 8))
-    with pytest.raises(ValueError, match="`model` must compute an attention that can be seen"):
+    with pytest.raises(ValueError, match="`model` must call dot_product_attention of"):
         inspect(dot_product_attention, empty, empty, empty)
 
 
