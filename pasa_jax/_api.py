@@ -7,7 +7,7 @@ import inspect
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -441,11 +441,11 @@ def _scale(scale: ArrayLike | None, q: Array) -> tuple[Array, float | None]:
     wide = wide_type(q.dtype)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    if isinstance(scale, (int, float, np.integer, np.floating)) and _is_real(scale):
+    if _is_real(scale):
         if not abs(scale) <= float(jnp.finfo(wide).max):  # NaN is not, either
             raise wrong("scale", f"be finite in {wide}", scale)
         return jnp.asarray(scale, wide), float(scale)
-    if not _is_array(scale) or not _is_number_type(jnp.asarray(scale).dtype):
+    if not isinstance(scale, (jax.Array, np.ndarray)) or not _is_number_type(scale.dtype):
         raise wrong("scale", "be a real number or a scalar array of one", repr(scale))
     array = jnp.asarray(scale)
     if array.ndim != 0:
@@ -453,13 +453,9 @@ def _scale(scale: ArrayLike | None, q: Array) -> tuple[Array, float | None]:
     return array.astype(wide), None
 
 
-def _is_real(x: Any) -> bool:
+def _is_real(x: Any) -> TypeGuard[float]:
     """Whether x is a real number of Python or NumPy."""
     return isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray))
 
 
 def _is_number_type(dtype: jnp.dtype) -> bool:
@@ -619,7 +615,8 @@ def _narrow_ids(q: Array, k: Array) -> tuple[Array, Array]:
         return q.astype(jnp.int32), k.astype(jnp.int32)
     q, k = (x if x.dtype == jnp.uint64 else x.astype(jnp.int64).astype(jnp.uint64) for x in (q, k))
     ranked = jnp.sort(jnp.concatenate([q.ravel(), k.ravel()]))
-    return tuple(jnp.searchsorted(ranked, x).astype(jnp.int32) for x in (q, k))  # type: ignore
+    q, k = (jnp.searchsorted(ranked, x).astype(jnp.int32) for x in (q, k))
+    return q, k
 
 
 def _sinks(sinks: ArrayLike | None, heads: int) -> Array | None:

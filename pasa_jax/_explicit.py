@@ -113,17 +113,13 @@ def sharded(
     }
     leaves = jax.tree.map(place.spec, results, is_leaf=lambda x: x in (OUTPUT, ROWS, HEADS))
     run = jax.shard_map(
-        lambda operands, fields: compute(operands, _with(mask, fields)),
+        lambda operands, fields: compute(operands, replace(mask, **fields)),
         mesh=place.mesh,
         in_specs=jax.tree.map(_spec_of, (placed, fields)),
         out_specs=leaves,
         axis_names=set(_explicit(place.mesh)),
     )
     return run(placed, fields)
-
-
-def _with(mask: Mask, fields: dict[str, Any]) -> Mask:
-    return replace(mask, **fields)
 
 
 def _explicit(mesh: Any) -> tuple[str, ...]:
