@@ -20,7 +20,7 @@ from rich.table import Table
 
 from pallas_kernels.aot import GPUS, TPU_TOPOLOGIES, Compiler, Report
 from pasa_jax import Schedule
-from pasa_jax.target import find_target
+from pasa_jax.core.target import find_target
 
 # Spills that pass: on a TPU per instruction word of the kernel (whole tiles stream through the
 # registers, to which VMEM is near), on a GPU bytes per thread.

@@ -13,12 +13,12 @@ from npu_bridge import project as _emit
 from npu_bridge.errors import PlanError
 from npu_bridge.program import Program, build
 from npu_bridge.stages import Kernel
-from pasa_jax._api import _positive, _window
-from pasa_jax._errors import ScheduleError, check_choice, wrong
-from pasa_jax.precision import Precision
-from pasa_jax.schedule import Schedule
-from pasa_jax.shifts import check_beta
-from pasa_jax.target import find_target
+from pasa_jax.call.api import _positive, _window
+from pasa_jax.core.errors import ScheduleError, check_choice, wrong
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.shifts import check_beta
+from pasa_jax.core.target import find_target
 
 TARGETS = {"910b": "ascend_910b", "910_93": "ascend_910b"}  # one architecture, dav-2201
 SHIFTS = ("none", "paper", "mean", "reference")

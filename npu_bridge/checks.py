@@ -14,7 +14,7 @@ from pathlib import Path
 from npu_bridge.ir import ITEMSIZE
 from npu_bridge.program import build
 from npu_bridge.project import NAME, files, read_description
-from pasa_jax.target import find_target
+from pasa_jax.core.target import find_target
 
 _MEMORIES = {"VECCALC": "UB", "A1": "L1", "A2": "L0A", "B2": "L0B", "CO1": "L0C"}
 _TENSOR = re.compile(r"LocalTensor<(\w+)>\(TPosition::(\w+), (\d+), (\d+)\)")

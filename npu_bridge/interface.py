@@ -12,7 +12,7 @@ import numpy as np
 from npu_bridge.errors import PlanError
 from npu_bridge.ir import ITEMSIZE
 from npu_bridge.stages import Kernel
-from pasa_jax.shifts import optimal_beta, paper_matrix
+from pasa_jax.core.shifts import optimal_beta, paper_matrix
 
 # The letters of a shape in the names of `PasaRun` and make_tiling.h.
 LETTERS = {

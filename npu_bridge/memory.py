@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from npu_bridge.errors import PlanError
 from npu_bridge.ir import Buffer, For, Instruction, Node, Slice, walk
-from pasa_jax.target import find_target
+from pasa_jax.core.target import find_target
 
 _ALIGN = 32
 # Instructions that may write where they read: number by number, at the same place.

@@ -37,8 +37,8 @@ from npu_bridge.ir import (
 )
 from npu_bridge.program import Core, Program, build
 from npu_bridge.stages import Kernel
-from pasa_jax.precision import Precision
-from pasa_jax.schedule import Schedule
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
 
 _PIPES = ("S", "V", "M", "MTE1", "MTE2", "MTE3", "FIX")
 

@@ -13,8 +13,8 @@ from npu_bridge import interface
 from npu_bridge.ir import ITEMSIZE, PRELUDE, Buffer, render
 from npu_bridge.program import DEPTH, LEAST, SUB, Core, Program
 from npu_bridge.stages import Kernel
-from pasa_jax.precision import Precision
-from pasa_jax.schedule import Schedule
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
 
 NAME = "pasa_attention"
 _POSITIONS = {"UB": "VECCALC", "L1": "A1", "L0A": "A2", "L0B": "B2", "L0C": "CO1"}

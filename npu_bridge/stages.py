@@ -19,12 +19,12 @@ from jax.extend.core import ClosedJaxpr
 from npu_bridge.errors import LoweringError
 from npu_bridge.ir import C_TYPES, Node
 from npu_bridge.lowering import Equation, Lowering, Scalar, Value, Var, flatten
-from pasa_jax import _tile as tile
-from pasa_jax._prepare import Plan
-from pasa_jax._walk import Walk
-from pasa_jax.mask import Index, Mask
-from pasa_jax.precision import Precision
-from pasa_jax.schedule import Schedule
+from pasa_jax.core import tile
+from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.prepare import Plan
+from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.walk import Walk
 
 Array = jax.Array
 # Columns of q·κ and of P's row sums, all equal: a block of float32. (The cube unit multiplies

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pallas_kernels.tune import tune
-from pasa_jax.schedule import TUNED
+from pasa_jax.core.schedule import TUNED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 

@@ -14,11 +14,11 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from pasa_jax import _lax
-from pasa_jax._errors import BackendUnsupported
-from pasa_jax._operands import Keep, Operands, Result
-from pasa_jax._prepare import Plan
-from pasa_jax.mask import Mask
+from pasa_jax.core.errors import BackendUnsupported
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Keep, Operands, Result
+from pasa_jax.core.prepare import Plan
+from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 Ref = Any

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 
 from pallas_kernels._common import without_repair
 from pasa_jax import Precision, Schedule, dot_product_attention
-from pasa_jax._errors import check_choice
-from pasa_jax.target import KIB, find_target
+from pasa_jax.core.errors import check_choice
+from pasa_jax.core.target import KIB, find_target
 
 # The names under which libtpu knows the chips.
 TPU_TOPOLOGIES = {

@@ -23,12 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._common import bound, narrowed, repaired, without_arrays
-from pasa_jax import _lax
-from pasa_jax import _tile as tile
-from pasa_jax._operands import Keep, Operands, Result
-from pasa_jax._prepare import HeadFacts, Plan, prepare
-from pasa_jax._walk import Walk
-from pasa_jax.mask import Index, Mask, div
+from pasa_jax.core import tile
+from pasa_jax.core.mask import Index, Mask, div
+from pasa_jax.core.operands import Keep, Operands, Result
+from pasa_jax.core.prepare import HeadFacts, Plan, prepare
+from pasa_jax.core.walk import Walk
+from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 Ref = Any

@@ -21,13 +21,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._common import bound, narrowed, repaired, without_arrays
 from pallas_kernels._float16 import from_bits, to_bits
-from pasa_jax import _lax
-from pasa_jax import _tile as tile
-from pasa_jax._operands import Keep, Operands, Result
-from pasa_jax._prepare import Plan, prepare
-from pasa_jax._walk import Walk
-from pasa_jax.mask import Index, Mask
-from pasa_jax.target import MIB, find_target
+from pasa_jax.core import tile
+from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.operands import Keep, Operands, Result
+from pasa_jax.core.prepare import Plan, prepare
+from pasa_jax.core.target import MIB, find_target
+from pasa_jax.core.walk import Walk
+from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 Ref = Any

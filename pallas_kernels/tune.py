@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import aot
 from pasa_jax import Schedule, dot_product_attention
-from pasa_jax._errors import ScheduleError, wrong
-from pasa_jax.schedule import TUNED, Tuned
-from pasa_jax.target import find_target, target_of_device
+from pasa_jax.core.errors import ScheduleError, wrong
+from pasa_jax.core.schedule import TUNED, Tuned
+from pasa_jax.core.target import find_target, target_of_device
 
 HEADS = 8
 _BLOCKS = {

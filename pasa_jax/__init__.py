@@ -1,17 +1,18 @@
 """Attention in 16-bit arithmetic that cannot overflow and loses no accuracy, for JAX."""
 
-from pasa_jax._api import Explanation, dot_product_attention, explain
-from pasa_jax._errors import BackendUnsupported, ScheduleError
-from pasa_jax.mask import Mask
-from pasa_jax.precision import Precision
-from pasa_jax.schedule import Schedule
-from pasa_jax.shifts import SHIFTS, optimal_beta
-from pasa_jax.statistics import Statistics
-from pasa_jax.target import TARGETS, Target
+from pasa_jax.call.api import Explanation, dot_product_attention, explain
+from pasa_jax.call.statistics import REASONS, Statistics
+from pasa_jax.core.errors import BackendUnsupported, ScheduleError
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.shifts import SHIFTS, optimal_beta
+from pasa_jax.core.target import TARGETS, Target
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "REASONS",
     "SHIFTS",
     "TARGETS",
     "BackendUnsupported",

@@ -13,17 +13,17 @@ import numpy as np
 from flax import linen, nnx
 
 from pasa_jax import plugins
-from pasa_jax._errors import wrong
-from pasa_jax._observe import observed_by
-from pasa_jax._operands import Operands
-from pasa_jax._prepare import Plan
+from pasa_jax.call.observe import observed_by
+from pasa_jax.core.errors import wrong
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.prepare import Plan
+from pasa_jax.core.shifts import SHIFTS
 from pasa_jax.diagnostics._forms import measure_errors
 from pasa_jax.diagnostics._measure import Measured, measure
 from pasa_jax.diagnostics._names import Caller, caller, unique_names
 from pasa_jax.diagnostics.report import Call, Report
-from pasa_jax.mask import Mask
 from pasa_jax.plugins._swap import DIRECT
-from pasa_jax.shifts import SHIFTS
 
 Progress = Callable[[Call], None]
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pasa_jax import models
-from pasa_jax._errors import wrong
+from pasa_jax.core.errors import wrong
 from pasa_jax.diagnostics._collect import inspect
 from pasa_jax.diagnostics.report import Report
 

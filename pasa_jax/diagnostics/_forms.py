@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from pasa_jax import _lax
-from pasa_jax._operands import Operands
-from pasa_jax._prepare import Plan
-from pasa_jax.mask import Mask
-from pasa_jax.precision import Precision
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.prepare import Plan
+from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 DTYPES = ("float16", "bfloat16")

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasa_jax import _tile as tile
-from pasa_jax._lax import HeadWalk
-from pasa_jax._operands import Operands
-from pasa_jax._prepare import Plan, prepare
-from pasa_jax.mask import Index, Mask
-from pasa_jax.precision import Precision
-from pasa_jax.statistics import Statistics, collect, overflow_edge, per_head
+from pasa_jax.call.statistics import Statistics, collect, overflow_edge, per_head
+from pasa_jax.core import tile
+from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.prepare import Plan, prepare
+from pasa_jax.implementations.lax import HeadWalk
 
 Array = jax.Array
 

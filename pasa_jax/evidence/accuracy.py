@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pasa_jax import Precision, Schedule, dot_product_attention, optimal_beta
+from pasa_jax.core.shifts import PAPER_STARTS
 from pasa_jax.evidence.plain import float64_attention, plain_attention
-from pasa_jax.shifts import PAPER_STARTS
 
 Array = jax.Array
 Record = dict[str, Any]

@@ -15,7 +15,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pasa_jax._errors import wrong
+from pasa_jax.core.errors import wrong
 from pasa_jax.models import _files, _gguf, decoder, metrics
 from pasa_jax.models._checks import brief, inside
 from pasa_jax.models.decoder import Decoder, DecoderConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pasa_jax._errors import wrong
+from pasa_jax.core.errors import wrong
 
 LARGEST = 2**31 - 1  # of a size; products of two still fit the 64 bits of an array's shape
 _FLOAT32 = float(np.finfo(np.float32).max)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pasa_jax._errors import check_choice, wrong
+from pasa_jax.core.errors import check_choice, wrong
 from pasa_jax.models._checks import brief, epsilon, flag, integer, rope_base
 
 FAMILIES = ("qwen2", "llama")

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pasa_jax._errors import wrong
 from pasa_jax._extras import require
+from pasa_jax.core.errors import wrong
 from pasa_jax.models._checks import brief, inside
 
 EXTRA = "models"

@@ -14,7 +14,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from pasa_jax._errors import wrong
+from pasa_jax.core.errors import wrong
 from pasa_jax.plugins import KVCache
 
 Array = jax.Array

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pasa_jax._errors import wrong
 from pasa_jax._extras import require
+from pasa_jax.core.errors import wrong
 from pasa_jax.models import _files, _gguf_file
 from pasa_jax.models._checks import brief, epsilon, inside, integer, rope_base
 from pasa_jax.models._config import FAMILIES, DecoderConfig

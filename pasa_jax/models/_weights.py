@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pasa_jax._errors import check_choice, wrong
+from pasa_jax.core.errors import check_choice, wrong
 
 M = TypeVar("M", bound=nnx.Module)
 DTYPES = ("float32", "float16", "bfloat16")

@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 import pasa_jax
-from pasa_jax._errors import wrong
+from pasa_jax.core.errors import wrong
 from pasa_jax.models import _files, _generate, _gguf
 from pasa_jax.models._checks import inside
 from pasa_jax.models._config import DecoderConfig

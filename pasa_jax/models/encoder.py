@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import pasa_jax
-from pasa_jax._errors import wrong
+from pasa_jax.core.errors import wrong
 from pasa_jax.models._checks import brief, epsilon, inside, integer
 from pasa_jax.models._files import read_config, read_tensors
 from pasa_jax.models._weights import Tensors, checked_dtype, fill

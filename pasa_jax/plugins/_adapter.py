@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pasa_jax._api import dot_product_attention
-from pasa_jax._errors import check_choice, wrong
-from pasa_jax.precision import Precision
+from pasa_jax.call.api import dot_product_attention
+from pasa_jax.core.errors import check_choice, wrong
+from pasa_jax.core.precision import Precision
 
 Array = jax.Array
 Options = tuple[tuple[str, Any], ...]

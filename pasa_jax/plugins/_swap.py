@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from pasa_jax._errors import wrong
+from pasa_jax.core.errors import wrong
 from pasa_jax.plugins import _callers
 from pasa_jax.plugins._adapter import Choose, checked, chosen_options, options_for
 

@@ -11,16 +11,16 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from pasa_jax import _lax
-from pasa_jax._api import _lengths, canonical
-from pasa_jax._attend import run
-from pasa_jax._errors import wrong
-from pasa_jax._observe import announce
-from pasa_jax._prepare import Known, log2_norm
-from pasa_jax._tile import wide_type
-from pasa_jax.precision import FLOATS
-from pasa_jax.schedule import Schedule
-from pasa_jax.target import target_of_device
+from pasa_jax.call.api import _lengths, canonical
+from pasa_jax.call.differentiation import run
+from pasa_jax.call.observe import announce
+from pasa_jax.core.errors import wrong
+from pasa_jax.core.precision import FLOATS
+from pasa_jax.core.prepare import Known, log2_norm
+from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.target import target_of_device
+from pasa_jax.core.tile import wide_type
+from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 

@@ -12,8 +12,8 @@ from flax import linen
 from flax import nnx as flax_nnx
 from jax.typing import ArrayLike
 
-from pasa_jax._api import dot_product_attention
-from pasa_jax._errors import check_choice, wrong
+from pasa_jax.call.api import dot_product_attention
+from pasa_jax.core.errors import check_choice, wrong
 from pasa_jax.plugins import nnx
 from pasa_jax.plugins._adapter import Choose, checked, options_for
 from pasa_jax.plugins._swap import nothing_swapped, renamed

@@ -41,7 +41,7 @@ DEFECTS = (
     Defect(
         "the left edge of a window",
         "structure",
-        "mask.py",
+        "core/mask.py",
         "            seen = seen & (columns >= at - left)\n",
         "            seen = seen & (columns > at - left)\n",
         "window",
@@ -49,7 +49,7 @@ DEFECTS = (
     Defect(
         "a running sum that is not rescaled",
         "structure",
-        "_tile.py",
+        "core/tile.py",
         "        l=keep * state.l + take * l_loc,\n",
         "        l=state.l + take * l_loc,\n",
         "blocks",
@@ -57,7 +57,7 @@ DEFECTS = (
     Defect(
         "sinks of the wrong head of a group",
         "structure",
-        "_lax.py",
+        "implementations/lax.py",
         "jnp.repeat(self.head.sinks, self.block_q)",
         "jnp.tile(self.head.sinks, self.block_q)",
         "group sinks",
@@ -65,7 +65,7 @@ DEFECTS = (
     Defect(
         "Inva·F left out of the log-sum-exp",
         "structure",
-        "_tile.py",
+        "core/tile.py",
         "    m = state.m + wide.type(numerics.inva) * state.f",
         "    m = state.m + wide.type(0) * state.f",
         "paper",
@@ -73,7 +73,7 @@ DEFECTS = (
     Defect(
         "the log-sum-exp's cotangent left out",
         "structure",
-        "_lax.py",
+        "implementations/lax.py",
         "delta = delta - tile.zero_unusable(walk.rows(d_lse, start).astype(wide), live)",
         "delta = delta - 0 * tile.zero_unusable(walk.rows(d_lse, start).astype(wide), live)",
         gradient=True,
@@ -81,7 +81,7 @@ DEFECTS = (
     Defect(
         "a bias's gradient not summed over a group",
         "structure",
-        "_lax.py",
+        "implementations/lax.py",
         "    return _add_at(d_bias, jnp.sum(d_scores, axis=axes, keepdims=True), place)",
         "    d_scores = d_scores[:1] if 0 in axes else d_scores\n"
         "    return _add_at(d_bias, jnp.sum(d_scores, axis=axes, keepdims=True), place)",
@@ -91,7 +91,7 @@ DEFECTS = (
     Defect(
         "the soft cap's slope left out",
         "structure",
-        "_tile.py",
+        "core/tile.py",
         "d_raw = (d_s if s.slope is None else d_s * s.slope.astype(wide)).astype(operand)",
         "d_raw = d_s.astype(operand)",
         "soft cap",
@@ -100,7 +100,7 @@ DEFECTS = (
     Defect(
         "probabilities rounded to bfloat16 first",
         "digits",
-        "_tile.py",
+        "core/tile.py",
         "    p = numerics.exp(exponent)\n",
         "    p = numerics.exp(exponent).astype(jnp.bfloat16)\n",
         "not bfloat16",
@@ -108,14 +108,14 @@ DEFECTS = (
     Defect(
         "the running sum kept in bfloat16",
         "digits",
-        "_tile.py",
+        "core/tile.py",
         "        l=keep * state.l + take * l_loc,\n",
         "        l=(keep * state.l + take * l_loc).astype(jnp.bfloat16).astype(stat),\n",
     ),
     Defect(
         "what is put back for mean kept in 16 bits",
         "digits",
-        "_tile.py",
+        "core/tile.py",
         "    return product.astype(numerics.statistics)\n\n\ndef _lagging",
         "    return product.astype(query.q.dtype).astype(numerics.statistics)\n\n\ndef _lagging",
         "mean",
@@ -123,7 +123,7 @@ DEFECTS = (
     Defect(
         "the mean of a tail over n instead of its own keys",
         "digits",
-        "_prepare.py",
+        "core/prepare.py",
         "    kappa = mean_key(_per_block(clean * part, n, jnp.sum), count, wide) / part",
         "    count = jnp.full_like(count, n)\n"
         "    kappa = mean_key(_per_block(clean * part, n, jnp.sum), count, wide) / part",
@@ -132,7 +132,7 @@ DEFECTS = (
     Defect(
         "scores rounded before the reference is taken off",
         "digits",
-        "_tile.py",
+        "core/tile.py",
         "        z = product.astype(stat)\n",
         "        z = product.astype(store).astype(stat)\n",
         "reference",
@@ -140,7 +140,7 @@ DEFECTS = (
     Defect(
         "what rounding took off the output left out of delta",
         "digits",
-        "_lax.py",
+        "implementations/lax.py",
         "delta = jnp.sum(d_o * (out.astype(wide) + rest.astype(wide)), axis=1, keepdims=True)",
         "delta = jnp.sum(d_o * (out.astype(wide) + 0 * rest.astype(wide)), axis=1, keepdims=True)",
         "exact scores",
@@ -149,7 +149,7 @@ DEFECTS = (
     Defect(
         "float16's gradients from float16 products",
         "digits",
-        "_tile.py",
+        "core/tile.py",
         "    operand = wide if q.dtype == jnp.float16 else q.dtype\n",
         "    operand = q.dtype\n",
         "float16",

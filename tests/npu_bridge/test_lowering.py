@@ -35,9 +35,9 @@ from npu_bridge.lowering import RULES, SCALAR_RULES, Lowering, Scalar, Vector, f
 from npu_bridge.memory import Memory
 from npu_bridge.program import build
 from npu_bridge.stages import Kernel
-from pasa_jax import _tile as tile
-from pasa_jax.precision import Precision
-from pasa_jax.schedule import Schedule
+from pasa_jax.core import tile
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
 
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")

@@ -18,8 +18,8 @@ from npu_bridge.errors import PlanError
 from npu_bridge.program import build
 from npu_bridge.project import arguments, files, write
 from npu_bridge.stages import Kernel
-from pasa_jax.precision import Precision
-from pasa_jax.schedule import Schedule
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
 
 STUBS = Path(__file__).parent / "stubs"
 COMPILER = shutil.which("g++")

@@ -17,8 +17,8 @@ from npu_bridge import emulation, project
 from npu_bridge.errors import EmulationError, PlanError
 from npu_bridge.program import build
 from npu_bridge.stages import Kernel
-from pasa_jax.precision import Precision
-from pasa_jax.schedule import Schedule
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
 
 main = pytest.importorskip("npu_bridge.__main__", reason="the command line needs typer").main
 

@@ -16,8 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from pallas_kernels import aot, tune
 from pallas_kernels.aot import Compiler, Report
 from pasa_jax import Schedule, dot_product_attention
-from pasa_jax._errors import BackendUnsupported
-from pasa_jax.schedule import TUNED, Tuned, tuned_for
+from pasa_jax.core.errors import BackendUnsupported
+from pasa_jax.core.schedule import TUNED, Tuned, tuned_for
 
 KERNELS = {"tpu": ("tpu_v6e", "tpu_custom_call"), "cuda": ("h100", "__gpu$xla.gpu.triton")}
 
@@ -273,7 +273,7 @@ class TestTuning:
             )
 
         table = (tuned(1024, False, 8), tuned(8192, False, 16), tuned(1024, True, 32))
-        monkeypatch.setattr("pasa_jax.schedule.tuned_for", lambda target: table)
+        monkeypatch.setattr("pasa_jax.core.schedule.tuned_for", lambda target: table)
 
         def found(**problem):
             return Schedule.for_target("tpu_v6e", dtype="bfloat16", **problem).block_q

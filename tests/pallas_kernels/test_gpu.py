@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pasa_jax import Precision, Schedule, dot_product_attention, explain
-from pasa_jax._errors import BackendUnsupported
+from pasa_jax.core.errors import BackendUnsupported
 from tests.cases import CASES, Case, exact
 from tests.pasa_jax.test_contract import BOUND, check
 

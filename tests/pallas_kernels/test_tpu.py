@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels._float16 import from_bits, to_bits
 from pasa_jax import Precision, Schedule, dot_product_attention, explain
-from pasa_jax._errors import BackendUnsupported
+from pasa_jax.core.errors import BackendUnsupported
 from tests.cases import CASES, Case, exact
 from tests.pasa_jax.test_contract import check
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pasa_jax import SHIFTS, dot_product_attention
-from pasa_jax._backends import BACKENDS
+from pasa_jax.call.backends import BACKENDS
 from tests.cases import CASES, TILES, Case, exact
 
 # Error allowed relative to the size of the output: a few units of the type.

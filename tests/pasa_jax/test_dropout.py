@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasa_jax import BackendUnsupported, Schedule, _dropout, dot_product_attention, explain
+from pasa_jax import BackendUnsupported, Schedule, dot_product_attention, explain
+from pasa_jax.core import dropout as _dropout
 from tests.cases import CASES, TILES
 
 KEY = jax.random.key(7)

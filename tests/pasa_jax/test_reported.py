@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pasa_jax import Precision, Schedule, dot_product_attention, explain
-from pasa_jax._errors import BackendUnsupported
+from pasa_jax.core.errors import BackendUnsupported
 from tests.cases import CASES, TILES, exact
 
 BEHIND = replace(TILES, target="ascend_910b")
@@ -210,8 +210,7 @@ def test_the_log_sum_exp_of_scores_beyond_float32():
 @pytest.mark.parametrize("target", ["h100", "tpu_v6e", "cpu", "ascend_910b"])
 @pytest.mark.parametrize("implementation", [None, "lax", "reference"])
 def test_explain_and_statistics_agree(target, implementation):
-    from pasa_jax import SHIFTS
-    from pasa_jax.statistics import REASONS
+    from pasa_jax import REASONS, SHIFTS
 
     x = normal(1, (1, 128, 2, 64), "float16")
     schedule = Schedule.for_target(target, head_dim=64, dtype=x.dtype)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pasa_jax import TARGETS, Precision, Schedule, ScheduleError
-from pasa_jax.target import find_target, target_of_device
+from pasa_jax.core.target import find_target, target_of_device
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -56,7 +56,8 @@ def test_schedule_needs_the_standard_library_alone():
     code = (
         "import sys, types; package = types.ModuleType('pasa_jax');"
         "package.__path__ = [sys.argv[1]]; sys.modules['pasa_jax'] = package;"
-        "import pasa_jax.schedule; assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+        "import pasa_jax.core.schedule;"
+        "assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
     )
     import pasa_jax
 

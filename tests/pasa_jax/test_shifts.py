@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pasa_jax.shifts import PAPER_STARTS, optimal_beta, paper_matrix
+from pasa_jax.core.shifts import PAPER_STARTS, optimal_beta, paper_matrix
 
 PAPER_BETA = {
     64: (0.9375, 0.96875, 0.98461914),

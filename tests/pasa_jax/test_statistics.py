@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasa_jax import SHIFTS, dot_product_attention
-from pasa_jax.statistics import REASONS
+from pasa_jax import REASONS, SHIFTS, dot_product_attention
 from tests.cases import CASES, TILES, visible
 
 BEHIND = replace(TILES, target="ascend_910b")

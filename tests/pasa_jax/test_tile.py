@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pasa_jax import Precision
-from pasa_jax import _tile as tile
-from pasa_jax._prepare import paper_blocks
+from pasa_jax.core import tile
+from pasa_jax.core.prepare import paper_blocks
 
 R, N, D, E = 16, 32, 8, 4
 

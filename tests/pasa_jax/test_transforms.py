@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pasa_jax import _attend, dot_product_attention
+from pasa_jax import dot_product_attention
+from pasa_jax.call import differentiation as _attend
 from tests.cases import CASES, TILES
 
 attend = partial(dot_product_attention, is_causal=True, schedule=TILES, implementation="lax")

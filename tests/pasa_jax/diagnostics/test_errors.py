@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pasa_jax import Precision, dot_product_attention
-from pasa_jax._api import canonical
+from pasa_jax.call.api import canonical
 from pasa_jax.diagnostics import inspect
 from pasa_jax.diagnostics._forms import DTYPES, FORMS, _exact, _sample
 from pasa_jax.evidence.plain import float64_attention, plain_attention

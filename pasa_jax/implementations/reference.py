@@ -11,11 +11,11 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from pasa_jax import _dropout
-from pasa_jax._operands import Operands
-from pasa_jax._prepare import Plan
-from pasa_jax._tile import lowest, shown_by, wide_type
-from pasa_jax.mask import Mask
+from pasa_jax.core import dropout as _dropout
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.prepare import Plan
+from pasa_jax.core.tile import lowest, shown_by, wide_type
 
 Array = jax.Array
 

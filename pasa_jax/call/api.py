@@ -14,19 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pasa_jax import _dropout, statistics
-from pasa_jax._backends import BACKENDS, Choice, Implementation, choose
-from pasa_jax._errors import check_choice, wrong
-from pasa_jax._explicit import HEADS, OUTPUT, ROWS, sharded
-from pasa_jax._observe import announce
-from pasa_jax._operands import Operands
-from pasa_jax._prepare import Plan
-from pasa_jax._tile import lowest, wide_type
-from pasa_jax.mask import Mask
-from pasa_jax.precision import FLOATS, Precision
-from pasa_jax.schedule import Schedule
-from pasa_jax.shifts import SHIFTS, check_beta, optimal_beta
-from pasa_jax.target import target_of_device
+from pasa_jax.call import statistics
+from pasa_jax.call.backends import BACKENDS, Choice, Implementation, choose
+from pasa_jax.call.explicit import HEADS, OUTPUT, ROWS, sharded
+from pasa_jax.call.observe import announce
+from pasa_jax.core import dropout as _dropout
+from pasa_jax.core.errors import check_choice, wrong
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.precision import FLOATS, Precision
+from pasa_jax.core.prepare import Plan
+from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.shifts import SHIFTS, check_beta, optimal_beta
+from pasa_jax.core.target import target_of_device
+from pasa_jax.core.tile import lowest, wide_type
 
 Array = jax.Array
 SegmentIds = ArrayLike | tuple[ArrayLike, ArrayLike]

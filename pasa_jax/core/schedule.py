@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pasa_jax._errors import ScheduleError, check_choice, wrong
-from pasa_jax.target import TARGETS, Target, find_target
+from pasa_jax.core.errors import ScheduleError, check_choice, wrong
+from pasa_jax.core.target import TARGETS, Target, find_target
 
 TUNED = Path(__file__).parent / "tuned"  # <target>.json: what `python -m pallas_kernels tune` found
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}

@@ -1,7 +1,7 @@
 """How the tiles of one key head are walked: which there are, in which order, what each row sees.
 
-Every walker is a `Walk`: the lax loops (`_lax`) slice their tiles out of arrays, the Pallas
-kernels read them out of refs. What is computed in a tile stands in `_tile`; what follows what,
+Every walker is a `Walk`: the lax loops slice their tiles out of arrays, the Pallas
+kernels read them out of refs. What is computed in a tile stands in `tile`; what follows what,
 here. One key head's G query heads share a tile: its rows are stacked [G, positions].
 """
 
@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax import _dropout
-from pasa_jax import _tile as tile
-from pasa_jax._prepare import Plan
-from pasa_jax.mask import Index, KeyRange, Mask, div, where
+from pasa_jax.core import dropout as _dropout
+from pasa_jax.core import tile
+from pasa_jax.core.mask import Index, KeyRange, Mask, div, where
+from pasa_jax.core.prepare import Plan
 
 Array = jax.Array
 Step = Callable[[Index, Array | None, Any], Any]

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax import lax
 
-from pasa_jax.mask import Index, pick
+from pasa_jax.core.mask import Index, pick
 
 Array = jax.Array
 # What of a result is wanted: the output, its log-sum-exp too, or all that a gradient needs.

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pasa_jax._errors import wrong
-from pasa_jax._operands import Operands
-from pasa_jax.mask import Mask
+from pasa_jax.core.errors import wrong
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Operands
 
 Array = jax.Array
 Axes = Any  # what a PartitionSpec has for one axis of an array: None, a name, or a tuple of names

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasa_jax._tile import Dialect, Guard, Numerics, mean_key, wide_type
-from pasa_jax.mask import Mask
-from pasa_jax.precision import Precision
-from pasa_jax.schedule import Schedule
-from pasa_jax.shifts import optimal_beta, paper_matrix
-from pasa_jax.target import find_target
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.shifts import optimal_beta, paper_matrix
+from pasa_jax.core.target import find_target
+from pasa_jax.core.tile import Dialect, Guard, Numerics, mean_key, wide_type
 
 Array = jax.Array
 

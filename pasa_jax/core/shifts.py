@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pasa_jax._errors import wrong
+from pasa_jax.core.errors import wrong
 
 SHIFTS = ("none", "paper", "mean", "mean_past", "reference")
 

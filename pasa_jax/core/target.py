@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pasa_jax._errors import check_choice
+from pasa_jax.core.errors import check_choice
 
 KIB = 1024
 MIB = 1024 * KIB

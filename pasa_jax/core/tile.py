@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax.precision import Precision
+from pasa_jax.core.precision import Precision
 
 Array = jax.Array
 

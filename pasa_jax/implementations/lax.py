@@ -1,4 +1,4 @@
-"""The lax implementation: walks the tiles of `_tile` with lax loops, forward and backward.
+"""The lax implementation: walks the tiles of `core.tile` with lax loops, forward and backward.
 
 One key head with its G query heads is one problem of plain 2-D arrays, so that keys and values are
 never repeated.
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax import _tile as tile
-from pasa_jax._operands import Keep, Operands, Result, heads_of
-from pasa_jax._prepare import HeadFacts, Known, Plan, prepare, prepare_known
-from pasa_jax._walk import Walk
-from pasa_jax.mask import Index, Mask, div, minimum, pick, slice_tile
+from pasa_jax.core import tile
+from pasa_jax.core.mask import Index, Mask, div, minimum, pick, slice_tile
+from pasa_jax.core.operands import Keep, Operands, Result, heads_of
+from pasa_jax.core.prepare import HeadFacts, Known, Plan, prepare, prepare_known
+from pasa_jax.core.walk import Walk
 
 Array = jax.Array
 

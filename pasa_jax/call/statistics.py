@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pasa_jax import _tile as tile
-from pasa_jax._lax import HeadWalk, over_heads
-from pasa_jax._operands import Operands
-from pasa_jax._prepare import Plan, key_norms, log2_norm
-from pasa_jax.mask import Index, Mask
-from pasa_jax.shifts import SHIFTS
+from pasa_jax.core import tile
+from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.prepare import Plan, key_norms, log2_norm
+from pasa_jax.core.shifts import SHIFTS
+from pasa_jax.implementations.lax import HeadWalk, over_heads
 
 Array = jax.Array
 

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pasa_jax import _lax, reference
-from pasa_jax._attend import Core, Forward, attend
-from pasa_jax._errors import BackendUnsupported, check_choice, wrong
-from pasa_jax._operands import Keep, Operands, Result
-from pasa_jax._prepare import Plan
-from pasa_jax.mask import Mask
-from pasa_jax.target import find_target
+from pasa_jax.call.differentiation import Core, Forward, attend
+from pasa_jax.core.errors import BackendUnsupported, check_choice, wrong
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Keep, Operands, Result
+from pasa_jax.core.prepare import Plan
+from pasa_jax.core.target import find_target
+from pasa_jax.implementations import lax as _lax
+from pasa_jax.implementations import reference
 
 Array = jax.Array
 Implementation = str | Sequence[str] | None

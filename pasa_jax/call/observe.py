@@ -8,9 +8,9 @@ from contextvars import ContextVar
 
 import jax
 
-from pasa_jax._operands import Operands
-from pasa_jax._prepare import Plan
-from pasa_jax.mask import Mask
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.prepare import Plan
 
 Observer = Callable[[Operands, Mask, Plan], None]
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)

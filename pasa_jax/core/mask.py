@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax._errors import check_choice
-from pasa_jax.schedule import Schedule
+from pasa_jax.core.errors import check_choice
+from pasa_jax.core.schedule import Schedule
 
 Array = jax.Array
 Index = int | Array
@@ -44,7 +44,7 @@ class Mask:
         keys of its own segment.
       array: [B|1, N|1, T|1, S|1] bool (one head: [G|1, T|1, S|1]), True where the query sees.
       dropout: [B|1, N|1, 2] uint32 (one head: [G|1, 2]), the seeds of which weights dropout keeps
-        (`_dropout.kept`). It hides nothing: a key that is dropped is still seen.
+        (`dropout.kept`). It hides nothing: a key that is dropped is still seen.
     """
 
     query_length: int = field(metadata={"static": True})

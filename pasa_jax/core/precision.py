@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pasa_jax._errors import check_choice, wrong
+from pasa_jax.core.errors import check_choice, wrong
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 

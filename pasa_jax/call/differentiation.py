@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import jax
 
-from pasa_jax import _lax
-from pasa_jax._operands import Keep, Operands, Result
-from pasa_jax._prepare import Plan
-from pasa_jax.mask import Mask
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Keep, Operands, Result
+from pasa_jax.core.prepare import Plan
+from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 

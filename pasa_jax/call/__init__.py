@@ -1,0 +1,1 @@
+"""From the user's arguments to an implementation, and back: the public functions."""

@@ -1,0 +1,1 @@
+"""What every walker uses: the mathematics of a tile, and which tiles there are."""
