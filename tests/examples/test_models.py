@@ -10,10 +10,11 @@ from tests.examples import load
 from tests.weights import needs_smollm2
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("default")
 def test_qwen2_in_float16(capsys):
     for name in ("torch", "transformers", "safetensors"):
-        pytest.importorskip(name, reason='pip install "pasa-jax[test]"')
+        pytest.importorskip(name, reason='pip install "pasa-jax[test-full]"')
     sizes = {"length": 32, "layers": 2, "vocabulary": 128, "new_tokens": 3}
     with jax.numpy_dtype_promotion("standard"):  # Flax's own attention needs it
         rows = load("qwen2_in_float16").main(**sizes, dtypes=["float16"])

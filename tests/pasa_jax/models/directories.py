@@ -1,4 +1,4 @@
-"""Files of tiny random models, without torch: Hugging Face's directories, and GGUF."""
+"""Files of tiny random models: Hugging Face's directories, and GGUF."""
 
 import json
 
@@ -20,33 +20,36 @@ CONFIG = {
 LLAMA = CONFIG | {"model_type": "llama"}
 
 
-def tensors(config, dtype=np.float32):
-    """Random ones for ``config``, by Hugging Face's names."""
-    rng = np.random.default_rng(0)
+def shapes(config):
+    """The shapes of a decoder's tensors, by Hugging Face's names."""
     width, hidden = config["hidden_size"], config["intermediate_size"]
-    keys = width * config["num_key_value_heads"] // config["num_attention_heads"]
+    size = config.get("head_dim") or width // config["num_attention_heads"]
+    queries, keys = (size * config[f"num_{x}_heads"] for x in ("attention", "key_value"))
     table = (config["vocab_size"], width)
-    shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (width,)}
-    shapes["lm_head.weight"] = table
+    found = {"model.embed_tokens.weight": table, "model.norm.weight": (width,)}
+    found["lm_head.weight"] = table
+    projections = {"q": (queries, width), "k": (keys, width), "v": (keys, width)}
+    projections["o"] = (width, queries)
+    biased = "qkv" if config["model_type"] == "qwen2" else ""
+    biased = "qkvo" if config.get("attention_bias") else biased
     for i in range(config["num_hidden_layers"]):
         block = {
             "input_layernorm.weight": (width,),
-            "self_attn.q_proj.weight": (width, width),
-            "self_attn.k_proj.weight": (keys, width),
-            "self_attn.v_proj.weight": (keys, width),
-            "self_attn.o_proj.weight": (width, width),
+            **{f"self_attn.{n}_proj.weight": shape for n, shape in projections.items()},
             "post_attention_layernorm.weight": (width,),
             "mlp.gate_proj.weight": (hidden, width),
             "mlp.up_proj.weight": (hidden, width),
             "mlp.down_proj.weight": (width, hidden),
+            **{f"self_attn.{n}_proj.bias": projections[n][:1] for n in biased},
         }
-        if config["model_type"] == "qwen2":
-            block |= {
-                f"self_attn.{n}_proj.bias": (s,)
-                for n, s in zip("qkv", (width, keys, keys), strict=True)
-            }
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
-    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+        found |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+    return found
+
+
+def tensors(config, dtype=np.float32):
+    """Random ones for ``config``."""
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(x).astype(dtype) for name, x in shapes(config).items()}
 
 
 def write(directory, config, weights):
@@ -54,6 +57,22 @@ def write(directory, config, weights):
 
     (directory / "config.json").write_text(json.dumps(config))
     save_file({k: jnp.asarray(x) for k, x in weights.items()}, directory / "model.safetensors")
+
+
+def in_shards(directory):
+    """Splits ``directory``'s tensors over two files, as large models are saved."""
+    from safetensors.numpy import load_file, save_file
+
+    whole = directory / "model.safetensors"
+    weights = load_file(whole)
+    whole.unlink()
+    index = {}
+    for i, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), 1):
+        file = f"model-{i:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in names}, directory / file)
+        index |= dict.fromkeys(names, file)
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def write_gguf(path, config, weights, kind=None, **fields):

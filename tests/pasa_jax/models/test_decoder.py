@@ -10,91 +10,67 @@ from flax import nnx
 
 import pasa_jax
 from pasa_jax.models import Decoder, DecoderConfig, decoder
-from tests.pasa_jax.models import hf
+from tests.pasa_jax.models.answers import DECODERS, TOKENS, recorded, write_decoder
+from tests.pasa_jax.models.directories import in_shards
 
 SMALL = DecoderConfig(
     vocabulary=50, width=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=8, max_length=32
 )
 forward = jax.jit(Decoder.__call__, static_argnames="attention")
-TOKENS = np.random.default_rng(0).integers(0, hf.SIZES["vocab_size"], (2, 21))
-CASES = {
-    "qwen2": ("Qwen2", {}),
-    "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
-    "llama": ("Llama", {}),
-    "llama, tied, one key head": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
-    "llama, biases, wide heads": ("Llama", {"attention_bias": True, "head_dim": 24}),
-    "llama, another theta": (
-        "Llama",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    ),
-}
 
 
-@hf.needs_torch
 class TestAgainstTorch:
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("case", DECODERS)
     def test_logits(self, case, tmp_path):
-        family, options = CASES[case]
-        theirs = hf.random_model(family, **options)
-        theirs.save_pretrained(tmp_path)
-        true = hf.logits(theirs, TOKENS)
-        ours = decoder.load(tmp_path)
-        assert (ours.head is None) == options.get("tie_word_embeddings", False)
+        true = recorded(f"logits: {case}")
+        ours = decoder.load(write_decoder(tmp_path, case))
+        assert (ours.head is None) == ("tied" in case)
         np.testing.assert_allclose(forward(ours, TOKENS), true, atol=1e-4)
         # Comparing would mean little if the logits hardly varied.
         assert true.std() > 1
 
     def test_shards(self, tmp_path):
-        theirs = hf.random_model("Qwen2")
-        theirs.save_pretrained(tmp_path, max_shard_size="100KB")
+        in_shards(write_decoder(tmp_path, "qwen2"))
         assert len(list(tmp_path.glob("*.safetensors"))) > 1
-        ours = decoder.load(tmp_path)
-        np.testing.assert_allclose(forward(ours, TOKENS), hf.logits(theirs, TOKENS), atol=1e-4)
+        ours = forward(decoder.load(tmp_path), TOKENS)
+        np.testing.assert_allclose(ours, recorded("logits: qwen2"), atol=1e-4)
+
+    @pytest.mark.full
+    def test_as_torch_saves_it(self, tmp_path):
+        transformers = pytest.importorskip(
+            "transformers", reason='pip install "pasa-jax[test-full]"'
+        )
+        write_decoder(tmp_path, "qwen2")
+        theirs = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path, dtype="float32")
+        theirs.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+        assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+        ours = forward(decoder.load(tmp_path / "saved"), TOKENS)
+        np.testing.assert_allclose(ours, recorded("logits: qwen2"), atol=1e-4)
 
     def test_rope_as_older_versions_write_it(self, tmp_path):
-        theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
-        theirs = hf.random_model("Llama", **theta)
-        theirs.save_pretrained(tmp_path)
-        path = tmp_path / "config.json"
+        name = "llama, another theta"
+        path = write_decoder(tmp_path, name) / "config.json"
         config = json.loads(path.read_text())
-        assert config.pop("rope_parameters")["rope_theta"] == 300
-        path.write_text(json.dumps(config | {"rope_theta": 300.0, "rope_scaling": None}))
-        ours = decoder.load(tmp_path)
-        np.testing.assert_allclose(forward(ours, TOKENS), hf.logits(theirs, TOKENS), atol=1e-4)
+        assert config.pop("rope_parameters")["rope_theta"] == 500
+        path.write_text(json.dumps(config | {"rope_theta": 500.0, "rope_scaling": None}))
+        ours = forward(decoder.load(tmp_path), TOKENS)
+        np.testing.assert_allclose(ours, recorded(f"logits: {name}"), atol=1e-4)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
     def test_16_bits_are_as_good_as_torchs(self, dtype, tmp_path):
-        import torch
-
-        theirs = hf.random_model("Qwen2")
-        theirs.save_pretrained(tmp_path)
-        true = hf.logits(theirs, TOKENS)
-        theirs = hf.logits(theirs.to(getattr(torch, dtype)), TOKENS)
-        ours = decoder.load(tmp_path, dtype)
+        true, theirs = recorded("logits: qwen2"), recorded(f"logits: qwen2, {dtype}")
+        ours = decoder.load(write_decoder(tmp_path, "qwen2"), dtype)
         assert {x.dtype for x in jax.tree.leaves(nnx.state(ours))} == {jnp.dtype(dtype)}
         error, base = (np.abs(x - true).mean() for x in (np.asarray(forward(ours, TOKENS)), theirs))
         assert 0 < error <= 1.2 * base
 
     def test_biased_keys_break_eager_float16_and_not_ours(self, tmp_path):
-        import torch
-
-        slowly = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e8}}
-        theirs = hf.random_model("Qwen2", **slowly)
-        attention = theirs.model.layers[0].self_attn
-        # On the slowest pair of each head, so that the bias is the same at every position.
-        slow = torch.arange(16) % 8 == 7
-        attention.k_proj.bias.data[slow.repeat(2)] = 256.0
-        attention.k_proj.weight.data[slow.repeat(2)] = 0
-        attention.q_proj.bias.data[slow.repeat(4)] = 256.0
-        theirs.save_pretrained(tmp_path)
-        tokens = TOKENS[:, :12]
-        true = hf.logits(theirs, tokens)
+        true = recorded("logits: qwen2, biased")
         assert np.isfinite(true).all()
-        assert np.isnan(hf.logits(theirs.to(torch.float16), tokens)).all()
-        ours = np.asarray(forward(decoder.load(tmp_path, "float16"), tokens))
-        wide = np.asarray(
-            forward(decoder.load(tmp_path, "float16"), tokens, attention=float32_scores)
-        )
+        assert np.isnan(recorded("logits: qwen2, biased, float16")).all()
+        model = decoder.load(write_decoder(tmp_path, "qwen2, biased"), "float16")
+        ours = np.asarray(forward(model, TOKENS))
+        wide = np.asarray(forward(model, TOKENS, attention=float32_scores))
         error, base = (np.abs(x - true).mean() for x in (ours, wide))
         assert error <= 1.2 * base
         assert base < 0.05 * true.std()

@@ -10,27 +10,10 @@ from flax import nnx
 
 from pasa_jax import models
 from pasa_jax.models import _files, encoder
+from tests.pasa_jax.models import answers
 from tests.weights import needs_minilm
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.numpy")
-
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 24,
-}
-LENGTHS = (24, 5, 13)
-SENTENCES = (
-    "A man is eating food at a table.",
-    "Someone is having a meal.",
-    "The central bank raised interest rates again, to slow the rise of prices.",
-    "Interest rates went up.",
-)
 
 hidden_states = nnx.jit(lambda model, *arrays: model(*arrays))
 embed = nnx.jit(
@@ -39,68 +22,37 @@ embed = nnx.jit(
 )
 
 
-def saved(directory):
-    """A small random model of torch, written to ``directory``."""
-    torch.manual_seed(0)
-    theirs = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():  # biases and norms are trivial at first
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    theirs.save_pretrained(directory)
-    return theirs
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("small")
-    return directory, saved(directory)
+    """A directory with a small random model."""
+    return answers.write_encoder(tmp_path_factory.mktemp("small"))
 
 
-def their_states(theirs, tokens, lengths, types=None):
-    """Hugging Face's hidden states, NumPy."""
-    seen = np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None]
-    with torch.no_grad():
-        out = theirs(
-            torch.tensor(np.asarray(tokens)),
-            attention_mask=torch.tensor(seen),
-            token_type_ids=None if types is None else torch.tensor(np.asarray(types)),
-        )
-    return out.last_hidden_state.numpy()
-
-
-def text(rng):
-    tokens = rng.integers(0, SIZES["vocab_size"], (len(LENGTHS), max(LENGTHS)))
-    return jnp.asarray(tokens), jnp.asarray(LENGTHS)
+def text(seed):
+    return jnp.asarray(answers.text(seed)), jnp.asarray(answers.TEXT_LENGTHS)
 
 
 def test_equals_hugging_face(small):
-    directory, theirs = small
-    rng = np.random.default_rng(1)
-    tokens, lengths = text(rng)
-    types = jnp.asarray(rng.integers(0, 2, tokens.shape))
-    ours = np.asarray(hidden_states(encoder.load(directory), tokens, lengths, types))
-    true = their_states(theirs, tokens, lengths, types)
-    for i, length in enumerate(LENGTHS):
+    tokens, lengths = text(1)
+    types = jnp.asarray(answers.token_types())
+    ours = np.asarray(hidden_states(encoder.load(small), tokens, lengths, types))
+    true = answers.recorded("states: padded")
+    for i, length in enumerate(answers.TEXT_LENGTHS):
         np.testing.assert_allclose(ours[i, :length], true[i, :length], atol=2e-5)
 
 
 def test_all_tokens_of_type_0_and_no_padding_by_default(small):
-    directory, theirs = small
-    tokens, _ = text(np.random.default_rng(2))
-    ours = hidden_states(encoder.load(directory), tokens)
-    true = their_states(theirs, tokens, [tokens.shape[1]] * len(tokens))
-    np.testing.assert_allclose(ours, true, atol=2e-5)
+    ours = hidden_states(encoder.load(small), text(2)[0])
+    np.testing.assert_allclose(ours, answers.recorded("states: 2"), atol=2e-5)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 0.01), ("bfloat16", 0.06)])
 def test_narrow_weights(small, dtype, bound):
-    directory, theirs = small
-    narrow = encoder.load(directory, dtype)
-    tokens, _ = text(np.random.default_rng(3))
-    states = hidden_states(narrow, tokens)
+    narrow = encoder.load(small, dtype)
+    states = hidden_states(narrow, text(3)[0])
     assert states.dtype == dtype
     assert {leaf.dtype for _, leaf in nnx.to_flat_state(nnx.state(narrow))} == {jnp.dtype(dtype)}
-    true = their_states(theirs, tokens, [tokens.shape[1]] * len(tokens))
+    true = answers.recorded("states: 3")
     assert 0 < np.abs(states.astype(jnp.float32) - true).max() < bound
 
 
@@ -111,8 +63,8 @@ def test_another_attention_is_called_with_the_layer(small):
         seen.append((query.shape, layer.shape, lengths))
         return jnp.where(layer == 1, jnp.nan, value)
 
-    tokens, lengths = text(np.random.default_rng(4))
-    out = encoder.load(small[0])(tokens, lengths, attention=uniform)
+    tokens, lengths = text(4)
+    out = encoder.load(small)(tokens, lengths, attention=uniform)
     assert np.isnan(out).all()  # layer 1 is among those that ran
     assert len(seen) == 1  # one trace for all layers
     assert seen[0][:2] == ((3, 24, 4, 8), ())
@@ -120,9 +72,9 @@ def test_another_attention_is_called_with_the_layer(small):
 
 
 def test_sentence_of_no_words(small):
-    tokens, _ = text(np.random.default_rng(5))
+    tokens, _ = text(5)
     lengths = jnp.asarray([0, 3, 24])
-    out = encoder.load(small[0]).embed(tokens, lengths, attention=lambda q, k, v, *_: v)
+    out = encoder.load(small).embed(tokens, lengths, attention=lambda q, k, v, *_: v)
     np.testing.assert_allclose(jnp.linalg.norm(out, axis=-1), [0, 1, 1], atol=1e-6)
 
 
@@ -146,7 +98,7 @@ def test_sentence_of_no_words(small):
 )
 def test_wrong_calls(small, arguments, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the whole message is compared
-        encoder.load(small[0])(*arguments)
+        encoder.load(small)(*arguments)
     assert str(error.value) == message
 
 
@@ -162,7 +114,7 @@ def test_wrong_calls(small, arguments, message):
     ],
 )
 def test_refused_configs(change, message):
-    config = {**SIZES, "model_type": "bert", **change}
+    config = {**answers.BERT, "model_type": "bert", **change}
     config = {name: value for name, value in config.items() if value is not None}
     with pytest.raises(ValueError) as error:  # noqa: PT011
         encoder.EncoderConfig.from_hf(config)
@@ -171,14 +123,14 @@ def test_refused_configs(change, message):
 
 
 def test_what_a_config_leaves_out_is_as_in_hugging_face():
-    whole = transformers.BertConfig(**SIZES).to_dict()
-    short = {**SIZES, "model_type": "bert"}
+    whole = answers.recorded("config: bert, whole")
+    short = {**answers.BERT, "model_type": "bert"}
     assert encoder.EncoderConfig.from_hf(short) == encoder.EncoderConfig.from_hf(whole)
 
 
 def test_unknown_type_of_weights(small):
     with pytest.raises(ValueError, match="`dtype` must be one of 'float32', 'float16', 'bfloat16'"):
-        encoder.load(small[0], jnp.int8)
+        encoder.load(small, jnp.int8)
 
 
 QUERY = "encoder.layer.2.attention.self.query.weight"
@@ -203,10 +155,10 @@ QUERY = "encoder.layer.2.attention.self.query.weight"
     ],
 )
 def test_wrong_tensors(small, tmp_path, edit, message):
-    tensors = _files.read_tensors(small[0])
+    tensors = _files.read_tensors(small)
     edit(tensors)
     safetensors.save_file(tensors, tmp_path / "model.safetensors")
-    config = (small[0] / "config.json").read_text(encoding="utf-8")
+    config = (small / "config.json").read_text(encoding="utf-8")
     (tmp_path / "config.json").write_text(json.dumps(json.loads(config)), encoding="utf-8")
     with pytest.raises(ValueError) as error:  # noqa: PT011
         encoder.load(tmp_path)
@@ -218,30 +170,21 @@ def test_wrong_tensors(small, tmp_path, edit, message):
 
 @pytest.fixture(scope="module")
 def minilm():
-    """(model, directory, tokens, lengths) of the sentences."""
-    directory = models.find("minilm")
-    tokenizer = _files.read_tokenizer(directory)
-    tokenizer.enable_padding()
-    found = tokenizer.encode_batch(list(SENTENCES))
-    tokens = jnp.asarray([one.ids for one in found])
-    lengths = jnp.asarray([sum(one.attention_mask) for one in found])
-    return encoder.load(directory), directory, tokens, lengths
+    """(model, tokens, lengths) of the sentences."""
+    tokens, lengths = map(jnp.asarray, answers.minilm_tokens())
+    return encoder.load(models.find("minilm")), tokens, lengths
 
 
 @needs_minilm
 def test_minilm_equals_hugging_face(minilm):
-    model, directory, tokens, lengths = minilm
-    theirs = transformers.BertModel.from_pretrained(directory).eval()
-    true = their_states(theirs, tokens, lengths)
-    means = np.stack([rows[:n].mean(axis=0) for rows, n in zip(true, lengths, strict=True)])
-    means /= np.linalg.norm(means, axis=-1, keepdims=True)
-    np.testing.assert_allclose(embed(model, tokens, lengths, encoder.attend), means, atol=2e-6)
+    found = embed(*minilm, encoder.attend)
+    np.testing.assert_allclose(found, answers.recorded("minilm"), atol=2e-6)
 
 
 @needs_minilm
 def test_minilm_in_float16_attention(minilm):
     """And in bfloat16: tests/examples/test_networks.py."""
-    model, _, tokens, lengths = minilm
+    model, tokens, lengths = minilm
     narrow = embed(model, tokens, lengths, partial(encoder.attend, dtype="float16"))
     wide = embed(model, tokens, lengths, encoder.attend)
     assert np.any(narrow != wide)
@@ -250,7 +193,7 @@ def test_minilm_in_float16_attention(minilm):
 
 @needs_minilm
 def test_minilm_does_not_see_padding(minilm):
-    model, _, tokens, lengths = minilm
+    model, tokens, lengths = minilm
     batch = embed(model, tokens, lengths, encoder.attend)
     other = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, 1234)
     np.testing.assert_array_equal(batch, embed(model, other, lengths, encoder.attend))
@@ -262,7 +205,7 @@ def test_minilm_does_not_see_padding(minilm):
 
 @needs_minilm
 def test_minilm_knows_what_is_meant(minilm):
-    model, _, tokens, lengths = minilm
+    model, tokens, lengths = minilm
     vectors = embed(model, tokens, lengths, encoder.attend)
     near = np.asarray(vectors @ vectors.T)
     assert min(near[0, 1], near[2, 3]) > 0.3 + near[:2, 2:].max()
