@@ -1,11 +1,13 @@
 """The benchmark of `auto`'s choice, on few heads."""
 
 import numpy as np
+import pytest
 
 from tests.scripts import load_script
 from tests.weights import needs_smollm2
 
 
+@pytest.mark.full
 @needs_smollm2
 def test_auto_is_about_the_better_one(capsys):
     found = load_script("benchmarks", "choice").main(tokens=192, step=10)

@@ -43,6 +43,7 @@ def test_inspect_smollm2(tmp_path, capsys):
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.full
 @needs_smollm2
 def test_smollm2(capsys):
     found = load("smollm2").main(tokens=64, new_tokens=2, dtypes=["float32", "float16"])

@@ -46,6 +46,7 @@ def test_video_diffusion_attention():
     assert block["PASA (auto)"][0] < 1.1 * block["float32 scores"][0]
 
 
+@pytest.mark.full
 def test_training(tmp_path):
     plot = tmp_path / "curves.png"
     with jax.numpy_dtype_promotion("standard"):

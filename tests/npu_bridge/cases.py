@@ -33,7 +33,7 @@ class Case:
 _ODD = {"queries": 200, "keys": 600}
 CASES: dict[str, Case] = {
     "mean, causal": Case({"is_causal": True}, {"queries": 300, "keys": 300}, 512),
-    "mean, float32 arithmetic": Case({"precision": HALF}, _ODD),
+    "mean, float32 arithmetic": Case({"precision": HALF}, _ODD, full=True),
     "reference, causal": Case({"shift": "reference", "is_causal": True}, _ODD),
     "reference, lengths, log-sum-exp": Case(
         {"shift": "reference", "precision": HALF, "lengths": True, "return_lse": True},
@@ -46,7 +46,9 @@ CASES: dict[str, Case] = {
     "paper, float32 statistics": Case({"shift": "paper", "precision": HALF}, _ODD, full=True),
     "float32 hand-over": Case({"precision": Precision(probabilities="float16")}, _ODD, full=True),
     "bottom right, longer keys": Case(
-        {"is_causal": True, "causal_alignment": "bottom_right"}, {"queries": 200, "keys": 700}
+        {"is_causal": True, "causal_alignment": "bottom_right"},
+        {"queries": 200, "keys": 700},
+        full=True,
     ),
     "bottom right, longer queries": Case(
         {"is_causal": True, "causal_alignment": "bottom_right", "return_lse": True},
@@ -55,11 +57,13 @@ CASES: dict[str, Case] = {
     ),
     "window": Case({"local_window_size": (100, 50)}, {"queries": 300, "keys": 700}, full=True),
     "lengths, log-sum-exp": Case(
-        {"lengths": True, "return_lse": True}, {"batch": 3, "queries": 100, "keys": 600}
+        {"lengths": True, "return_lse": True},
+        {"batch": 3, "queries": 100, "keys": 600},
+        full=True,
     ),
     "bias": Case({"bias": "BNTS"}, _ODD, full=True),
     "bias, broadcast, paper": Case(
-        {"bias": "11TS", "shift": "paper", "precision": HALF}, {"batch": 2, **_ODD}
+        {"bias": "11TS", "shift": "paper", "precision": HALF}, {"batch": 2, **_ODD}, full=True
     ),
     "soft cap": Case({"logits_soft_cap": 3.0}, _ODD, full=True),
     "bfloat16": Case({"dtype": "bfloat16"}, _ODD),

@@ -1,21 +1,36 @@
-"""The TPU interpreter with all its checks: two cores, races, NaN-filled memory, bounds.
+"""The TPU interpreter with its checks: NaN-filled memory, bounds, and races where two cores run.
 
 Kernels are interpreted where the call says ``interpret=True``; this makes it strict.
 """
+
+from contextlib import contextmanager
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 
-@pytest.fixture
-def tpu_interpreter():
+@contextmanager
+def strict(cores):
     params = pltpu.InterpretParams(
-        detect_races=True,
-        num_cores_or_threads=2,
+        detect_races=cores > 1,
+        num_cores_or_threads=cores,
         uninitialized_memory="nan",
         out_of_bounds_reads="raise",
     )
     with pltpu.force_tpu_interpret_mode(params):
+        yield
+
+
+@pytest.fixture
+def tpu_interpreter():
+    with strict(cores=1):
+        yield
+
+
+@pytest.fixture
+def two_tpu_cores():
+    """Slower by half."""
+    with strict(cores=2):
         yield
     races = pytest.importorskip(
         "jax._src.pallas.mosaic.interpret.interpret_pallas_call",

@@ -11,19 +11,22 @@ from pasa_jax import Precision, Schedule, dot_product_attention, explain
 from pasa_jax.core.errors import BackendUnsupported
 from tests.cases import CASES, Case, exact
 from tests.pasa_jax.test_contract import BOUND, check
+from tests.thin import only, some
 
 TILES = Schedule(block_q=32, block_kv=16, target="h100")
 OURS = {"implementation": "pallas_gpu", "interpret": True, "schedule": TILES}
 HALF = Precision(scores="float16", probabilities="float16", products="float16")
 
 
-@pytest.mark.parametrize("d", [64, 80, 96, 192])
+@pytest.mark.parametrize("d", only([80], [64, 80, 96, 192]))
 def test_head_sizes(d):
     case = Case(t=40, s=50, n=2, k=1, d=d, e=d, keywords={"is_causal": True})
     check(case, "float16", BOUND["float16"], **OURS)
 
 
-@pytest.mark.parametrize("name", ["biased", "causal", "lengths, bottom right", "mask of keys"])
+@pytest.mark.parametrize(
+    "name", some(["biased", "causal", "lengths, bottom right", "mask of keys"], 4, 2)
+)
 @pytest.mark.parametrize("shift", ["auto", "mean"])
 def test_float16_products(name, shift):
     check(CASES[name], "float16", 1e-2, shift=shift, precision=HALF, **OURS)
@@ -34,6 +37,7 @@ def test_float16_exponentials():
     check(CASES["causal"], "float16", 3e-3, precision=precision, **OURS)
 
 
+@pytest.mark.full
 def test_float16_products_of_huge_values_stay_finite():
     arrays = {name: x * 1000 for name, x in CASES["biased"].arrays("float16").items()}
     arrays["value"] = jnp.full_like(arrays["value"], 60000)  # sums of them leave float16
@@ -44,6 +48,7 @@ def test_float16_products_of_huge_values_stay_finite():
         np.testing.assert_allclose(found, 60000, rtol=2e-3)
 
 
+@pytest.mark.full
 def test_vmap():
     arrays = CASES["causal"].arrays("float32")
     twice = {name: jnp.stack([x, 2 * x]) for name, x in arrays.items()}

@@ -67,6 +67,7 @@ def test_unscaled_storage_loses_the_share_it_should():
     assert np.isnan(record["errors"]["unscaled"]["plain"])
 
 
+@pytest.mark.full
 def test_the_report_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(accuracy, "HARD_CASES", accuracy.HARD_CASES[3:4])
     monkeypatch.setattr(accuracy, "grid", lambda: iter([Case("hybrid", 10, 5)]))

@@ -1,5 +1,7 @@
 """The contract: every implementation, every named case, against float64."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from pasa_jax import SHIFTS, dot_product_attention
 from pasa_jax.call.backends import BACKENDS
 from tests.cases import CASES, TILES, Case, exact
+from tests.thin import some, some_tuples
 
 # Error allowed relative to the size of the output: a few units of the type.
 BOUND = {"float32": 4e-6, "bfloat16": 2e-2, "float16": 2.5e-3}
@@ -31,26 +34,19 @@ def check(case: Case, dtype: str, bound: float, **options):
     np.testing.assert_allclose(found / size, true_lse / size, atol=2 * bound, rtol=0)
 
 
-def thinned(dtypes):
-    """Every case in float32 and a third of them in 16 bits; `make test-full` has the others."""
-    often = list(CASES)[::3]
-    return [
-        pytest.param(
-            name,
-            dtype,
-            marks=() if dtype == "float32" or name in often else pytest.mark.full,
-        )
-        for name in CASES
-        for dtype in dtypes
-    ]
+@pytest.mark.parametrize("name", CASES)
+def test_lax_in_float32(name):
+    check(CASES[name], "float32", BOUND["float32"], implementation="lax", schedule=TILES)
 
 
-@pytest.mark.parametrize(("name", "dtype"), thinned(BOUND))
-def test_lax(name, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype"), some_tuples(product(CASES, ["float16", "bfloat16"]), 5, 1)
+)
+def test_lax_in_16_bits(name, dtype):
     check(CASES[name], dtype, BOUND[dtype], implementation="lax", schedule=TILES)
 
 
-@pytest.mark.parametrize(("name", "dtype"), thinned(["float32", "float16"]))
+@pytest.mark.parametrize(("name", "dtype"), some_tuples(product(CASES, ["float32", "float16"]), 3))
 def test_reference(name, dtype):
     check(CASES[name], dtype, BOUND[dtype], implementation="reference")
 
@@ -62,14 +58,25 @@ def test_the_table_of_implementations_is_the_one_tested():
 @pytest.mark.parametrize("shift", [s for s in SHIFTS if s != "paper"])
 @pytest.mark.parametrize(
     "name",
-    ["biased", "bottom right", "lengths, bottom right", "mask", "soft cap, causal, biased", "bias"],
+    some(
+        [
+            "biased",
+            "lengths, bottom right",
+            "bottom right",
+            "mask",
+            "soft cap, causal, biased",
+            "bias",
+        ],
+        4,
+        1,
+    ),
 )
 def test_every_shift(name, shift):
     check(CASES[name], "float16", 3e-3, shift=shift, schedule=TILES)
 
 
 @pytest.mark.parametrize(
-    "name", ["full", "lengths", "bottom right, fewer keys", "segments, causal"]
+    "name", some(["full", "lengths", "bottom right, fewer keys", "segments, causal"], 4, 1)
 )
 @pytest.mark.parametrize("precision", ["float16", "paper"])
 def test_paper_shift(name, precision):
@@ -78,7 +85,9 @@ def test_paper_shift(name, precision):
 
 
 @pytest.mark.parametrize("shift", ["none", "mean", "reference", "auto"])
-@pytest.mark.parametrize("name", ["biased", "causal", "window", "mask of keys", "sinks"])
+@pytest.mark.parametrize(
+    "name", some(["biased", "causal", "window", "mask of keys", "sinks"], 3, 1)
+)
 def test_behind_the_rounding(name, shift):
     """On a target whose products are rounded before anything can be done about it."""
     from dataclasses import replace
@@ -87,7 +96,9 @@ def test_behind_the_rounding(name, shift):
     check(CASES[name], "float16", 1e-2, shift=shift, schedule=schedule)
 
 
-@pytest.mark.parametrize("name", ["causal", "lengths, bottom right", "mask", "segments"])
+@pytest.mark.parametrize(
+    "name", some(["causal", "lengths, bottom right", "mask", "segments"], 2, 1)
+)
 def test_heads_at_once_equal_heads_in_turn(name):
     from dataclasses import replace
 

@@ -8,6 +8,7 @@ import pytest
 from pasa_jax import BackendUnsupported, Schedule, dot_product_attention, explain
 from pasa_jax.core import dropout as _dropout
 from tests.cases import CASES, TILES
+from tests.thin import some
 
 KEY = jax.random.key(7)
 DROP = {"dropout_rate": 0.3, "dropout_key": KEY}
@@ -77,7 +78,7 @@ def test_output_and_gradients_are_those_of_the_explicit_mask(implementation, bro
         np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("name", WALKS)
+@pytest.mark.parametrize("name", some(WALKS))
 def test_both_implementations_drop_the_same_weights(name):
     case = CASES[name]
     arrays = case.arrays("float32")
@@ -102,7 +103,7 @@ def test_both_implementations_drop_the_same_weights(name):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("shift", ["auto", "paper"])
+@pytest.mark.parametrize("shift", some(["auto", "paper"]))
 def test_every_shift_drops_them_in_float16(shift):
     case = CASES["biased"]
     arrays = case.arrays("float16")
@@ -175,6 +176,7 @@ def test_a_key_of_any_kind_drops_the_same_and_another_others(key):
     assert not np.allclose(a, b, atol=1e-2)
 
 
+@pytest.mark.full
 def test_checkpoint_and_vmap():
     arrays = CASES["full"].arrays("float32")
     q, k, v = arrays.values()

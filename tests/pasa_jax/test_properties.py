@@ -7,6 +7,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -94,20 +95,44 @@ def bound(q, k, seen, scale, dtype, shift, behind):
 KINDS = ["normal", "biased", "large", "one spike", "any size", "zero", "equal"]
 
 
-# The same examples every time, so that a failure is the change's doing; for others set
-# derandomize=False.
-@settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    shape=st.integers(0, len(SHAPES) - 1),
-    mask=st.integers(0, len(MASKS) - 1),
-    schedule=st.integers(0, len(SCHEDULES) - 1),
-    shift=st.sampled_from(SHIFTS),
-    dtype=st.sampled_from(list(UNIT)),
-    kinds=st.tuples(*[st.sampled_from(KINDS)] * 3),
-    rubbish=st.sampled_from([math.nan, math.inf, -math.inf, 65504.0]),
-    seed=st.integers(0, 2**20),
-)
-def test_attention(shape, mask, schedule, shift, dtype, kinds, rubbish, seed):
+EXAMPLES = {
+    "shape": st.integers(0, len(SHAPES) - 1),
+    "mask": st.integers(0, len(MASKS) - 1),
+    "schedule": st.integers(0, len(SCHEDULES) - 1),
+    "shift": st.sampled_from(SHIFTS),
+    "dtype": st.sampled_from(list(UNIT)),
+    "kinds": st.tuples(*[st.sampled_from(KINDS)] * 3),
+    "rubbish": st.sampled_from([math.nan, math.inf, -math.inf, 65504.0]),
+    "seed": st.integers(0, 2**20),
+}
+
+
+def examples(count):
+    """The same ones every time, so that a failure is the change's doing; for others set
+    derandomize=False.
+    """
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@examples(20)
+@given(**EXAMPLES)
+def test_attention(**example):
+    holds(**example)
+
+
+@pytest.mark.full
+@examples(160)
+@given(**EXAMPLES)
+def test_attention_on_more(**example):
+    holds(**example)
+
+
+def holds(shape, mask, schedule, shift, dtype, kinds, rubbish, seed):
     t, s, n, kv, d, e = SHAPES[shape]
     rng = np.random.default_rng(seed)
     shapes = ((2, t, n, d), (2, s, kv, d), (2, s, kv, e))

@@ -9,6 +9,7 @@ import pytest
 
 from pasa_jax import REASONS, SHIFTS, dot_product_attention
 from tests.cases import CASES, TILES, visible
+from tests.thin import some
 
 BEHIND = replace(TILES, target="ascend_910b")
 
@@ -21,7 +22,9 @@ def collect(arrays, schedule=TILES, **keywords):
     return out, found
 
 
-@pytest.mark.parametrize("name", ["full", "causal", "lengths", "mask", "biased", "one query"])
+@pytest.mark.parametrize(
+    "name", some(["full", "causal", "lengths", "mask", "biased", "one query"], 3, 1)
+)
 def test_against_the_whole_matrix(name):
     case = CASES[name]
     arrays = case.arrays("float16")

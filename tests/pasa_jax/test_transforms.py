@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pasa_jax import dot_product_attention
 from pasa_jax.call import differentiation as _attend
 from tests.cases import CASES, TILES
+from tests.thin import only
 
 attend = partial(dot_product_attention, is_causal=True, schedule=TILES, implementation="lax")
 
@@ -40,6 +41,7 @@ def test_vmap(qkv):
     close(shared[2], attend(-qkv[0], *qkv[1:]))
 
 
+@pytest.mark.full
 def test_vmap_over_lengths(qkv):
     lengths = jnp.asarray([[5, 50], [30, 1]], jnp.int32)
     found = jax.vmap(lambda n: attend(*qkv, key_value_seq_lengths=n))(lengths)
@@ -53,6 +55,7 @@ def test_vmap_of_grad_and_grad_of_vmap(qkv):
     close(a, b, 1e-5)
 
 
+@pytest.mark.full
 def test_value_and_grad_and_jacrev(qkv):
     value, grad = jax.value_and_grad(loss)(*qkv)
     close(value, loss(*qkv), 1e-3)
@@ -63,10 +66,12 @@ def test_value_and_grad_and_jacrev(qkv):
     assert grad.shape == qkv[0].shape
 
 
+@pytest.mark.full
 def test_checkpoint(qkv):
     close(jax.grad(jax.checkpoint(loss), (0, 1, 2))(*qkv), jax.grad(loss, (0, 1, 2))(*qkv), 1e-5)
 
 
+@pytest.mark.full
 def test_scan_over_layers(qkv):
     q, k, v = qkv
     v = jnp.concatenate([v, v[..., :4]], axis=-1)
@@ -94,6 +99,7 @@ def test_concrete_and_traced_scale_agree(qkv):
 
 
 SHARDED = """
+BATCH_HEADS, SHIFTS = (True,), ("auto",)
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, PartitionSpec as P
 from pasa_jax import dot_product_attention, Schedule
@@ -102,9 +108,9 @@ rng = np.random.default_rng(0)
 q, k, v = (jnp.asarray(rng.standard_normal((2, 40, h, 16)), jnp.float16) for h in (4, 2, 2))
 mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2), ("batch", "heads"))
 spec = P("batch", None, "heads", None)
-for batch_heads in (False, True):
+for batch_heads in BATCH_HEADS:
     tiles = Schedule(block_q=32, block_kv=16, batch_heads=batch_heads)
-    for shift in ("auto", "mean"):
+    for shift in SHIFTS:
         def attend(q, k, v):
             return dot_product_attention(q, k, v, is_causal=True, schedule=tiles, shift=shift)
         sharded = jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
@@ -125,7 +131,7 @@ print("sharded")
 
 
 # The default mesh of `jax.make_mesh`: what an array is sharded over stands in its type.
-EXPLICIT = """
+PLACED = """
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -148,6 +154,8 @@ plain, gradients = attend(q, k, v), jax.grad(loss(attend), (0, 1, 2))(q, k, v)
 spec = ("batch", None, "heads", None)
 placed = [put(x, *spec) for x in (q, k, v)]
 np.testing.assert_allclose(attend(*placed), plain, atol=3e-6)  # without a mesh in the context
+"""
+EXPLICIT = """
 with jax.set_mesh(mesh):
     assert explain(*placed).implementation == "lax"
     peer = jax.nn.dot_product_attention(*placed)
@@ -159,6 +167,17 @@ with jax.set_mesh(mesh):
     for a, b in zip(found, gradients):
         assert kind(a) == P(*spec)
         np.testing.assert_allclose(a, b, atol=3e-5)
+    for wrong in ((None, "batch", None, None), (None, None, None, "batch")):
+        try:
+            attend(put(q, *wrong), *placed[1:])
+            raise AssertionError("accepted")
+        except ValueError as error:
+            assert "`query` must be sharded over its batch and its heads alone" in str(error)
+            assert "jax.shard_map" in str(error)
+print("sharded")
+"""
+EXPLICIT_MORE = """
+with jax.set_mesh(mesh):
     options = {"return_residual": True, "return_statistics": True}
     _, lse, seen = attend(*placed, **options)
     assert kind(lse) == P("batch", None, "heads")
@@ -182,13 +201,6 @@ with jax.set_mesh(mesh):
     np.testing.assert_allclose(single, plain[0], atol=3e-6)
     several = jax.vmap(attend)(*(jnp.stack([x, x]) for x in placed))
     assert kind(several) == P(None, *spec)
-    for wrong in ((None, "batch", None, None), (None, None, None, "batch")):
-        try:
-            attend(put(q, *wrong), *placed[1:])
-            raise AssertionError("accepted")
-        except ValueError as error:
-            assert "`query` must be sharded over its batch and its heads alone" in str(error)
-            assert "jax.shard_map" in str(error)
     module = nnx.MultiHeadAttention(
         4, 32, decode=False, rngs=nnx.Rngs(0), attention_fn=plugin.attention_fn(schedule=tiles)
     )
@@ -199,7 +211,15 @@ print("sharded")
 """
 
 
-@pytest.mark.parametrize("script", [SHARDED, EXPLICIT], ids=["shard_map", "explicit"])
+SCRIPTS = {
+    "shard_map": SHARDED,
+    "explicit": PLACED + EXPLICIT,
+    "shard_map, more": SHARDED.replace('(True,), ("auto",)', '(False, True), ("auto", "mean")'),
+    "explicit, more": PLACED + EXPLICIT_MORE,
+}
+
+
+@pytest.mark.parametrize("script", only(list(SCRIPTS)[:2], SCRIPTS))
 def test_sharded_over_batch_and_heads(script):
     """With check_vma on, on four devices; they must exist before jax starts, hence a process."""
     import os
@@ -210,7 +230,11 @@ def test_sharded_over_batch_and_heads(script):
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     env = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPTS[script]],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.strip() == "sharded", done.stderr[-2000:]
 

@@ -10,6 +10,7 @@ from pasa_jax.call.api import canonical
 from pasa_jax.diagnostics import inspect
 from pasa_jax.diagnostics._forms import DTYPES, FORMS, _exact, _sample
 from pasa_jax.evidence.plain import float64_attention, plain_attention
+from tests.thin import some
 
 RNG = np.random.default_rng(1)
 
@@ -40,7 +41,7 @@ def relative(out, exact):
     return rms(np.asarray(out, np.float64)[0, at] - exact) / rms(exact - mean)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", some(DTYPES))
 def test_they_are_the_public_functions(errors, dtype):
     exact = float64_attention(*BIASED, is_causal=True)
     narrow = [x.astype(dtype) for x in BIASED]
@@ -104,6 +105,7 @@ def test_exact_is_the_reference(name):
     np.testing.assert_allclose(found, np.asarray(out)[0, at], atol=2e-6)
 
 
+@pytest.mark.full
 def test_without_a_scale_there_is_no_matrix_of_the_paper():
     found = report_of(*BIASED, scale=0.0).calls[0].errors["float16"]
     assert set(FORMS) - set(found) == {"paper"}

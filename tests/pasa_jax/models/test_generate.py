@@ -67,6 +67,7 @@ def test_samples_follow_the_distribution():
     np.testing.assert_allclose(share, jax.nn.softmax(logits / 0.7), atol=0.03)
 
 
+@pytest.mark.full
 def test_samples_follow_the_key(model):
     texts = [
         model.generate(PROMPTS, 8, temperature=2.0, key=jax.random.key(i)).tolist()

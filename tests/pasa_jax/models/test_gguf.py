@@ -14,6 +14,7 @@ from pasa_jax._extras import require
 from pasa_jax.models import Decoder, _gguf_file, decoder
 from tests.pasa_jax.models import answers
 from tests.pasa_jax.models.directories import CONFIG, LLAMA, tensors, write, write_gguf
+from tests.thin import some
 
 gguf = pytest.importorskip("gguf", reason='pip install "pasa-jax[models]"')
 forward = jax.jit(Decoder.__call__)
@@ -70,7 +71,7 @@ def quantized(config, name):
     return stored, lambda key: kind if key in matrices else None, true
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", some(QUANTIZED, 4))
 def test_a_quantized_qwen2(name, tmp_path):
     stored, kind, true = quantized(WIDE, name)
     write(tmp_path, WIDE, true)
