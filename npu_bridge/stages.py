@@ -21,8 +21,8 @@ from npu_bridge.ir import C_TYPES, Node
 from npu_bridge.lowering import Equation, Lowering, Scalar, Value, Var, flatten
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
-from pasa_jax.core.prepare import Plan
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.walk import Walk
 

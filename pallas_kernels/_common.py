@@ -15,9 +15,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from pasa_jax.core.errors import BackendUnsupported
+from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
-from pasa_jax.core.operands import Keep, Operands, Result
-from pasa_jax.core.prepare import Plan
+from pasa_jax.core.operands import Operands, Result, Wanted
+from pasa_jax.core.plan import Plan
 from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
@@ -99,7 +100,7 @@ def repaired(
     operands: Operands,
     mask: Mask,
     plan: Plan,
-    keep: Keep,
+    wanted: Wanted,
     platform: str,
 ) -> Result:
     """What ``kernel`` gives, or where it says that something is wrong, what the lax walk gives,
@@ -111,7 +112,7 @@ def repaired(
     """
     if not plan.interpret:
         operands = operands._replace(query=_only_on(platform).bind(operands.query))
-    found, bad = kernel(operands, mask, plan, keep=keep)
+    found, bad = kernel(operands, mask, plan, wanted=wanted)
     if _flags is not None:
         _flags.append(bad)
         return found
@@ -120,8 +121,8 @@ def repaired(
 
     def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:
         del carry
-        careful = _lax.forward(operands, mask, replace(plan, schedule=schedule), keep=keep)
-        return _lax.varying((jnp.zeros_like(bad), careful), (operands, mask))
+        careful = _lax.forward(operands, mask, replace(plan, schedule=schedule), wanted=wanted)
+        return varying((jnp.zeros_like(bad), careful), (operands, mask))
 
     # A loop, not a cond: under vmap a cond would always compute both sides.
     return lax.while_loop(lambda carry: carry[0], again, (bad, found))[1]

@@ -24,11 +24,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._common import bound, narrowed, repaired, without_arrays
 from pasa_jax.core import tile
+from pasa_jax.core.heads import heads_at_once, varying
 from pasa_jax.core.mask import Index, Mask, div
-from pasa_jax.core.operands import Keep, Operands, Result
-from pasa_jax.core.prepare import HeadFacts, Plan, prepare
+from pasa_jax.core.operands import Operands, Result, Wanted
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.prepare import HeadFacts, prepare
 from pasa_jax.core.walk import Walk
-from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 Ref = Any
@@ -65,7 +66,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
         return "there is nothing to compute"
     if plan.shift == "paper" or "float16" in (precision.statistics, precision.accumulator):
         return "it keeps float32 statistics, and does not mix keys by the matrix of 'paper'"
-    if plan.resolved == "reference" and not plan.reachable:
+    if plan.storage is tile.Storage.LAGGING:
         return "'reference' needs a float32 product: use the shift 'mean', or products='float32'"
     for name, length in (("block_q", mask.query_length), ("block_kv", mask.key_length)):
         block = getattr(schedule, name)
@@ -180,7 +181,7 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
     if o.key.dtype != jnp.float16:  # whose products cannot leave float32
         largest = jnp.max(jnp.abs(o.key.astype(jnp.float32)), axis=(1, 3))
         inputs = inputs._replace(largest_key=largest)
-    if not plan.needs_kappa() and plan.reachable:
+    if not plan.storage.uses_kappa and not plan.rounds_products:
         return inputs
     return _prepared(inputs, o, mask, plan, specs)
 
@@ -206,7 +207,7 @@ def _prepared(inputs: Inputs, o: Operands, mask: Mask, plan: Plan, specs: Specs)
         flat = jax.vmap(shifted)(tiles, facts.kappa).reshape(-1, key.shape[1])
         return flat[: len(key)], facts
 
-    key, facts = _lax.heads_at_once(of, len(o.key), heads)
+    key, facts = heads_at_once(of, len(o.key), heads)
 
     def rows(x: Array) -> Array:  # [B, K, T, G] -> [B, T, N]
         return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
@@ -214,7 +215,7 @@ def _prepared(inputs: Inputs, o: Operands, mask: Mask, plan: Plan, specs: Specs)
     inputs = inputs._replace(key=jnp.swapaxes(key, 1, 2))
     if facts.kappa is not None:
         inputs = inputs._replace(kappa=jnp.swapaxes(facts.kappa, 1, 2))
-    if plan.reachable:
+    if not plan.rounds_products:
         return inputs
     guard = None if facts.guard is None else tile.Guard(*map(rows, facts.guard))
     return inputs._replace(guard=guard, value_gain=facts.value_gain)
@@ -417,12 +418,12 @@ def _kernel(
             plgpu.store(view, x, mask=in_rows)
 
 
-def forward(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
+def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Result:
     """Attention of all heads; the lax walk repairs what the kernel found not to be right."""
-    return repaired(kernel, operands, mask, plan, keep, "cuda")
+    return repaired(kernel, operands, mask, plan, wanted, "cuda")
 
 
-def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[Result, Array]:
+def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tuple[Result, Array]:
     """What the kernel alone gives, and [] bool: whether something in it may not be right."""
     schedule = plan.schedule
     # Problems smaller than a tile have cut it; a tile that is larger than they are is masked.
@@ -437,21 +438,21 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
     kernel_plan = replace(plan, dialect=dialect)
     (b, t, n, _), e = operands.query.shape, operands.value.shape[-1]
     out_type = operands.query.dtype
-    varies = jax.typeof(_lax.varying(jnp.zeros(()), (operands, mask))).manual_axis_type
+    varies = jax.typeof(varying(jnp.zeros(()), (operands, mask))).manual_axis_type
 
-    def wanted(wide: Any, flag: Any, column: Any) -> Outputs:
-        if keep == "residuals":
+    def parts(wide: Any, flag: Any, column: Any) -> Outputs:
+        if wanted == "residuals":
             return Outputs(wide, flag, column, column, column, wide)
-        return Outputs(wide, flag, column if keep == "lse" else None)
+        return Outputs(wide, flag, column if wanted == "lse" else None)
 
     def shape(dtype: Any, *axes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((b, *axes), dtype, manual_axis_type=varies)
 
     rows = specs.padded(t, "rows")
-    shapes = wanted(
+    shapes = parts(
         shape(out_type, t, n, e), shape(jnp.float32, n, specs.query_tiles), shape(jnp.float32, t, n)
     )
-    blocks = wanted(
+    blocks = parts(
         pl.BlockSpec((None, rows, None, specs.padded_value), lambda i, n, b: (b, 0, n, 0)),
         pl.BlockSpec((None, None, specs.query_tiles), lambda i, n, b: (b, n, 0)),
         pl.BlockSpec((None, rows, None), lambda i, n, b: (b, 0, n)),
@@ -473,4 +474,4 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
     with jax.enable_x64(False):  # neither compiler takes 64-bit loop counters
         outs = call(inputs)
     found = Result(outs.out, outs.lse, outs.m, outs.l, outs.remainder)
-    return found.only(keep), jnp.any(outs.flag != 0)
+    return found.only(wanted), jnp.any(outs.flag != 0)

@@ -22,12 +22,13 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._common import bound, narrowed, repaired, without_arrays
 from pallas_kernels._float16 import from_bits, to_bits
 from pasa_jax.core import tile
+from pasa_jax.core.heads import heads_at_once, varying
 from pasa_jax.core.mask import Index, Mask
-from pasa_jax.core.operands import Keep, Operands, Result
-from pasa_jax.core.prepare import Plan, prepare
+from pasa_jax.core.operands import Operands, Result, Wanted
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.prepare import prepare
 from pasa_jax.core.target import MIB, find_target
 from pasa_jax.core.walk import Walk
-from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 Ref = Any
@@ -193,7 +194,7 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         key=to_bits(jnp.swapaxes(o.key, 1, 2)),
         value=to_bits(jnp.swapaxes(o.value, 1, 2)),
         scale=o.scale.astype(jnp.float32).reshape(1),
-        kappa=_kappa(o, mask, plan, specs) if plan.needs_kappa() else None,
+        kappa=_kappa(o, mask, plan, specs) if plan.storage.uses_kappa else None,
         bias=per_head(narrowed(o.bias)),
         sinks=narrowed(o.sinks),
         array=per_head(None if mask.array is None else mask.array.astype(jnp.int8)),
@@ -217,7 +218,7 @@ def _kappa(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Array:
         assert found.kappa is not None
         return found.kappa
 
-    kappa = _lax.heads_at_once(of, len(o.key), heads)
+    kappa = heads_at_once(of, len(o.key), heads)
     return to_bits(jnp.repeat(kappa[:, :, :, None], 16, axis=3))
 
 
@@ -411,12 +412,12 @@ def _query_tile(walk: RefWalk, start: Index, outs: Outputs, out_type: jnp.dtype)
             ref[0, 0] = x.reshape(walk.groups, 1, walk.block_q)
 
 
-def forward(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result:
+def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Result:
     """Attention of all heads; the lax walk repairs what the kernel found not to be finite."""
-    return repaired(kernel, operands, mask, plan, keep, "tpu")
+    return repaired(kernel, operands, mask, plan, wanted, "tpu")
 
 
-def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[Result, Array]:
+def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tuple[Result, Array]:
     """What the kernel alone gives, and [] bool: whether something in it is not finite."""
     specs = Specs.of(operands, mask, plan)
     inputs = _inputs(operands, mask, plan, specs)
@@ -427,7 +428,7 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
     kernel_type = jnp.dtype(jnp.float32) if half else out_type
     (b, t), e = operands.query.shape[:2], operands.value.shape[-1]
     heads = (b, specs.heads, specs.groups)
-    varies = jax.typeof(_lax.varying(jnp.zeros(()), (operands, mask))).manual_axis_type
+    varies = jax.typeof(varying(jnp.zeros(()), (operands, mask))).manual_axis_type
 
     def shape(*axes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(axes, dtype, manual_axis_type=varies)
@@ -443,10 +444,10 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
     )
     flag_block = pl.BlockSpec((1, 1, 1, 1, LANES), lambda b, h, i: (b, h, i, 0, 0))
 
-    def wanted(wide: Any, flag: Any, column: Any) -> Outputs:
-        if keep == "residuals":
+    def parts(wide: Any, flag: Any, column: Any) -> Outputs:
+        if wanted == "residuals":
             return Outputs(wide, flag, column, column, column, None if half else wide)
-        return Outputs(wide, flag, column if keep == "lse" else None)
+        return Outputs(wide, flag, column if wanted == "lse" else None)
 
     call = pl.pallas_call(
         partial(
@@ -454,8 +455,8 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
         ),
         grid=(b, specs.heads, specs.query_tiles),
         in_specs=(_in_specs(inputs, specs),),
-        out_specs=wanted(wide_block, flag_block, column_block),
-        out_shape=wanted(wide, flag, column),
+        out_specs=parts(wide_block, flag_block, column_block),
+        out_shape=parts(wide, flag, column),
         scratch_shapes=[pltpu.VMEM((1, operands.key.shape[-1]), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel"),
@@ -477,4 +478,4 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> tuple[R
     if half:
         out, remainder = tile.rounded(out, out_type, clip=plan.promises_finite)
     found = Result(out, statistics(outs.lse), statistics(outs.m), statistics(outs.l), remainder)
-    return found.only(keep), jnp.any(jnp.isnan(outs.flag))
+    return found.only(wanted), jnp.any(jnp.isnan(outs.flag))

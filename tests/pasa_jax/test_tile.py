@@ -7,7 +7,7 @@ import pytest
 
 from pasa_jax import Precision
 from pasa_jax.core import tile
-from pasa_jax.core.prepare import paper_blocks
+from pasa_jax.core.shifts import paper_blocks
 
 R, N, D, E = 16, 32, 8, 4
 
