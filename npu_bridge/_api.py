@@ -10,11 +10,10 @@ from npu_bridge import checks
 from npu_bridge import emulation as _run
 from npu_bridge import prediction as _cost
 from npu_bridge import project as _emit
-from npu_bridge.errors import PlanError
 from npu_bridge.program import Program, build
 from npu_bridge.stages import Kernel
 from pasa_jax.core.checks import positive, window
-from pasa_jax.core.errors import ScheduleError, check_choice, wrong
+from pasa_jax.core.errors import PlanError, ScheduleError, check_choice, wrong
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.shifts import check_beta
