@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 
 from pasa_jax.core.target import KIB, TARGETS
 
@@ -85,8 +86,6 @@ class Report:
 
 def device(target: str) -> Any:
     """A device of the kind of ``target``, good for compiling only."""
-    from jax.experimental import topologies
-
     topology, gpu = TARGETS[target].topology, TARGETS[target].gpu
     if topology is not None:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pasa_jax.call.differentiation import Core, Forward, attend
+from pasa_jax.call.differentiation import Core, Forward, differentiable_attention
 from pasa_jax.core.errors import BackendUnsupported, check_choice, wrong
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
@@ -65,7 +65,7 @@ class Reference(Backend):
     def run(
         self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
     ) -> Outputs:
-        return reference.attend(operands, mask, plan)
+        return reference.attention(operands, mask, plan)
 
 
 class Lax(Backend):
@@ -77,7 +77,7 @@ class Lax(Backend):
     def run(
         self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
     ) -> Outputs:
-        return attend(Core(_lax.forward, plan, lse), operands, mask)
+        return differentiable_attention(Core(_lax.forward, plan, lse), operands, mask)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Pallas(Backend):
     ) -> Outputs:
         elsewhere_lax = anywhere and not plan.interpret
         forward = self._forward_or_lax if elsewhere_lax else self._module.forward
-        return attend(Core(forward, plan, lse), operands, mask)
+        return differentiable_attention(Core(forward, plan, lse), operands, mask)
 
     def _forward_or_lax(
         self, operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted

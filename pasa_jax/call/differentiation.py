@@ -38,7 +38,9 @@ class Core:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(core: Core, operands: Operands, mask: Mask) -> tuple[Array, Array | None]:
+def differentiable_attention(
+    core: Core, operands: Operands, mask: Mask
+) -> tuple[Array, Array | None]:
     """Output [B, T, N, E] and log-sum-exp [B, T, N], both differentiable in reverse mode.
 
     The backward pass recomputes the scores from O(T + S) residuals, whatever computed the
@@ -94,4 +96,4 @@ def _reduced(cotangent: Array, operand: Array) -> Array:
     return jax.lax.psum(cotangent, axes) if axes else cotangent
 
 
-attend.defvjp(_forward, _backward)
+differentiable_attention.defvjp(_forward, _backward)

@@ -43,7 +43,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     return None
 
 
-def attend(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
+def attention(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
     """Output [B, T, N, E] and log-sum-exp [B, T, N] of softmax(scale·Q·Kᵀ + bias)·V."""
     wide = wide_type(operands.query.dtype)
     highest = jax.lax.Precision.HIGHEST
