@@ -18,7 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels.aot import GPUS, TPU_TOPOLOGIES, Compiler, Report
+from pallas_kernels.aot import Compiler
+from pallas_kernels.worker import COMPILED, Report
 from pasa_jax import Schedule
 from pasa_jax.core.target import find_target
 
@@ -124,7 +125,8 @@ def main(
     console = Console(width=240)
     failures, found = [], []
     with Compiler(limit=900) as compiler:
-        for kind, known in (("tpu", tuple(TPU_TOPOLOGIES)), ("gpu", tuple(GPUS))):
+        for kind in ("tpu", "gpu"):
+            known = [t for t in COMPILED if find_target(t).kind == kind]
             columns = [
                 (t, d)
                 for t in known

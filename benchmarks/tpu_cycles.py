@@ -32,7 +32,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels.aot import Compiler, Report
+from pallas_kernels.aot import Compiler
+from pallas_kernels.worker import Report
 from pasa_jax import Schedule
 
 HEADS, SIZE = 8, 128

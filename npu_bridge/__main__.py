@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import npu_bridge
 from npu_bridge import _api
-from npu_bridge.errors import EmulationError, LoweringError
+from pasa_jax.core.errors import EmulationError, LoweringError
 from pasa_jax.core.schedule import TUNED
 
 try:

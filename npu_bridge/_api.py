@@ -10,11 +10,10 @@ from npu_bridge import checks
 from npu_bridge import emulation as _run
 from npu_bridge import prediction as _cost
 from npu_bridge import project as _emit
-from npu_bridge.errors import PlanError
 from npu_bridge.program import Program, build
 from npu_bridge.stages import Kernel
-from pasa_jax.call.api import _positive, _window
-from pasa_jax.core.errors import ScheduleError, check_choice, wrong
+from pasa_jax.core.checks import positive, window
+from pasa_jax.core.errors import PlanError, ScheduleError, check_choice, wrong
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.shifts import check_beta
@@ -97,10 +96,10 @@ def kernel(
         schedule=schedule or _schedule(target, head_dim, value_head_dim, dtype, is_causal),
         is_causal=is_causal,
         causal_alignment=causal_alignment,
-        window=_window(local_window_size),
+        window=window(local_window_size),
         logits_soft_cap=None
         if logits_soft_cap is None
-        else _positive("logits_soft_cap", logits_soft_cap),
+        else positive("logits_soft_cap", logits_soft_cap),
         beta=beta,
         bias=bias,
         lengths=lengths,

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import pasa_jax
-from npu_bridge.errors import EmulationError
 from npu_bridge.project import read_description
 from npu_bridge.stages import Kernel
+from pasa_jax.core.errors import EmulationError
 
 EMULATOR = Path(__file__).parent / "emulator"
 POLICIES = ("round_robin", "random 1", "all")

@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from npu_bridge.errors import PlanError
 from npu_bridge.ir import ITEMSIZE
 from npu_bridge.stages import Kernel
+from pasa_jax.core.errors import PlanError
 from pasa_jax.core.shifts import optimal_beta, paper_matrix
+from pasa_jax.core.target import TARGETS, find_target
 
 # The letters of a shape in the names of `PasaRun` and make_tiling.h.
 LETTERS = {
@@ -52,11 +53,6 @@ _TYPES = {
     "bfloat16_t": ("bfloat16", "BF16", "BF16"),
     "float": ("float32", "FLOAT", "FLOAT"),
     "int32_t": ("int32", "INT32", "INT32"),
-}
-# Of a target: what CANN calls its architecture, the chips that share it, and one of them in full.
-_CHIPS = {
-    "ascend_910b": ("dav-2201", ("ascend910b", "ascend910_93"), "Ascend910B1"),
-    "ascend_950": ("dav-3510", ("ascend950",), "Ascend950PR_9599"),
 }
 
 
@@ -113,9 +109,11 @@ def values(kernel: Kernel, arguments: list[tuple[str, str]]) -> dict[str, Any]:
       PlanError: CANN has no project of this kind for the schedule's target.
     """
     target = kernel.schedule.target
-    if target not in _CHIPS:
-        raise PlanError(f"`schedule.target` must be one of {', '.join(_CHIPS)}; got {target}")
-    arch, units, soc = _CHIPS[target]
+    chip = find_target(target).ascend
+    if chip is None:
+        names = ", ".join(name for name, x in TARGETS.items() if x.ascend is not None)
+        raise PlanError(f"`schedule.target` must be one of {names}; got {target}")
+    arch, units, soc = chip.architecture, chip.units, chip.product
     described = [argument(kernel, *a) for a in arguments]
     inputs = [a for a in described if a.source != "output"]
     info = jnp.finfo(kernel.dtype)

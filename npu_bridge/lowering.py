@@ -21,7 +21,6 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from npu_bridge.errors import LoweringError, PlanError
 from npu_bridge.ir import (
     C_TYPES,
     ITEMSIZE,
@@ -35,6 +34,7 @@ from npu_bridge.ir import (
     Slice,
     times,
 )
+from pasa_jax.core.errors import LoweringError, PlanError
 
 _REDUCES = {"Max": "Max", "Min": "Min", "Add": "Sum"}
 BLOCK, REPEAT = 32, 256  # bytes of a block, and of a vector instruction's repeat

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from npu_bridge.errors import PlanError
 from npu_bridge.ir import Buffer, For, Instruction, Node, Slice, walk
+from pasa_jax.core.errors import PlanError
 from pasa_jax.core.target import find_target
 
 _ALIGN = 32

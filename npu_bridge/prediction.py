@@ -370,7 +370,7 @@ def _heard(run: _CoreRun, flag: int, cube: _CoreRun, vectors: list[_CoreRun]) ->
 
 def tuned(kernel: Kernel, *, queries: int = 4096) -> Schedule:
     """The schedule whose predicted time is the least, of those that fit."""
-    from npu_bridge.errors import PlanError
+    from pasa_jax.core.errors import PlanError
 
     best: tuple[float, Schedule] | None = None
     failed: PlanError | None = None

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from npu_bridge import stages
-from npu_bridge.errors import PlanError
 from npu_bridge.ir import (
     C_TYPES,
     ITEMSIZE,
@@ -43,6 +42,7 @@ from npu_bridge.ir import (
 from npu_bridge.lowering import Lowering, Scalar, Value, Vector
 from npu_bridge.memory import Memory, frees_before
 from npu_bridge.stages import COLUMNS, Kernel
+from pasa_jax.core.errors import PlanError
 
 # Names of numbers in the functions, which values must not take.
 _NUMBERS = ("row", "slot", "first", "place", "lane", "slab", "unit", "valid", "keys", "count")

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
-from npu_bridge.errors import LoweringError
 from npu_bridge.ir import C_TYPES, Node
 from npu_bridge.lowering import Equation, Lowering, Scalar, Value, Var, flatten
 from pasa_jax.core import tile
+from pasa_jax.core.errors import LoweringError
 from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
-from pasa_jax.core.prepare import Plan
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.walk import Walk
 

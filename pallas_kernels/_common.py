@@ -1,12 +1,11 @@
-"""What both kernels need around them."""
+"""What the two kernels have in common: refusals, inputs, outputs, and the repair of a result."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,42 +14,81 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from pasa_jax.core.errors import BackendUnsupported
+from pasa_jax.core.heads import heads_at_once, varying
 from pasa_jax.core.mask import Mask
-from pasa_jax.core.operands import Keep, Operands, Result
-from pasa_jax.core.prepare import Plan
+from pasa_jax.core.operands import Operands, Result, Wanted
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.prepare import HeadFacts, prepare
 from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 Ref = Any
 
-_ROWS = 128
+_REPAIR_ROWS = 128  # of a tile
+
+
+def refusal(operands: Operands, mask: Mask, no_float64: str) -> str | None:
+    """None, or the reason why neither kernel can run the call.
+
+    Arguments:
+      no_float64: the reason for float64.
+    """
+    if mask.dropout is not None:
+        return "it has no dropout"
+    if str(operands.query.dtype) == "float64":
+        return no_float64
+    if 0 in operands.query.shape or 0 in operands.key.shape or 0 in operands.value.shape:
+        return "there is nothing to compute"
+    return None
 
 
 def narrowed(x: Array | None) -> Array | None:
-    """float64 as float32, the widest type that kernels have; scores have no more either."""
+    """x with float64 as float32, the widest type that kernels have."""
     return x.astype(jnp.float32) if x is not None and x.dtype == jnp.float64 else x
 
 
+def of_heads(
+    o: Operands,
+    mask: Mask,
+    plan: Plan,
+    block_q: int,
+    look: Callable[[Operands, HeadFacts], Any],
+) -> Any:
+    """``look(operands, facts)`` of every key head, stacked [B, K, …]; `prepare` finds the facts."""
+    heads = o.key.shape[2]
+    groups = o.query.shape[2] // heads
+
+    def of(b: Array, h: Array) -> Any:
+        one = o.head(b, h)
+        of_head = mask.head(b, h, groups)
+        arrays = (one.query, one.key, one.value, one.scale)
+        return look(one, prepare(*arrays, of_head, plan, block_q))
+
+    return heads_at_once(of, len(o.key), heads)
+
+
 def without_arrays(mask: Mask) -> Mask:
-    """The mask that a kernel is traced with: a walk asks it only whether segments and array are
-    there, and reads them from the refs; `bound` gives it its lengths.
+    """The mask that a kernel is traced with.
+
+    Its walk asks the mask only whether there are segments and an array, and reads them from the
+    refs. `bound` adds the lengths.
     """
 
-    def there(x: Array | None) -> Any:
+    def present(x: Array | None) -> Any:
         return None if x is None else ()
 
     return replace(
         mask,
         query_lengths=None,
         key_lengths=None,
-        query_segments=there(mask.query_segments),
-        key_segments=there(mask.key_segments),
-        array=there(mask.array),
+        query_segments=present(mask.query_segments),
+        key_segments=present(mask.key_segments),
+        array=present(mask.array),
     )
 
 
 def bound(mask: Mask, query_length: Ref | None, key_length: Ref | None, *at: Array) -> Mask:
-    """``mask`` with the lengths of a program's batch entry, in SMEM or behind a pointer."""
+    """``mask`` with the lengths of a program's batch entry, read from the refs."""
     place = at or ...
 
     def read(ref: Ref | None) -> Array | None:
@@ -59,10 +97,44 @@ def bound(mask: Mask, query_length: Ref | None, key_length: Ref | None, *at: Arr
     return replace(mask, query_lengths=read(query_length), key_lengths=read(key_length))
 
 
+class Outputs(NamedTuple):
+    """A kernel's outputs, as far as they are wanted, in axes as the kernel lays them out.
+
+    TPU: [B, K, G, T, E], columns [B, K, G, 1, T], the flag [B, K, query tiles, 1, 128].
+    GPU: [B, T, N, E], columns [B, T, N], the flag [B, N, query tiles].
+    """
+
+    out: Any  # on a TPU float32 for float16
+    flag: Any  # 0 where all is right; on a TPU else NaN
+    lse: Any = None
+    m: Any = None
+    l: Any = None  # noqa: E741
+    remainder: Any = None  # as out; on a TPU None for float16
+
+    @staticmethod
+    def of(wanted: Wanted, out: Any, flag: Any, column: Any, remainder: Any) -> Outputs:
+        """The outputs that are ``wanted``, each made like one of these.
+
+        Arguments:
+          out, flag, remainder: for the outputs of that name.
+          column: for lse, m and l.
+        """
+        if wanted == "residuals":
+            return Outputs(out, flag, column, column, column, remainder)
+        return Outputs(out, flag, column if wanted == "lse" else None)
+
+
+def shape_maker(operands: Operands, mask: Mask) -> Callable[..., jax.ShapeDtypeStruct]:
+    """Makes shapes of outputs that vary over the mesh axes over which the inputs vary."""
+    varies = jax.typeof(varying(jnp.zeros(()), (operands, mask))).manual_axis_type
+    return partial(jax.ShapeDtypeStruct, manual_axis_type=varies)
+
+
 @cache
 def _only_on(platform: str) -> Primitive:
-    """x as it is, where a program is lowered for ``platform``; elsewhere the error that Pallas'
-    compiler would not put into words.
+    """The identity where a program is lowered for ``platform``; elsewhere an error.
+
+    The error says what Pallas' own compiler does not: what is wrong, and the way out.
     """
     primitive = Primitive(f"only_on_{platform}")
     primitive.def_abstract_eval(lambda x: x)
@@ -80,48 +152,30 @@ def _only_on(platform: str) -> Primitive:
     return primitive
 
 
-_flags: list[Array] | None = None
-
-
-@contextlib.contextmanager
-def without_repair() -> Iterator[list[Array]]:
-    """While a call is traced: nothing is repaired, and what would have asked for it is listed."""
-    global _flags
-    _flags = []
-    try:
-        yield _flags
-    finally:
-        _flags = None
-
-
 def repaired(
     kernel: Callable[..., tuple[Result, Array]],
     operands: Operands,
     mask: Mask,
     plan: Plan,
-    keep: Keep,
+    wanted: Wanted,
     platform: str,
 ) -> Result:
-    """What ``kernel`` gives, or where it says that something is wrong, what the lax walk gives,
-    which has the guard.
+    """The result of ``kernel``; where that says something is wrong, the result of the lax walk.
 
     Arguments:
       platform: what JAX calls the kernel's machines.
-      kernel: gives a result and [] bool, whether something in it is not finite or not certain.
+      kernel: returns a result, and [] bool, whether something in it is not finite or not certain.
     """
     if not plan.interpret:
         operands = operands._replace(query=_only_on(platform).bind(operands.query))
-    found, bad = kernel(operands, mask, plan, keep=keep)
-    if _flags is not None:
-        _flags.append(bad)
-        return found
-    # Seldom run: small to compile and in memory matter more than fast.
-    schedule = replace(plan.schedule, block_q=_ROWS, unroll=1, batch_heads=False)
+    result, bad = kernel(operands, mask, plan, wanted=wanted)
+    # It is seldom run: it should compile fast and need little memory.
+    schedule = replace(plan.schedule, block_q=_REPAIR_ROWS, unroll=1, batch_heads=False)
 
     def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:
         del carry
-        careful = _lax.forward(operands, mask, replace(plan, schedule=schedule), keep=keep)
-        return _lax.varying((jnp.zeros_like(bad), careful), (operands, mask))
+        guarded = _lax.forward(operands, mask, replace(plan, schedule=schedule), wanted=wanted)
+        return varying((jnp.zeros_like(bad), guarded), (operands, mask))
 
     # A loop, not a cond: under vmap a cond would always compute both sides.
-    return lax.while_loop(lambda carry: carry[0], again, (bad, found))[1]
+    return lax.while_loop(lambda carry: carry[0], again, (bad, result))[1]

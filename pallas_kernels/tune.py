@@ -92,7 +92,7 @@ class Estimate:
     unit = "cycles"
 
     def __init__(self, target: str) -> None:
-        if target not in aot.TPU_TOPOLOGIES:
+        if find_target(target).topology is None:
             raise wrong("target", "be a TPU, or the chip of this machine", target)
         self.target = target
         self.source = f"estimated by libtpu {importlib.metadata.version('libtpu')}"

@@ -1,6 +1,7 @@
 """Attention in 16-bit arithmetic that cannot overflow and loses no accuracy, for JAX."""
 
-from pasa_jax.call.api import Explanation, dot_product_attention, explain
+from pasa_jax.call.api import dot_product_attention, explain
+from pasa_jax.call.explanation import Explanation
 from pasa_jax.call.statistics import REASONS, Statistics
 from pasa_jax.core.errors import BackendUnsupported, ScheduleError
 from pasa_jax.core.mask import Mask

@@ -1,27 +1,26 @@
 """The table of implementations, in the order in which None tries them.
 
-An implementation puts the plan into its own terms (``adapt``), says what it cannot do
-(``supports``: None, or the reason as a sentence) and computes (``attend``). `choose` adapts the
-plan, once; whatever comes after it sees that plan alone. Packages for accelerators are imported
-when first used.
+An implementation adapts the plan to its machine (``adapt``), says what it cannot do
+(``supports``) and computes (``run``). `choose` adapts the plan, once; whatever comes after it sees
+only the adapted plan. Packages for accelerators are imported when first used.
 """
 
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
-from pasa_jax.call.differentiation import Core, Forward, attend
+from pasa_jax.call.differentiation import Core, Forward, differentiable_attention
 from pasa_jax.core.errors import BackendUnsupported, check_choice, wrong
 from pasa_jax.core.mask import Mask
-from pasa_jax.core.operands import Keep, Operands, Result
-from pasa_jax.core.prepare import Plan
-from pasa_jax.core.target import find_target
+from pasa_jax.core.operands import Operands, Result, Wanted
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.target import Target, find_target
 from pasa_jax.implementations import lax as _lax
 from pasa_jax.implementations import reference
 
@@ -30,99 +29,125 @@ Implementation = str | Sequence[str] | None
 Outputs = tuple[Array, Any]
 
 
-def _as_it_is(plan: Plan) -> Plan:
-    return plan
+class Backend(ABC):
+    """One implementation. The plan that it is given is one that its ``adapt`` made."""
+
+    is_kernel = False  # whether it can be run step by step, with ``interpret``
+
+    def adapt(self, plan: Plan) -> Plan:
+        """The plan that it follows: the types that its machine has, the forms that suit it."""
+        return plan
+
+    @abstractmethod
+    def supports(self, operands: Operands, mask: Mask, plan: Plan) -> str | None:
+        """None, or the reason why it cannot run the call."""
+
+    @abstractmethod
+    def run(
+        self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
+    ) -> Outputs:
+        """The output and, where ``lse`` asks for it, the log-sum-exp.
+
+        Arguments:
+          anywhere: whether it must run on whatever platform the program is compiled for.
+        """
 
 
-@dataclass(frozen=True)
-class Backend:
-    """One implementation; what it is given is a plan that its ``adapt`` made.
+class Reference(Backend):
+    """The plain formula."""
 
-    Arguments:
-      supports: None, or why it cannot run the call.
-      attend: the output, and the log-sum-exp where the last argument asks for it.
-      adapt: the plan that it follows: the types that its machine has, the forms that it likes.
-      elsewhere: how to compute where the call is lowered for another platform than its own; None:
-        it runs on every platform.
-    """
+    def adapt(self, plan: Plan) -> Plan:
+        return reference.adapt(plan)
 
-    supports: Callable[[Operands, Mask, Plan], str | None]
-    attend: Callable[[Operands, Mask, Plan, bool], Outputs]
-    adapt: Callable[[Plan], Plan] = _as_it_is
-    elsewhere: Callable[[Operands, Mask, Plan, bool], Outputs] | None = None
+    def supports(self, operands: Operands, mask: Mask, plan: Plan) -> str | None:
+        return reference.supports(operands, mask, plan)
 
     def run(
         self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
     ) -> Outputs:
-        """Output and log-sum-exp; with ``anywhere``, on whatever platform this is lowered for."""
-        anywhere = anywhere and not plan.interpret
-        use = self.elsewhere if anywhere and self.elsewhere is not None else self.attend
-        return use(operands, mask, plan, lse)
+        return reference.attention(operands, mask, plan)
 
 
-def _attend_lax(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Outputs:
-    return attend(Core(_lax.forward, plan, lse), operands, mask)
+class Lax(Backend):
+    """The walk in lax loops, which runs on every platform."""
+
+    def supports(self, operands: Operands, mask: Mask, plan: Plan) -> str | None:
+        return _lax.supports(operands, mask, plan)
+
+    def run(
+        self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
+    ) -> Outputs:
+        return differentiable_attention(Core(_lax.forward, plan, lse), operands, mask)
 
 
-def _kernels(kind: str) -> Any:
-    """The module whose kernels run on chips of a kind, imported when first used."""
-    return importlib.import_module(f"pallas_kernels.{kind}")
+@dataclass(frozen=True)
+class Pallas(Backend):
+    """The Pallas kernels for the chips of one kind.
 
-
-def _pallas(kind: str, platform: str, example: str) -> Backend:
-    """The Pallas kernels for chips of ``kind``, which JAX calls ``platform`` when it compiles;
-    ``example`` is one of them.
+    Arguments:
+      kind: of the chips, as in `Target.kind`.
+      platform: the platform's name in JAX.
+      example: one of the chips.
     """
 
-    def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
-        target = find_target(plan.schedule.target)
-        if target.kind != kind:
+    kind: str
+    platform: str
+    example: str
+    is_kernel = True
+
+    def adapt(self, plan: Plan) -> Plan:
+        return self._module.adapt(plan) if self._target_of(plan).kind == self.kind else plan
+
+    def supports(self, operands: Operands, mask: Mask, plan: Plan) -> str | None:
+        target = self._target_of(plan)
+        if target.kind != self.kind:
             return (
-                f"its schedule would have to be for a {kind.upper()}, and is for {target.name} "
-                f"(schedule=Schedule.for_target({example!r}))"
+                f"its schedule would have to be for a {self.kind.upper()}, and is for "
+                f"{target.name} (schedule=Schedule.for_target({self.example!r}))"
             )
-        return _kernels(kind).supports(operands, mask, plan)
+        return self._module.supports(operands, mask, plan)
 
-    def adapt(plan: Plan) -> Plan:
-        fits = find_target(plan.schedule.target).kind == kind
-        return _kernels(kind).adapt(plan) if fits else plan
+    def run(
+        self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
+    ) -> Outputs:
+        elsewhere_lax = anywhere and not plan.interpret
+        forward = self._forward_or_lax if elsewhere_lax else self._module.forward
+        return differentiable_attention(Core(forward, plan, lse), operands, mask)
 
-    def alone(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Outputs:
-        return attend(Core(_kernels(kind).forward, plan, lse), operands, mask)
+    def _forward_or_lax(
+        self, operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted
+    ) -> Result:
+        """The kernel where the program is compiled for ``platform``, the lax walk elsewhere."""
 
-    on_or_lax = partial(_on_or_lax, kind, platform)
+        def bound(forward: Forward) -> Callable[[Operands, Mask], Result]:
+            return lambda operands, mask: forward(operands, mask, plan, wanted=wanted)
 
-    def or_lax(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> Outputs:
-        return attend(Core(on_or_lax, plan, lse), operands, mask)
+        kernel = {self.platform: bound(self._module.forward)}
+        return jax.lax.platform_dependent(operands, mask, **kernel, default=bound(_lax.forward))
 
-    return Backend(supports, alone, adapt, or_lax)
+    @property
+    def _module(self) -> Any:
+        """The module of the kernels, imported when first used."""
+        return importlib.import_module(f"pallas_kernels.{self.kind}")
 
-
-def _on_or_lax(
-    kind: str, platform: str, operands: Operands, mask: Mask, plan: Plan, *, keep: Keep
-) -> Result:
-    """The kernel where this is lowered for ``platform``, the lax walk elsewhere."""
-
-    def on(forward: Forward) -> Callable[[Operands, Mask], Result]:
-        return lambda operands, mask: forward(operands, mask, plan, keep=keep)
-
-    choices = {platform: on(_kernels(kind).forward)}
-    return jax.lax.platform_dependent(operands, mask, **choices, default=on(_lax.forward))
+    @staticmethod
+    def _target_of(plan: Plan) -> Target:
+        return find_target(plan.schedule.target)
 
 
 BACKENDS: dict[str, Backend] = {
-    "pallas_tpu": _pallas("tpu", "tpu", "tpu_v6e"),
-    "pallas_gpu": _pallas("gpu", "cuda", "h100"),
-    "lax": Backend(_lax.supports, _attend_lax),
-    "reference": Backend(reference.supports, reference.attend, reference.adapt),
+    "pallas_tpu": Pallas("tpu", "tpu", "tpu_v6e"),
+    "pallas_gpu": Pallas("gpu", "cuda", "h100"),
+    "lax": Lax(),
+    "reference": Reference(),
 }
 
-# The names that jax.nn has, for what comes nearest to them here.
+# jax.nn's names, each with the names here that come nearest to it.
 ALIASES: dict[str, tuple[str, ...]] = {"xla": ("lax",), "cudnn": ("pallas_gpu", "lax")}
 
 
 class Choice(NamedTuple):
-    """Which implementation runs a call, and its own plan for it.
+    """Which implementation runs a call, and the plan adapted to it.
 
     Arguments:
       why_not: for each other implementation, the reason.
@@ -134,7 +159,7 @@ class Choice(NamedTuple):
 
 
 def choose(implementation: Implementation, operands: Operands, mask: Mask, plan: Plan) -> Choice:
-    """The implementation to use, with the plan in its own terms.
+    """The implementation to use, and the plan adapted to it.
 
     Arguments:
       implementation: None = the first of `BACKENDS` that supports the call, a name = that one,
@@ -166,7 +191,7 @@ def choose(implementation: Implementation, operands: Operands, mask: Mask, plan:
         others = [name for name in BACKENDS if why[name] == "it was not asked for"]
         way_out = f" {others[0]!r} can, or None." if others else ""
         raise BackendUnsupported(f"`implementation` cannot run this call. {reasons}.{way_out}")
-    if plan.interpret and BACKENDS[chosen].elsewhere is None:
+    if plan.interpret and not BACKENDS[chosen].is_kernel:
         allowed = "be False unless a Pallas kernel runs the call"
         way_out = "Name the kernel, with a schedule for its chip."
         raise wrong("interpret", allowed, f"True beside {chosen!r}", way_out)

@@ -9,22 +9,28 @@ from typing import Any, Protocol
 import jax
 
 from pasa_jax.core.mask import Mask
-from pasa_jax.core.operands import Keep, Operands, Result
-from pasa_jax.core.prepare import Plan
+from pasa_jax.core.operands import Operands, Result, Wanted
+from pasa_jax.core.plan import Plan
 from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 
 
 class Forward(Protocol):
-    """A forward pass, which gives the parts of a result that ``keep`` names."""
+    """A forward pass, which returns the parts of a result that are ``wanted``."""
 
-    def __call__(self, operands: Operands, mask: Mask, plan: Plan, *, keep: Keep) -> Result: ...
+    def __call__(self, operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Result: ...
 
 
 @dataclass(frozen=True)
 class Core:
-    """The static part of the call: which forward pass, with which plan, and whether with lse."""
+    """The static part of a differentiable call.
+
+    Arguments:
+      forward: the implementation's forward pass.
+      plan: adapted to that implementation.
+      lse: whether the log-sum-exp is returned too.
+    """
 
     forward: Forward
     plan: Plan
@@ -32,7 +38,9 @@ class Core:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(core: Core, operands: Operands, mask: Mask) -> tuple[Array, Array | None]:
+def differentiable_attention(
+    core: Core, operands: Operands, mask: Mask
+) -> tuple[Array, Array | None]:
     """Output [B, T, N, E] and log-sum-exp [B, T, N], both differentiable in reverse mode.
 
     The backward pass recomputes the scores from O(T + S) residuals, whatever computed the
@@ -42,18 +50,24 @@ def attend(core: Core, operands: Operands, mask: Mask) -> tuple[Array, Array | N
     return result.out, result.lse
 
 
-def run(forward: Any, plan: Plan, keep: Keep, operands: Operands, mask: Mask, *rest: Any) -> Result:
-    """A forward pass as one operation: outside of jit it is compiled once for each shape, not at
-    each call, and jit is not off inside for who debugs without it."""
+def run(
+    forward: Any, plan: Plan, wanted: Wanted, operands: Operands, mask: Mask, *rest: Any
+) -> Result:
+    """A forward pass as one compiled operation.
+
+    Outside of `jax.jit` it is compiled once for each shape, not at each call. It is compiled even
+    where the user has switched jit off to debug (`jax.disable_jit`): run operation by operation it
+    would take minutes.
+    """
     with jax.disable_jit(False):
-        return _compiled_forward(forward, plan, keep, operands, mask, *rest)
+        return _compiled_forward(forward, plan, wanted, operands, mask, *rest)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _compiled_forward(
-    forward: Any, plan: Plan, keep: Keep, operands: Operands, mask: Mask, *rest: Any
+    forward: Any, plan: Plan, wanted: Wanted, operands: Operands, mask: Mask, *rest: Any
 ) -> Result:
-    return forward(operands, mask, plan, *rest, keep=keep)
+    return forward(operands, mask, plan, *rest, wanted=wanted)
 
 
 def _forward(core: Core, operands: Operands, mask: Mask) -> tuple[Any, Any]:
@@ -66,8 +80,8 @@ def _backward(
 ) -> tuple[Operands, None]:
     operands, mask, result = residuals
     with jax.disable_jit(False):  # as in `run`
-        found = _compiled_backward(core.plan, operands, mask, result, *cotangents)
-    return jax.tree.map(_reduced, found, operands), None
+        gradients = _compiled_backward(core.plan, operands, mask, result, *cotangents)
+    return jax.tree.map(_reduced, gradients, operands), None
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -77,9 +91,9 @@ def _compiled_backward(plan: Plan, operands: Operands, mask: Mask, *rest: Any) -
 
 def _reduced(cotangent: Array, operand: Array) -> Array:
     """Summed over the manual mesh axes (`shard_map`) over which the operand is replicated."""
-    varying, kept = (jax.typeof(x).manual_axis_type.varying for x in (cotangent, operand))
-    axes = tuple(varying - kept)
+    varying, own = (jax.typeof(x).manual_axis_type.varying for x in (cotangent, operand))
+    axes = tuple(varying - own)
     return jax.lax.psum(cotangent, axes) if axes else cotangent
 
 
-attend.defvjp(_forward, _backward)
+differentiable_attention.defvjp(_forward, _backward)

@@ -1,8 +1,7 @@
 """Calls whose arrays have a sharding in their types: meshes with axes of type Explicit.
 
-Batch entries and heads are independent, so a mesh over them is left to `jax.shard_map`: every
-device computes what it holds, and the result is sharded as the query is. A sequence or a head size
-that is sharded is refused.
+Batch entries and heads are independent, so under `jax.shard_map` every device computes those that
+it holds, and the result is sharded like the query. A sharded sequence or head size is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pasa_jax.core.operands import Operands
 
 Array = jax.Array
 Axes = Any  # what a PartitionSpec has for one axis of an array: None, a name, or a tuple of names
-# Where each axis of a result comes from: of the output, of what is one number a row or a head.
+# The axes of a result: of the output, of one number per row, of one number per head.
 OUTPUT, ROWS, HEADS = ("b", "t", "n", "e"), ("b", "t", "n"), ("b", "n")
 
 
@@ -62,11 +61,11 @@ class Placement(NamedTuple):
         return Placement(mesh, batch, _agreed(places))
 
     def spec(self, axes: tuple[str, ...], shape: tuple[int, ...] | None = None) -> PartitionSpec:
-        """The sharding of an array with axes "b", "n" and others; axes of size 1 are whole."""
+        """The sharding of an array with axes "b", "n" and others; not along axes of size 1."""
         place = {"b": self.batch, "n": self.heads}
-        whole = [shape is not None and shape[i] == 1 for i in range(len(axes))]
+        single = [shape is not None and shape[i] == 1 for i in range(len(axes))]
         return PartitionSpec(
-            *(None if w else place.get(a) for a, w in zip(axes, whole, strict=True))
+            *(None if one else place.get(a) for a, one in zip(axes, single, strict=True))
         )
 
     def put(self, x: Array | None, *axes: str) -> Any:
@@ -85,10 +84,10 @@ def sharded(
     mask: Mask,
     results: Any,
 ) -> Any:
-    """``compute(operands, mask)``, by every device of an Explicit mesh for what it holds.
+    """``compute(operands, mask)``; on an Explicit mesh every device computes the part it holds.
 
     Arguments:
-      results: a tree of `OUTPUT`, `ROWS` and `HEADS`, each for one part of what ``compute`` gives.
+      results: a tree of `OUTPUT`, `ROWS` and `HEADS`, one for each result of ``compute``.
     """
     place = Placement.of(operands, mask)
     if place is None:
@@ -128,7 +127,7 @@ def _explicit(mesh: Any) -> tuple[str, ...]:
 
 
 def _mesh(x: Array) -> Any:
-    """The mesh that x is sharded over: its devices too, where x is no tracer."""
+    """The mesh that x is sharded over, with its devices where x is no tracer."""
     placed = None if isinstance(x, Tracer) else x.sharding
     return placed.mesh if isinstance(placed, NamedSharding) else jax.typeof(x).sharding.mesh
 
@@ -143,11 +142,11 @@ def _spec(x: Array) -> tuple[Axes, ...]:
 
 
 def _agreed(places: dict[str, Axes]) -> Axes:
-    """What the arrays that are sharded along one axis are sharded over; None: none is."""
-    found = {name: axes for name, axes in places.items() if axes}
-    if not found:
+    """The mesh axes over which the arrays are sharded along one axis; None: none is."""
+    sharded = {name: axes for name, axes in places.items() if axes}
+    if not sharded:
         return None
-    (first, axes), *others = found.items()
+    (first, axes), *others = sharded.items()
     for name, other in others:
         if other != axes:
             allowed = f"be sharded over {axes!r}, as {first} is"
@@ -156,8 +155,9 @@ def _agreed(places: dict[str, Axes]) -> Axes:
 
 
 def _per_shard(x: Array, place: Placement) -> Array:
-    """Keys or values [B, S, K, D] with as many heads as shards at least: repeated where a head
-    belongs to several.
+    """Keys or values [B, S, K, D] with at least as many heads as shards.
+
+    A head that belongs to several shards is repeated.
     """
     names = place.heads if isinstance(place.heads, tuple) else (place.heads,)
     shards = math.prod(place.mesh.shape[name] for name in names if name is not None)

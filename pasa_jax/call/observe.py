@@ -1,4 +1,4 @@
-"""Who is told of each attention call: `pasa_jax.diagnostics`, while it looks at a model."""
+"""An observer of attention calls: `pasa_jax.diagnostics` is one, while it inspects a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands
-from pasa_jax.core.prepare import Plan
+from pasa_jax.core.plan import Plan
 
 Observer = Callable[[Operands, Mask, Plan], None]
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
@@ -18,10 +18,10 @@ _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 @contextmanager
 def observed_by(observer: Observer) -> Iterator[None]:
-    """Tells ``observer`` of every call of this thread while it lasts; jit is off meanwhile.
+    """Passes every call of this thread to ``observer`` within the context; jit is off there.
 
-    Without jit, functions that were compiled before run as Python again, and the arrays that reach
-    a call hold numbers.
+    Without jit, functions that were compiled before run as Python again, and the arrays of a call
+    are not tracers but hold numbers.
     """
     token = _observer.set(observer)
     try:
@@ -32,7 +32,7 @@ def observed_by(observer: Observer) -> Iterator[None]:
 
 
 def announce(operands: Operands, mask: Mask, plan: Plan) -> None:
-    """Tells of a call before it is computed."""
+    """Passes a call to the observer, if there is one, before it is computed."""
     observer = _observer.get()
     if observer is not None:
         with jax.disable_jit(False):

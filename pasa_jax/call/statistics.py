@@ -1,4 +1,4 @@
-"""`Statistics`: what the scores of a call look like, per head, and what the shift did about it."""
+"""`Statistics`: how large the scores of a call are, per head, before and after the shift."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from pasa_jax.core import tile
+from pasa_jax.core.guard import key_norms, log2_norm
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.operands import Operands
-from pasa_jax.core.prepare import Plan, key_norms, log2_norm
+from pasa_jax.core.plan import Plan
 from pasa_jax.core.shifts import SHIFTS
-from pasa_jax.implementations.lax import HeadWalk, over_heads
+from pasa_jax.implementations.head_walk import HeadWalk, over_heads
 
 Array = jax.Array
 
@@ -21,20 +22,20 @@ REASONS = (
     "asked for",
     "scores are stored in at least float32",
     "the float32 product is seen before it is rounded",
-    "behind the rounding, and the offset makes the scores that count larger",
-    "behind the rounding, and shifting would not make the scores smaller",
+    "rounded products, and the offset makes the scores that count larger",
+    "rounded products, and shifting would not make the scores smaller",
 )
 
 
 class Statistics(NamedTuple):
-    """Per query head, over the pairs that the mask shows; unbatched calls lack the axis B.
+    """Per query head, over the pairs that the mask shows; without the axis B in unbatched calls.
 
     Scores are scaled, before bias and soft cap. All are float32 but the two codes.
     """
 
     max_score: Array  # [B, N] max |scale·q·k|
     max_stored: Array  # [B, N] max |S'| as stored, after the shift and the guard
-    guard_bound: Array  # [B, N] Cauchy–Schwarz bound on |S'| that the guard went by
+    guard_bound: Array  # [B, N] Cauchy–Schwarz bound on |S'|, from which the guard is computed
     guard_exponent: Array  # [B, N] largest e; scores were stored divided by 2^e
     overflow_share: Array  # [B, N] share of scores that plain storage would have made non-finite
     key_bias: Array  # [B, N] norm of the keys' mean over the sequence
@@ -62,8 +63,7 @@ def collect(operands: Operands, mask: Mask, plan: Plan) -> Statistics:
 
 
 def of_nothing(operands: Operands, plan: Plan) -> Statistics:
-    """The statistics of a call without queries or keys: zeros, and what `collect` would say of
-    shift and reason."""
+    """The statistics of a call without queries or keys: zeros, and the shift with its reason."""
     shape = (operands.query.shape[0], operands.query.shape[2])
     shift, reason = _choice(plan, jnp.zeros((), bool) if plan.chooses_per_head else None)
     zeros = [jnp.zeros(shape, jnp.float32)] * (len(Statistics._fields) - 2)
@@ -77,13 +77,13 @@ def per_head(operands: Operands, mask: Mask, plan: Plan, look: Callable[[HeadWal
         del b, h
         return jax.tree.map(lambda x: x[None], look(walk)), None
 
-    found, _ = over_heads(operands, mask, plan, program)
-    return jax.tree.map(lambda x: x[:, 0], found)
+    of_heads, _ = over_heads(operands, mask, plan, program)
+    return jax.tree.map(lambda x: x[:, 0], of_heads)
 
 
 def overflow_edge(dtype: str) -> float:
-    """The magnitude from which on storage in ``dtype`` rounds to infinity: half a unit in the last
-    place above its largest number."""
+    """The smallest magnitude that ``dtype`` rounds to infinity: half a unit in the last place above
+    its largest number."""
     info = jnp.finfo(dtype)
     return float(info.max) * (1 + float(info.eps) / 4)
 
@@ -102,8 +102,8 @@ def _head(walk: HeadWalk) -> Statistics:
     """[G] of each: the statistics of one key head's query heads."""
     numerics, groups = walk.numerics, walk.groups
     edge = overflow_edge(walk.plan.precision.scores)
-    # `reference` stores S' minus the maximum, the others S' itself.
-    relative = numerics.shift == "reference" and numerics.reachable
+    # `BENEATH_MAXIMUM` rounds S' minus the maximum, the others S' itself.
+    rounds_difference = numerics.storage is tile.Storage.BENEATH_MAXIMUM
 
     def query_tile(i: Array, e: _Extremes) -> _Extremes:
         start = walk.query_start(i)
@@ -115,8 +115,9 @@ def _head(walk: HeadWalk) -> Statistics:
             k, _, usable = walk.raw_keys(j)
             s = tile.plain_scores(raw, tile.zero_unusable(k, usable), walk.head.scale, numerics)
             s = jnp.where(jnp.isnan(s), jnp.inf, s).astype(jnp.float32)
-            found = tile.scores(query, walk.key(j), state, seen, None, numerics)
-            stored = jnp.abs(found.stored + (0 if relative else found.base)).astype(jnp.float32)
+            tiled = tile.scores(query, walk.key(j), state, seen, None, numerics)
+            base = 0 if rounds_difference else tiled.base
+            stored = jnp.abs(tiled.stored + base).astype(jnp.float32)
             shown = jnp.broadcast_to(fresh if seen is None else fresh & seen, s.shape)
             s, stored, shown = (x.reshape(groups, -1) for x in (s, stored, shown))
             return _Extremes(
@@ -172,9 +173,9 @@ def _share(peak: Array, log2: Array) -> Array:
 
 def _choice(plan: Plan, chosen: Array | None) -> tuple[Array | int, Array | int]:
     """Indices into `SHIFTS` and `REASONS`."""
-    shift = SHIFTS.index(plan.resolved)
+    shift = SHIFTS.index(plan.storage.shift)
     if plan.shift != "auto":
         return shift, 0
     if chosen is not None:
         return jnp.where(chosen, shift, SHIFTS.index("none")), jnp.where(chosen, 3, 4)
-    return shift, 1 if plan.resolved == "none" else 2
+    return shift, 1 if plan.storage is tile.Storage.PLAIN else 2

@@ -1,6 +1,7 @@
 """Which attention weights dropout keeps: a function of the key, the head and the two positions.
 
-Nothing else enters, so every implementation, every schedule and both passes drop the same weights.
+It depends on nothing else, so every implementation, every schedule and both passes drop the same
+weights.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 
 Array = jax.Array
 
-_KIND = "threefry2x32"  # whatever the user's key is: it seeds one of these
+_KIND = "threefry2x32"  # the generator, whatever kind of key seeds it
 # Every key [R] with every number [n]: [R, n] keys.
 _folded = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
 

@@ -1,8 +1,13 @@
-"""The exceptions, and the one helper that writes their sentences.
+"""The exceptions of all three packages, and the one helper that writes their sentences.
 
 ValueError               a wrong call: shapes, dtypes, unknown names
 ├── ScheduleError        a schedule that does not fit the chip (in bytes)
-└── BackendUnsupported   a right call that the named implementation cannot do
+├── BackendUnsupported   a right call that the named implementation cannot do
+└── PlanError            npu_bridge: a kernel that does not fit the chip
+NotImplementedError
+└── LoweringError        npu_bridge: a traced operation that has no instruction
+RuntimeError
+└── EmulationError       npu_bridge: a kernel that the host emulator could not run
 """
 
 from __future__ import annotations
@@ -14,6 +19,18 @@ class ScheduleError(ValueError):
 
 class BackendUnsupported(ValueError):
     """The implementation asked for cannot run this call; another one can."""
+
+
+class PlanError(ValueError):
+    """A kernel does not fit the chip."""
+
+
+class LoweringError(NotImplementedError):
+    """A traced operation has no instruction."""
+
+
+class EmulationError(RuntimeError):
+    """The host emulator could not run a kernel."""
 
 
 def wrong(argument: str, allowed: str, seen: object, way_out: str = "") -> ValueError:

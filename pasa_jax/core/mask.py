@@ -44,7 +44,7 @@ class Mask:
         keys of its own segment.
       array: [B|1, N|1, T|1, S|1] bool (one head: [G|1, T|1, S|1]), True where the query sees.
       dropout: [B|1, N|1, 2] uint32 (one head: [G|1, 2]), the seeds of which weights dropout keeps
-        (`dropout.kept`). It hides nothing: a key that is dropped is still seen.
+        (`dropout.kept`). It hides no key: a dropped weight still counts in the softmax.
     """
 
     query_length: int = field(metadata={"static": True})
@@ -90,7 +90,7 @@ class Mask:
 
     @property
     def data_dependent(self) -> bool:
-        """Whether segments or an array decide, so that no tile is full by its place alone."""
+        """Whether segments or an array hide keys: no tile is full by its place alone."""
         return self.array is not None or self.query_segments is not None
 
     def any_partial(self, block_kv: int) -> bool:
@@ -104,9 +104,9 @@ class Mask:
         )
 
     def key_range(self, start: Index, stop: Index, block_kv: int) -> KeyRange:
-        """The key tiles that the queries [start, stop) see; ints in, ints out.
+        """The key tiles that the queries [start, stop) see; of ints where start and stop are ints.
 
-        Segments and arrays do not narrow it: walkers test their tiles as they come.
+        Segments and arrays do not narrow it: a walker tests the mask of each such tile.
         """
         keys = self._valid_keys()
         lo, hi, full_lo, full_hi = 0, keys, 0, keys
@@ -176,7 +176,7 @@ class Mask:
         return jnp.broadcast_to(seen, (groups, rows, keys)).reshape(groups * rows, keys)
 
     def visible_keys(self) -> Array:
-        """[S] bool: False for keys that no query sees, as far as one head's shape tells."""
+        """[S] bool: False for keys that no query sees, by lengths, causality, window and array."""
         place, (left, right) = self._offset(), self._reach()
         index = jnp.arange(self.key_length, dtype=jnp.int32)
         seen = index < self._valid_keys()
@@ -199,7 +199,7 @@ class Mask:
         return self.key_length if self.key_lengths is None else self.key_lengths
 
     def _offset(self) -> Index:
-        """Key position of query 0."""
+        """The key position of query 0."""
         if self.causal_alignment == "top_left":
             return 0
         queries = self.query_length if self.query_lengths is None else self.query_lengths
@@ -224,7 +224,7 @@ def slice_tile(x: Array, row: Index, rows: int, column: Index, columns: int) -> 
     return x
 
 
-# Arithmetic on indices that stays in Python where it can.
+# Arithmetic on indices: Python numbers give Python numbers.
 
 
 def maximum(a: Index, b: Index) -> Index:
@@ -236,7 +236,10 @@ def minimum(a: Index, b: Index) -> Index:
 
 
 def div(a: Index, b: int) -> Index:
-    """⌊a/b⌋ for a ≥ 0. A shift where it can be: the TPU compiler's cycle estimate follows those."""
+    """⌊a/b⌋ for a ≥ 0, as a shift where b is a power of two.
+
+    The TPU compiler's estimate of cycles can follow a loop bound through a shift.
+    """
     if isinstance(a, int):
         return a // b
     if b & (b - 1) == 0:

@@ -1,4 +1,4 @@
-"""What a call has become when it reaches an implementation, and what comes back."""
+"""The arrays that an implementation is given, and the arrays that it returns."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jax import lax
 from pasa_jax.core.mask import Index, pick
 
 Array = jax.Array
-# What of a result is wanted: the output, its log-sum-exp too, or all that a gradient needs.
-Keep = Literal["out", "lse", "residuals"]
+# Which parts of a result are wanted: the output, its log-sum-exp too, or all that a gradient needs.
+Wanted = Literal["out", "lse", "residuals"]
 
 
 class Operands(NamedTuple):
-    """The differentiable arrays of one call, canonical. For one head, B, N and K are gone."""
+    """The differentiable arrays of one call, in one layout. For one head, without B, N and K."""
 
     query: Array  # [B, T, N, D]                one head: [T, G, D]
     key: Array  # [B, S, K, D]                  one head: [S, D]
@@ -51,18 +51,18 @@ def heads_of(x: Array, b: Index, h: Index, groups: int) -> Array:
 
 
 class Result(NamedTuple):
-    """What a forward pass gives, None where it was not asked for. For one head: [T, G, …]."""
+    """What a forward pass returns, None where it is not wanted. For one head: [T, G, …]."""
 
     out: Array  # [B, T, N, E] in the inputs' type
     lse: Any = None  # [B, T, N] log-sum-exp, float32 (float64 for float64 inputs)
-    # For the gradient: the parts of the log-sum-exp (their sum has lost the digits that matter
-    # where scores are large), and what rounding took off the output, in the output's type.
+    # For the gradient: the two parts of the log-sum-exp (where scores are large, their sum has lost
+    # the digits that matter), and the rounding error of the output, in the output's type.
     m: Any = None  # [B, T, N] in units of the guard
     l: Any = None  # noqa: E741  [B, T, N]
     remainder: Any = None  # [B, T, N, E]
 
-    def only(self, keep: Keep) -> Result:
-        """The parts that ``keep`` names."""
-        if keep == "residuals":
+    def only(self, wanted: Wanted) -> Result:
+        """The parts that are ``wanted``."""
+        if wanted == "residuals":
             return self
-        return Result(self.out, self.lse if keep == "lse" else None)
+        return Result(self.out, self.lse if wanted == "lse" else None)

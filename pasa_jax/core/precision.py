@@ -19,9 +19,9 @@ class Precision:
         them. Where it differs from the type of ``value``, that product takes both in float32.
       statistics: row maxima, sums, offsets, and the arithmetic of the softmax.
       accumulator: the output before it is normalised.
-      products: what a matrix unit adds up in. ``"float16"`` is twice as fast on some GPUs; it
-        takes float16 inputs, and no shift can then see a float32 product: as on a chip that
-        rounds first.
+      products: the type in which a matrix unit adds up. ``"float16"`` is twice as fast on some
+        GPUs and needs float16 inputs. No shift can then see a float32 product, as on a chip that
+        rounds products.
       exponential: the type in which a tile's exponentials are computed; None: the statistics'.
         ``"float16"`` is twice as fast on GPUs, with a relative error of up to 2^-9.9 (PTX ISA,
         ex2.approx.f16x2) in each probability.

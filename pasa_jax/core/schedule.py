@@ -1,4 +1,4 @@
-"""`Schedule`: the one place where a tile size is a number. Standard library only."""
+"""`Schedule`: all tile sizes, and the only place for them. It needs the standard library alone."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class Schedule:
 
 
 def _type_name(dtype: Any) -> str:
-    """The name of a type, however it is spelt: "float16", ``np.float16``, ``x.dtype``, …"""
+    """The name of a type that is given as "float16", ``np.float16``, ``x.dtype`` or the like."""
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None)
     name = str(dtype) if name is None else name
     check_choice("dtype", name, tuple(_ITEMSIZE))
@@ -204,8 +204,8 @@ def tuned_for(target: str) -> tuple[Tuned, ...]:
     return tuple(Tuned(**x) for x in json.loads(path.read_text())["schedules"])
 
 
-# From large to small. The CPU's 512 × 512 is the fastest measured (a float32 tile is 1 MiB, a
-# second-level cache); the paper's and the vendor's Ascend kernels hand over 128 × 512.
+# From large to small. The CPU's 512 × 512 is the fastest measured (a float32 tile is 1 MiB, like
+# a second-level cache); the paper's and the vendor's Ascend kernels have tiles of 128 × 512.
 _CANDIDATES: dict[str, tuple[tuple[int, int], ...]] = {
     "cpu": ((512, 512),),
     "tpu": ((1024, 1024), (512, 512), (256, 256), (128, 128)),

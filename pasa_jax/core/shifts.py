@@ -13,6 +13,9 @@ online softmax (docs/algorithm.md, section 2):
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -92,3 +95,39 @@ def paper_matrix(
     matrix = (exact * scale).astype(np.float32).astype(dtype)
     row = matrix[int(np.argmax(weights))].astype(np.float64)
     return matrix, float(scale / row.sum() - 1)
+
+
+class PaperBlocks(NamedTuple):
+    """`paper`'s constants: one matrix for full blocks, one for the tail, one Inva for both."""
+
+    matrix: np.ndarray  # [n, n] float32 that holds float16 numbers
+    weights: np.ndarray  # [n, 1]
+    tail_matrix: np.ndarray
+    tail_weights: np.ndarray
+    inva: float
+
+
+@lru_cache(maxsize=32)
+def paper_blocks(n: int, keys: int, beta: float | None, scale: float) -> PaperBlocks:
+    """M and the row-mean weights for ``keys`` keys in blocks of n.
+
+    The tail tile is the last n columns; those that belong to the block before it do not count in
+    its mean.
+    """
+    beta = optimal_beta(n) if beta is None else beta
+    float16 = np.dtype(np.float16)
+    columns = np.ones(n, bool)
+    matrix, inva = paper_matrix(columns, beta, scale, float16)
+    tail = columns.copy()
+    if keys % n:
+        tail[: n - keys % n] = False
+    tail_matrix, tail_inva = paper_matrix(tail, beta, scale, float16)
+    # Inva depends on n through M's rounding; the tail's row mean carries the ratio.
+    ratio = tail_inva / inva
+    return PaperBlocks(
+        matrix.astype(np.float32),
+        np.full((n, 1), 1 / n, np.float32),
+        tail_matrix.astype(np.float32),
+        (tail[:, None] * (ratio / tail.sum())).astype(np.float32),
+        inva,
+    )

@@ -1,16 +1,16 @@
 """How the tiles of one key head are walked: which there are, in which order, what each row sees.
 
-Every walker is a `Walk`: the lax loops slice their tiles out of arrays, the Pallas
-kernels read them out of refs. What is computed in a tile stands in `tile`; what follows what,
-here. One key head's G query heads share a tile: its rows are stacked [G, positions].
+Every walker is a `Walk`: the lax loops slice their tiles out of arrays, the Pallas kernels read
+them out of refs. `tile` computes within a tile; the order of the tiles stands here. The G query
+heads of one key head share a tile: its rows are stacked [G, positions].
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +20,14 @@ from jax import lax
 from pasa_jax.core import dropout as _dropout
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, KeyRange, Mask, div, where
-from pasa_jax.core.prepare import Plan
+from pasa_jax.core.plan import Plan
 
 Array = jax.Array
 Step = Callable[[Index, Array | None, Any], Any]
 
 
 class Rows(NamedTuple):
-    """What a query tile comes to, in the product's type."""
+    """The results of a query tile, in the product's type."""
 
     out: Array  # [R, E]
     lse: Array  # [R, 1]
@@ -100,7 +100,7 @@ class Walk(ABC):
         return jnp.ones_like(row, bool) if lengths is None else row < lengths
 
     def seen(self, start: Index, j: Index) -> Array:
-        """[R, n] bool: the mask of one tile, the keys of another tile left out."""
+        """[R, n] bool: the mask of one tile; False for keys that belong to another tile."""
         n = self.block_kv
         columns = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (1, n), 1)
         seen = self.mask.visible(self.positions(start), columns)
@@ -124,7 +124,10 @@ class Walk(ABC):
         return self.mask.key_range(start, start + self.block_q, self.block_kv)
 
     def over_keys(self, start: Index, body: Step, carry: Any) -> Any:
-        """Folds ``body(j, mask tile or None, carry)`` over the key tiles that ``start``'s see."""
+        """Folds ``body(j, mask, carry)`` over the key tiles that the rows at ``start`` see.
+
+        ``mask`` is [R, n] bool, or None where the rows see the whole tile.
+        """
         carry, unroll = self.typed(carry), self.plan.schedule.unroll
         r = self.key_range(start)
 
@@ -132,13 +135,13 @@ class Walk(ABC):
             seen = self.seen(start, j)
             if not self.mask.data_dependent:
                 return body(j, seen, carry)
-            some = jnp.max(seen.astype(jnp.int32)) > 0  # Triton has no other "any"
+            some = jnp.max(seen.astype(jnp.int32)) > 0  # Triton has no reduction of bools
             return lax.cond(some, lambda c: body(j, seen, c), lambda c: c, carry)
 
         def full(j: Index, carry: Any) -> Any:
             return body(j, None, carry)
 
-        def cut(t: Index, carry: Any) -> Any:  # the cut tiles of both ends, in one loop
+        def partial(t: Index, carry: Any) -> Any:  # the partial tiles of both ends, in one loop
             j = r.lo + t
             return masked(where(j < r.full_lo, j, j - r.full_lo + r.full_hi), carry)
 
@@ -148,13 +151,13 @@ class Walk(ABC):
             return carry
         carry = _loop(r.full_lo, r.full_hi, full, carry, unroll)
         if self.mask.any_partial(self.block_kv):
-            carry = _loop(0, r.full_lo - r.lo + r.hi - r.full_hi, cut, carry)
+            carry = _loop(0, r.full_lo - r.lo + r.hi - r.full_hi, partial, carry)
         return carry
 
     # One query tile.
 
     def begin(self) -> tuple[tile.State, Array]:
-        """The state before any key, and the number of tiles that it has seen."""
+        """The state before any key, and the number of tiles seen, 0."""
         rows = self.groups * self.block_q
         return tile.initial_state(rows, self.value_size, self.numerics), jnp.float32(0)
 
@@ -163,7 +166,7 @@ class Walk(ABC):
     ) -> tuple[tile.State, Array]:
         """``carry`` after the key tiles that the rows see."""
 
-        return self.over_keys(start, partial(self.fold, start, query), carry)
+        return self.over_keys(start, functools.partial(self.fold, start, query), carry)
 
     def fold(
         self,
@@ -173,7 +176,7 @@ class Walk(ABC):
         seen: Array | None,
         carry: tuple[tile.State, Array],
     ) -> tuple[tile.State, Array]:
-        """``carry`` after key tile j, of which each row sees what ``seen`` says (None: all)."""
+        """``carry`` after key tile j, whose mask is ``seen`` [R, n] (None: all is seen)."""
         state, count = carry[0], carry[1] + 1
         key = self.key(j, query.value_gain)
         s = tile.scores(query, key, state, seen, self.bias(start, j), self.numerics)
@@ -184,12 +187,12 @@ class Walk(ABC):
         """The results of a query tile that has seen all its keys."""
         state = tile.settle(state, self.numerics)
         sinks = self.sinks()
-        alone = state.l == 0
+        only_sink = state.l == 0
         if sinks is not None:
             state = tile.add_sink(state, sinks, self.numerics, query.guard)
         out, lse = tile.finish(state, self.numerics, query.guard, query.value_gain)
-        if sinks is not None:  # where the guard divides, a sink may have lost digits
-            lse = jnp.where(alone, sinks.astype(lse.dtype), lse)
+        if sinks is not None:  # dividing by the guard may have cost a sink its last digits
+            lse = jnp.where(only_sink, sinks.astype(lse.dtype), lse)
         if self.mask.query_lengths is not None:
             used = self.in_use(start)
             out = tile.zero_unusable(out, used)
@@ -197,16 +200,17 @@ class Walk(ABC):
         return Rows(out, lse, state.m, state.l)
 
     def rounded(self, out: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-        """``out`` rounded to ``dtype``, and what rounding took off it."""
+        """``out`` rounded to ``dtype``, and the rounding error."""
         return tile.rounded(out, dtype, clip=self.plan.promises_finite)
 
 
 def _loop(
     lo: Index, hi: Index, body: Callable[[Index, Any], Any], carry: Any, unroll: int = 1
 ) -> Any:
-    """Folds ``body(j, carry)`` over [lo, hi), ``unroll`` turns a step, so that a compiler may
-    overlap the products of one tile with the softmax of another. Nothing loops but for more turns
-    than that: what stands in one straight line is scheduled best.
+    """Folds ``body(j, carry)`` over [lo, hi), with ``unroll`` tiles in each step of the loop.
+
+    A compiler may then overlap the products of one tile with the softmax of another. Up to
+    ``unroll`` tiles need no loop at all: compilers schedule straight-line code best.
     """
     if isinstance(lo, int) and isinstance(hi, int) and hi - lo <= unroll:
         for j in range(lo, hi):
@@ -218,6 +222,6 @@ def _loop(
             carry = body(lo + t.astype(jnp.int32) * unroll + u, carry)
         return carry
 
-    whole = div(hi - lo, unroll)
-    carry = lax.fori_loop(0, whole, step, carry)
-    return carry if unroll == 1 else _loop(lo + whole * unroll, hi, body, carry)
+    steps = div(hi - lo, unroll)
+    carry = lax.fori_loop(0, steps, step, carry)
+    return carry if unroll == 1 else _loop(lo + steps * unroll, hi, body, carry)

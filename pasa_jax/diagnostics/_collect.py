@@ -17,7 +17,7 @@ from pasa_jax.call.observe import observed_by
 from pasa_jax.core.errors import wrong
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands
-from pasa_jax.core.prepare import Plan
+from pasa_jax.core.plan import Plan
 from pasa_jax.core.shifts import SHIFTS
 from pasa_jax.diagnostics._forms import measure_errors
 from pasa_jax.diagnostics._measure import Measured, measure

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands
+from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
-from pasa_jax.core.prepare import Plan
 from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
@@ -120,7 +120,7 @@ def _output(form: str, dtype: str, sample: Operands, shown: Mask, plan: Plan) ->
 # A few rows: what takes long is the compiler.
 @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def _walked(plan: Plan, operands: Operands, mask: Mask) -> Array:
-    return _lax.forward(operands, mask, plan, keep="out").out
+    return _lax.forward(operands, mask, plan, wanted="out").out
 
 
 def _plain(o: Operands, shown: Mask, plan: Plan, store: np.dtype | None) -> NDArray:

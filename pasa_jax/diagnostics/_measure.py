@@ -14,9 +14,10 @@ from pasa_jax.call.statistics import Statistics, collect, overflow_edge, per_hea
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.operands import Operands
+from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
-from pasa_jax.core.prepare import Plan, prepare
-from pasa_jax.implementations.lax import HeadWalk
+from pasa_jax.core.prepare import prepare
+from pasa_jax.implementations.head_walk import HeadWalk
 
 Array = jax.Array
 

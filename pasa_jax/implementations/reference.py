@@ -1,6 +1,7 @@
 """The reference implementation: the plain formula, in float32 or float64, T × S scores in memory.
 
-It differentiates in every mode (`jax.jvp`, `jax.hessian`) and is what the others are tested by.
+It differentiates in every mode (`jax.jvp`, `jax.hessian`), and the other implementations are tested
+against it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import jax.numpy as jnp
 from pasa_jax.core import dropout as _dropout
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands
-from pasa_jax.core.prepare import Plan
+from pasa_jax.core.plan import Plan
 from pasa_jax.core.tile import lowest, shown_by, wide_type
 
 Array = jax.Array
 
 
 def adapt(plan: Plan) -> Plan:
-    """``plan`` with scores in float32 at least, unless the caller named a type: `supports` then
-    refuses a narrower one. There is no guard: scores that leave float32 are not finite.
+    """``plan`` with scores in float32 at least, and without a guard.
+
+    A narrower type that the caller named stays, and `supports` refuses it. Without a guard, scores
+    beyond float32 are not finite.
     """
     if plan.precision.scores in ("float16", "bfloat16") and not plan.explicit_precision:
         wide = replace(plan.precision, scores="float32", probabilities="float32")
@@ -31,7 +34,7 @@ def adapt(plan: Plan) -> Plan:
 
 
 def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
-    """None, or why not: it stores no score in 16 bits, so it can follow no shift that does."""
+    """None, or the reason: it stores no score in 16 bits, and shifts are made for such scores."""
     del operands, mask
     if plan.shift not in ("auto", "none"):
         return f"it computes the plain formula, without the shift {plan.shift!r}"
@@ -40,9 +43,8 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     return None
 
 
-def attend(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> tuple[Array, Array]:
+def attention(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
     """Output [B, T, N, E] and log-sum-exp [B, T, N] of softmax(scale·Q·Kᵀ + bias)·V."""
-    del lse  # it costs nothing here
     wide = wide_type(operands.query.dtype)
     highest = jax.lax.Precision.HIGHEST
     batch, length, heads, size = operands.query.shape
@@ -55,7 +57,7 @@ def attend(operands: Operands, mask: Mask, plan: Plan, lse: bool) -> tuple[Array
     )
     query = operands.query
     valid = mask.row_valid()
-    if valid is not None:  # what stands in padding may not reach a gradient
+    if valid is not None:  # padding may not reach a gradient
         query = jnp.where(valid[..., None, None], query, jnp.zeros_like(query))
     query = query.astype(wide).reshape(batch, length, kv_heads, -1, size)
     s = jnp.einsum("btkgd,bskd->bkgts", query, key, precision=highest)

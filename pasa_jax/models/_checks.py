@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pasa_jax.core.checks import is_real
 from pasa_jax.core.errors import wrong
 
 LARGEST = 2**31 - 1  # of a size; products of two still fit the 64 bits of an array's shape
@@ -35,14 +36,14 @@ def integer(name: str, value: Any, least: int = 1) -> int:
 
 def rope_base(name: str, value: Any) -> float:
     """θ, a float; below 1 the last pairs of a head would turn faster than the first."""
-    if not (_is_number(value) and 1 <= value <= _FLOAT32):
+    if not (is_real(value) and 1 <= value <= _FLOAT32):
         raise wrong(name, "be a number of at least 1 and finite in float32", brief(value))
     return float(value)
 
 
 def epsilon(name: str, value: Any) -> float:
     """What a norm adds to a mean square, a float."""
-    if not (_is_number(value) and 0 < value <= 1):
+    if not (is_real(value) and 0 < value <= 1):
         raise wrong(name, "be a number above 0 and at most 1", brief(value))
     return float(value)
 
@@ -58,8 +59,3 @@ def brief(value: Any) -> str:
     """The repr of ``value``, cut where it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _is_number(value: Any) -> bool:
-    kinds = (int, float, np.integer, np.floating)
-    return isinstance(value, kinds) and not isinstance(value, bool)

@@ -11,12 +11,14 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from pasa_jax.call.api import _lengths, canonical
+from pasa_jax.call import checks
+from pasa_jax.call.api import canonical
 from pasa_jax.call.differentiation import run
 from pasa_jax.call.observe import announce
 from pasa_jax.core.errors import wrong
+from pasa_jax.core.guard import log2_norm
 from pasa_jax.core.precision import FLOATS
-from pasa_jax.core.prepare import Known, log2_norm
+from pasa_jax.core.prepare import Known
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.target import target_of_device
 from pasa_jax.core.tile import wide_type
@@ -123,7 +125,7 @@ class KVCache:
           ValueError: a wrong shape or type, or tokens that do not fit.
         """
         tokens = self._check_new(key, value)
-        added = _lengths("lengths", lengths, key)
+        added = checks.lengths("lengths", lengths, key)
         added = jnp.full_like(self.length, tokens) if added is None else added
         length = self.length + added
         if _is_known(length) and int(jnp.max(length)) > self.max_length:

@@ -17,7 +17,6 @@ from jax import lax
 
 from npu_bridge import emulation, project, stages
 from npu_bridge.emulation import EMULATOR
-from npu_bridge.errors import LoweringError
 from npu_bridge.ir import (
     C_TYPES,
     ITEMSIZE,
@@ -36,8 +35,10 @@ from npu_bridge.memory import Memory
 from npu_bridge.program import build
 from npu_bridge.stages import Kernel
 from pasa_jax.core import tile
+from pasa_jax.core.errors import LoweringError
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.tile import arrays, softmax
 
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
@@ -627,7 +628,7 @@ def test_a_product_with_something_computed_is_refused(monkeypatch):
         stages.step(HALF, 16, masked=False)
     assert str(error.value).startswith(
         "the cube unit multiplies with keys, κ or values as they lie in memory; a product with "
-        f"something computed comes from {tile.__file__}:"
+        f"something computed comes from {arrays.__file__}:"
     )
 
 
@@ -644,7 +645,7 @@ def test_a_changed_tile_function_changes_the_kernel(monkeypatch, tmp_path):
         p = probabilities(*arguments)
         return p * p
 
-    monkeypatch.setattr(tile, "probabilities", squared)
+    monkeypatch.setattr(softmax, "probabilities", squared)
     jax.clear_caches()
     try:
         program = build(HALF)

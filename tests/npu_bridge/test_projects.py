@@ -14,10 +14,10 @@ import pytest
 
 from npu_bridge import interface
 from npu_bridge.emulation import EMULATOR, _constants, expected, problem
-from npu_bridge.errors import PlanError
 from npu_bridge.program import build
 from npu_bridge.project import arguments, files, write
 from npu_bridge.stages import Kernel
+from pasa_jax.core.errors import PlanError
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 

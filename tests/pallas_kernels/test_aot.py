@@ -13,8 +13,9 @@ from flax import nnx
 from jax import export
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import aot, tune
-from pallas_kernels.aot import Compiler, Report
+from pallas_kernels import aot, tune, worker
+from pallas_kernels.aot import Compiler
+from pallas_kernels.worker import Report
 from pasa_jax import Schedule, dot_product_attention
 from pasa_jax.core.errors import BackendUnsupported
 from pasa_jax.core.schedule import TUNED, Tuned, tuned_for
@@ -41,7 +42,7 @@ def lowered(function, platform):
 
 def named(platform):
     """JAX 0.12 wants to know for which GPU."""
-    return aot.as_if_on("h100") if platform == "cuda" else contextlib.nullcontext()
+    return worker.as_if_on("h100") if platform == "cuda" else contextlib.nullcontext()
 
 
 class TestLowering:
@@ -98,7 +99,7 @@ class TestLowering:
         target, call = KERNELS[chip]
         mesh = Mesh(jax.devices()[:1], ("heads",))
         if chip == "cuda":
-            mesh = aot.gpu_mesh(target, heads=1)
+            mesh = worker.gpu_mesh(target, heads=1)
         spec = PartitionSpec(None, None, "heads")
         sharded = jax.shard_map(
             attend(target), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True
@@ -189,7 +190,7 @@ class TestCompiler:
         ).write_text(
             "== CAPACITY:\nMXU\n== UTILIZATION:\n0 0 1 0 0 0 2 0 1 0\n1 0 0 0 0 0 1 0 0 0\n"
         )
-        found = Report("tpu_v6e", **aot._read_tpu(tmp_path, "tpu_v6e"))
+        found = Report("tpu_v6e", **worker._read_tpu(tmp_path, "tpu_v6e"))
         assert (found.total_cycles, found.bundles, found.fills, found.spills) == (1200, 2, 3, 1)
 
     def test_reads_what_the_gpu_compilers_write(self, tmp_path, monkeypatch):
@@ -206,7 +207,7 @@ class TestCompiler:
         )
         assembler.chmod(0o755)
         monkeypatch.setattr(aot, "_ptxas", lambda: str(assembler))
-        found = Report("h100", **aot._read_gpu(tmp_path, "h100"))
+        found = Report("h100", **worker._read_gpu(tmp_path, "h100"))
         assert (found.registers, found.spills, found.fills, found.shared) == (168, 8, 12, 4096)
         assert found.instructions == {
             "wgmma.mma_async.sync.aligned.m64n64k16.f16.f16.f16": 1,

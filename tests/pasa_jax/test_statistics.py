@@ -84,7 +84,7 @@ def test_the_choice_behind_the_rounding_is_per_key_head():
     assert [SHIFTS[i] for i in np.asarray(found.shift)[0]] == ["none", "mean"]
     assert "not make the scores smaller" in REASONS[int(found.reason[0, 0])]
     assert float(found.max_stored[0, 1]) < 0.5 * float(found.max_score[0, 1])
-    assert "shift mean: behind the rounding" in found.describe(1, batch=0)
+    assert "shift mean: rounded products" in found.describe(1, batch=0)
 
 
 def test_keys_biased_away_from_the_queries_are_left_alone_unless_far():

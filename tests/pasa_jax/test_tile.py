@@ -7,7 +7,7 @@ import pytest
 
 from pasa_jax import Precision
 from pasa_jax.core import tile
-from pasa_jax.core.prepare import paper_blocks
+from pasa_jax.core.shifts import paper_blocks
 
 R, N, D, E = 16, 32, 8, 4
 
@@ -29,14 +29,14 @@ def primitives(jaxpr):
             yield equation.primitive.name
 
 
-def numerics(shift="mean", precision="float16", **options):
-    return tile.Numerics(shift, Precision.named(precision), **options)
+def numerics(storage="mean", precision="float16", **options):
+    return tile.Numerics(tile.Storage(storage), Precision.named(precision), **options)
 
 
 def one_tile(q, k, v, kappa, matrix, weights, mask, bias, guard, numerics):
     """Everything that happens to one tile, as one straight line."""
-    shifted = {"kappa": kappa} if numerics.shift in ("mean", "reference") else {}
-    if numerics.shift == "paper":
+    shifted = {"kappa": kappa} if numerics.storage.uses_kappa else {}
+    if numerics.storage is tile.Storage.PAPER:
         shifted = {"matrix": matrix, "weights": weights}
     query = tile.query_tile(q, jnp.float32(0.3), guard, numerics)
     key = tile.key_tile(
@@ -75,11 +75,11 @@ def arguments(dtype="float16", seed=0):
     )
 
 
-@pytest.mark.parametrize("shift", ["none", "paper", "mean", "reference"])
-@pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.parametrize("storage", [x.value for x in tile.Storage])
+@pytest.mark.parametrize("rounds_products", [True, False])
 @pytest.mark.parametrize("precision", ["float16", "float32", "paper"])
-def test_a_tile_is_straight_line_code(shift, reachable, precision):
-    chosen = numerics(shift, precision, reachable=reachable, logits_soft_cap=30.0)
+def test_a_tile_is_straight_line_code(storage, rounds_products, precision):
+    chosen = numerics(storage, precision, rounds_products=rounds_products, logits_soft_cap=30.0)
     jaxpr = jax.make_jaxpr(lambda *x: one_tile(*x, chosen))(*arguments())
     found = set(primitives(jaxpr.jaxpr))
     assert found <= ORDINARY, found - ORDINARY

@@ -1,0 +1,247 @@
+"""The tiles of one program on a TPU, read out of refs to VMEM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._float16 import from_bits
+from pasa_jax.core import tile
+from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.target import find_target
+from pasa_jax.core.walk import Walk
+
+Array = jax.Array
+Ref = Any
+
+LANES = 128
+
+
+# How many scores the straight-line bodies of one kernel may compute: they cost compile time.
+_STRAIGHT_SCORES = 12 * 1024 * 1024
+
+
+# Products below this stay in float32 even for a key that its block's mean was taken off.
+_LARGEST_PRODUCT = 2.0**126
+
+
+@dataclass(frozen=True)
+class Specs:
+    """Grid, blocks and memory of one call, derived from its schedule.
+
+    Arguments:
+      heads, groups: K and G.
+      block_q: positions of a query tile: the whole of T, or a multiple of 128, the lanes in which
+        row statistics leave the kernel.
+      block_kv, key_tiles: keys of a tile, and how many tiles a head has.
+    """
+
+    heads: int
+    groups: int
+    block_q: int
+    block_kv: int
+    query_tiles: int
+    key_tiles: int
+    bytes: int
+
+    @staticmethod
+    def of(o: Operands, mask: Mask, plan: Plan) -> Specs:
+        (_, length, heads, size), kv_heads = o.query.shape, o.key.shape[2]
+        groups, e = heads // kv_heads, o.value.shape[3]
+        block_q = -(-max(1, plan.schedule.block_q // groups) // LANES) * LANES
+        block_q = length if length <= block_q else block_q
+        block_kv = plan.schedule.block_kv
+        key_tiles = -(-mask.key_length // block_kv)
+        rows, keys = groups * block_q, key_tiles * block_kv
+        item = o.query.dtype.itemsize
+        wide = [_padded(rows, size) * item, _padded(keys, size) * item, _padded(keys, e) * item]
+        wide += [_padded(rows, e) * 4]
+        for x in (o.bias, mask.array):
+            if x is not None:
+                r = rows if x.shape[2] > 1 else groups
+                wide.append(_padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
+        scores = plan.schedule.unroll * _padded(rows, block_kv) * (4 + 4)
+        state = 3 * _padded(rows, e) * 4 + 4 * _padded(rows, 1) * 4
+        return Specs(
+            kv_heads,
+            groups,
+            block_q,
+            block_kv,
+            -(-length // block_q),
+            key_tiles,
+            2 * sum(wide) + scores + state,  # blocks are double-buffered
+        )
+
+
+def _padded(rows: int, columns: int) -> int:
+    return -(-rows // 8) * 8 * -(-columns // LANES) * LANES
+
+
+class Inputs(NamedTuple):
+    """The kernel's inputs: arrays [B, K, …] outside, refs of one program's blocks inside."""
+
+    query: Any  # [B, K, G, T, D]
+    key: Any  # [B, K, S, D]
+    value: Any  # [B, K, S, E]
+    scale: Any  # [1]
+    kappa: Any = None  # [B, K, tiles, 16, D], rows equal
+    bias: Any = None  # [B|1, K|1, G|1, T|1, S|1]
+    sinks: Any = None  # [N]
+    array: Any = None  # [B|1, K|1, G|1, T|1, S|1] int8
+    query_segments: Any = None  # [B, T, 1]
+    key_segments: Any = None  # [B, 1, S]
+    query_lengths: Any = None  # [B]
+    key_lengths: Any = None  # [B]
+
+
+def block_specs(x: Inputs, specs: Specs) -> Inputs:
+    keys = specs.key_tiles * specs.block_kv
+
+    def broadcast(x: Array | None) -> pl.BlockSpec | None:
+        if x is None:
+            return None
+        block = (1, 1, x.shape[2])
+        block += (specs.block_q if x.shape[3] > 1 else 1, keys if x.shape[4] > 1 else 1)
+        several = [int(n > 1) for n in x.shape]
+        return pl.BlockSpec(
+            block,
+            lambda b, h, i: (b * several[0], h * several[1], 0, i * several[3], 0),
+        )
+
+    def only(x: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
+        return None if x is None else spec
+
+    scalars = partial(only, spec=pl.BlockSpec(memory_space=pltpu.SMEM))
+
+    return Inputs(
+        query=pl.BlockSpec(
+            (1, 1, specs.groups, specs.block_q, x.query.shape[-1]), lambda b, h, i: (b, h, 0, i, 0)
+        ),
+        key=pl.BlockSpec((1, 1, keys, x.key.shape[-1]), lambda b, h, i: (b, h, 0, 0)),
+        value=pl.BlockSpec((1, 1, keys, x.value.shape[-1]), lambda b, h, i: (b, h, 0, 0)),
+        scale=scalars(x.scale),
+        kappa=None
+        if x.kappa is None
+        else pl.BlockSpec((1, 1, *x.kappa.shape[2:]), lambda b, h, i: (b, h, 0, 0, 0)),
+        bias=broadcast(x.bias),
+        sinks=scalars(x.sinks),
+        array=broadcast(x.array),
+        query_segments=only(
+            x.query_segments, pl.BlockSpec((1, specs.block_q, 1), lambda b, h, i: (b, i, 0))
+        ),
+        key_segments=only(x.key_segments, pl.BlockSpec((1, 1, keys), lambda b, h, i: (b, 0, 0))),
+        query_lengths=scalars(x.query_lengths),
+        key_lengths=scalars(x.key_lengths),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefWalk(Walk):
+    """One program: its tiles are read out of refs. The last key tile may reach beyond the keys."""
+
+    refs: Inputs
+    head: Index
+    largest_key: Ref  # [1, D] the largest magnitude in each channel of the keys that `key` gave
+
+    def key_start(self, j: Index) -> Index:
+        return j * self.block_kv
+
+    def keys_at(self, j: Index) -> Any:
+        """The slice of tile j; a Python slice where there is only one tile."""
+        single = self.mask.key_length <= self.block_kv
+        return slice(None) if single else pl.ds(self.key_start(j), self.block_kv)
+
+    def static_starts(self, query_tiles: int) -> list[int] | None:
+        """Where each query tile starts, if each gets a body of its own, with its key tiles static.
+
+        None: all query tiles share one body, because they visit the same key tiles, or because so
+        many bodies would take too long to compile.
+        """
+        starts = [i * self.block_q for i in range(query_tiles)]
+        ranges = [self.key_range(start) for start in starts]
+        if not all(isinstance(x, int) for r in ranges for x in r) or len(set(ranges)) == 1:
+            return None
+        scores = sum(r.hi - r.lo for r in ranges) * self.groups * self.block_q * self.block_kv
+        return starts if scores <= _STRAIGHT_SCORES else None
+
+    def query(self, start: Index) -> tile.QueryTile:
+        q = from_bits(self.refs.query[0, 0])
+        q = q.reshape(-1, q.shape[-1])
+        if self.mask.query_lengths is not None:
+            q = tile.zero_unusable(q, self.in_use(start))
+        scale = self.refs.scale[0].astype(self.numerics.product)
+        return tile.query_tile(q, scale, None, self.numerics)
+
+    def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
+        assert value_gain is None  # the lax walk repairs calls that would need one
+        at = self.keys_at(j)
+        k, v = (from_bits(x[0, 0, at]) for x in (self.refs.key, self.refs.value))
+        kappa = None if self.refs.kappa is None else from_bits(self.refs.kappa[0, 0, j])
+        usable = self._usable(j)
+        in_use = k if usable is None else tile.zero_unusable(k, usable)
+        self.largest_key[...] = jnp.maximum(self.largest_key[...], self.largest(in_use))
+        return tile.key_tile(k, v, usable, self.numerics, kappa=kappa)
+
+    def _usable(self, j: Index) -> Array | None:
+        """[n, 1] bool: False beyond the last key; None where no tile reaches beyond it."""
+        if self.mask.key_length % self.block_kv == 0:
+            return None
+        row = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (self.block_kv, 1), 0)
+        return row < self.mask.key_length
+
+    def largest(self, x: Array) -> Array:
+        """[1, D] the largest magnitude in each channel of x [L, D]."""
+        if str(x.dtype) not in find_target(self.plan.schedule.target).vector_types:
+            x = x.astype(jnp.float32)
+        return jnp.max(jnp.abs(x), axis=0, keepdims=True).astype(jnp.float32)
+
+    def in_range(self, query: tile.QueryTile) -> Array:
+        """[1, 1] bool: whether no product with the keys seen so far, shifted or not, and no sum in
+        it can have left float32.
+        """
+        products = self.largest(query.q) * self.largest_key[...]
+        bound = jnp.sum(products * jnp.maximum(jnp.abs(query.gain), 1), axis=1, keepdims=True)
+        return bound < _LARGEST_PRODUCT
+
+    def bias(self, start: Index, j: Index) -> Array | None:
+        return None if self.refs.bias is None else self._tile_of(self.refs.bias, j)
+
+    def array(self, start: Index, j: Index) -> Array | None:
+        seen = None
+        if self.refs.query_segments is not None:
+            q = self.refs.query_segments[0]
+            k = self.refs.key_segments[0, :, self.keys_at(j)]
+            seen = self._rows(jnp.broadcast_to((q == k)[None], self._shape))
+        if self.refs.array is not None:
+            array = self._tile_of(self.refs.array, j).astype(jnp.int32) != 0
+            seen = array if seen is None else seen & array
+        return seen
+
+    def sinks(self) -> Array | None:
+        if self.refs.sinks is None:
+            return None
+        first = self.head * self.groups
+        shape = (self.block_q, 1)
+        columns = [jnp.full(shape, self.refs.sinks[first + g]) for g in range(self.groups)]
+        return jnp.concatenate(columns) if len(columns) > 1 else columns[0]
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.groups, self.block_q, self.block_kv
+
+    def _tile_of(self, ref: Ref, j: Index) -> Array:
+        """[R, n] of a block [1, 1, G|1, block_q|1, S|1]."""
+        x = ref[0, 0, :, :, self.keys_at(j)] if ref.shape[-1] > 1 else ref[0, 0]
+        return self._rows(jnp.broadcast_to(x, self._shape))
+
+    def _rows(self, x: Array) -> Array:
+        return x.reshape(-1, x.shape[-1])

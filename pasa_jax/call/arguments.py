@@ -1,0 +1,140 @@
+"""The arguments of a call, and the call that an implementation is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from pasa_jax.call import checks
+from pasa_jax.call.backends import Implementation
+from pasa_jax.call.checks import SegmentIds
+from pasa_jax.core.checks import flag, window
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.tile import wide_type
+
+Array = jax.Array
+# Those that are arrays: `explain` takes their shapes alone.
+ARRAYS = (
+    "query",
+    "key",
+    "value",
+    "bias",
+    "mask",
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "segment_ids",
+    "sinks",
+    "dropout_key",
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arguments:
+    """The arguments of `dot_product_attention`, as they were given."""
+
+    query: ArrayLike
+    key: ArrayLike
+    value: ArrayLike
+    bias: ArrayLike | None
+    mask: ArrayLike | None
+    scale: ArrayLike | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Implementation
+    return_residual: bool
+    causal_alignment: str
+    segment_ids: SegmentIds | None
+    logits_soft_cap: float | None
+    sinks: ArrayLike | None
+    shift: str
+    beta: float | None
+    precision: str | Precision | None
+    schedule: Schedule | None
+    return_statistics: bool
+    dropout_rate: float
+    dropout_key: Array | None
+    dropout_broadcast: bool
+    interpret: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call as an implementation takes it: checked, with the axis B, every default resolved.
+
+    Arguments:
+      batched: whether the arrays were given with the axis B.
+    """
+
+    operands: Operands
+    mask: Mask
+    plan: Plan
+    batched: bool
+
+    @staticmethod
+    def of(given: Arguments) -> Call:
+        """The canonical call.
+
+        Raises:
+          ValueError: an argument is wrong.
+          ScheduleError: the schedule does not fit its target.
+        """
+        q, k, v = checks.query_key_value(given.query, given.key, given.value)
+        precision = checks.precision(given.precision, str(q.dtype))
+        scale, number = checks.scale(given.scale, q)
+        cap = given.logits_soft_cap
+        plan = Plan(
+            shift=given.shift,
+            precision=precision,
+            logits_soft_cap=None if cap is None else checks.soft_cap(cap),
+            schedule=checks.schedule(given.schedule, q, k, v, flag("is_causal", given.is_causal)),
+            interpret=flag("interpret", given.interpret),
+            beta=given.beta,
+            scale=number,
+            explicit_precision=given.precision is not None,
+            dropout_rate=checks.dropout_rate(given.dropout_rate),
+        )
+        checks.shift(plan)
+        full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        ids = (None, None)
+        if given.segment_ids is not None:
+            ids = checks.segments(given.segment_ids, q, k)
+        operands = Operands(
+            query=q,
+            key=k,
+            value=v,
+            bias=checks.bias(given.bias, full, wide_type(q.dtype)),
+            sinks=checks.sinks(given.sinks, q.shape[2]),
+            scale=scale,
+        )
+        mask = Mask(
+            query_length=q.shape[1],
+            key_length=k.shape[1],
+            is_causal=bool(given.is_causal),
+            causal_alignment=given.causal_alignment,
+            window=window(given.local_window_size),
+            query_lengths=checks.lengths("query_seq_lengths", given.query_seq_lengths, q),
+            key_lengths=checks.lengths("key_value_seq_lengths", given.key_value_seq_lengths, k),
+            query_segments=ids[0],
+            key_segments=ids[1],
+            array=checks.mask(given.mask, full),
+            dropout=checks.seeds(plan.dropout_rate, given.dropout_key, given.dropout_broadcast, q),
+        )
+        return Call(operands, mask, plan, batched=np.ndim(given.query) == 4)
+
+    def unbatch(self, x: Array) -> Array:
+        """x as it is returned: without the axis B where the arrays had none."""
+        return x if self.batched else x[0]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no query or no key to compute with."""
+        return 0 in self.operands.query.shape or 0 in self.operands.key.shape

@@ -1,0 +1,237 @@
+"""The checks of the public function's arguments, one function for each argument.
+
+Each returns the argument in its canonical form, or raises a ValueError that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from pasa_jax.core import dropout as _dropout
+from pasa_jax.core.checks import flag, is_real, positive
+from pasa_jax.core.errors import check_choice, wrong
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.precision import FLOATS, Precision
+from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.shifts import SHIFTS, check_beta, optimal_beta
+from pasa_jax.core.target import target_of_device
+from pasa_jax.core.tile import wide_type
+
+Array = jax.Array
+SegmentIds = ArrayLike | tuple[ArrayLike, ArrayLike]
+
+
+def query_key_value(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Array]:
+    arrays = {"query": jnp.asarray(q), "key": jnp.asarray(k), "value": jnp.asarray(v)}
+    layouts = {
+        "query": "[B, T, N, D] or [T, N, D]",
+        "key": "[B, S, K, D] or [S, K, D]",
+        "value": "[B, S, K, E] or [S, K, E]",
+    }
+    ndim = arrays["query"].ndim
+    for name, x in arrays.items():
+        if x.ndim not in (3, 4) or x.ndim != ndim:
+            raise wrong(name, f"have the layout {layouts[name]}, as `query` has", f"{x.shape}")
+        if str(x.dtype) not in FLOATS:
+            raise wrong(name, f"be of type {', '.join(FLOATS)}", str(x.dtype))
+        if x.dtype != arrays["query"].dtype:
+            seen = f"{x.dtype} beside {arrays['query'].dtype}"
+            raise wrong(name, "have query's type", seen, "Cast one of them.")
+    q, k, v = (x if ndim == 4 else x[None] for x in arrays.values())
+    (batch, _, heads, size), (_, keys, kv_heads, _) = q.shape, k.shape
+    if k.shape[0] != batch or k.shape[3] != size:
+        allowed = f"be [{batch}, S, K, {size}], the batch and head size of query's {q.shape}"
+        raise wrong("key", allowed, f"{k.shape}")
+    if v.shape[:3] != k.shape[:3]:
+        allowed = f"be [{batch}, {keys}, {kv_heads}, E], as key's {k.shape}"
+        raise wrong("value", allowed, f"{v.shape}")
+    if size == 0:
+        raise wrong("query", "have a head size of at least 1", 0)
+    if kv_heads == 0 or heads % kv_heads:
+        allowed = f"have a number of heads that divides query's {heads}"
+        raise wrong("key", allowed, kv_heads)
+    return q, k, v
+
+
+def precision(given: str | Precision | None, dtype: str) -> Precision:
+    if given is None:
+        resolved = Precision.named(dtype)
+    elif isinstance(given, Precision):
+        resolved = given
+    else:
+        resolved = Precision.named(given)
+    wide = "float64" in dataclasses.astuple(resolved)
+    if wide != (dtype == "float64"):
+        way_out = "Cast query, key and value instead."
+        raise wrong(
+            "precision", "be float64 for float64 inputs and only for them", resolved, way_out
+        )
+    if resolved.products == "float16" and dtype != "float16":
+        allowed = 'have products="float32" for inputs that are not float16'
+        raise wrong("precision", allowed, resolved, "Cast query, key and value to float16.")
+    return resolved
+
+
+def scale(given: ArrayLike | None, q: Array) -> tuple[Array, float | None]:
+    """1/α as an array, and as a number where it is one."""
+    wide = wide_type(q.dtype)
+    if given is None:
+        given = 1 / math.sqrt(q.shape[-1])
+    if is_real(given):
+        if not abs(given) <= float(jnp.finfo(wide).max):  # NaN is not, either
+            raise wrong("scale", f"be finite in {wide}", given)
+        return jnp.asarray(given, wide), float(given)
+    if not isinstance(given, (jax.Array, np.ndarray)) or not _is_number_type(given.dtype):
+        raise wrong("scale", "be a real number or a scalar array of one", repr(given))
+    array = jnp.asarray(given)
+    if array.ndim != 0:
+        raise wrong("scale", "be a number or a scalar array", f"shape {array.shape}")
+    return array.astype(wide), None
+
+
+def _is_number_type(dtype: jnp.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def schedule(given: Schedule | None, q: Array, k: Array, v: Array, is_causal: bool) -> Schedule:
+    if given is None:
+        device = jax.devices()[0]
+        target = target_of_device(device.platform, device.device_kind)
+        sizes = {"head_dim": q.shape[3], "value_head_dim": v.shape[3], "dtype": str(q.dtype)}
+        sizes |= {"length": k.shape[1], "is_causal": is_causal}
+        given = Schedule.for_target(target, **sizes)
+    elif isinstance(given, Schedule):
+        given.check(head_dim=q.shape[3], value_head_dim=v.shape[3], dtype=str(q.dtype))
+    else:
+        raise wrong("schedule", "be a pasa_jax.Schedule or None", repr(given))
+    # A block longer than the sequence has the sequence's length: its mean is over real keys.
+    return given.fitted(given.block_q, k.shape[1])
+
+
+def shift(plan: Plan) -> None:
+    """Raises unless the shift and what it needs of β and the scale are right."""
+    check_choice("shift", plan.shift, ("auto", *SHIFTS))
+    if plan.shift != "paper":
+        if plan.beta is not None:
+            raise wrong("beta", "be None unless shift='paper'", plan.beta)
+        return
+    if plan.scale is None:
+        way_out = "Fold the array into query, or use another shift."
+        raise wrong("scale", "be a Python number for shift='paper'", "an array", way_out)
+    if not 0 < abs(plan.scale) <= 2.0**100:
+        allowed = "be other than 0 and at most 2^100 for shift='paper', whose matrix holds it"
+        raise wrong("scale", allowed, plan.scale)
+    if plan.beta is not None:
+        check_beta(plan.beta)
+    else:
+        optimal_beta(plan.schedule.block_kv)
+
+
+def soft_cap(cap: float) -> float:
+    cap = positive("logits_soft_cap", cap)
+    if not 1e-30 <= cap <= 1e30:  # float32 must hold it and its inverse
+        raise wrong("logits_soft_cap", "lie between 1e-30 and 1e30", cap)
+    return cap
+
+
+def dropout_rate(rate: float) -> float:
+    if not is_real(rate) or not 0 <= rate < 1:
+        raise wrong("dropout_rate", "be a number in [0, 1)", repr(rate))
+    return float(rate)
+
+
+def seeds(rate: float, key: Array | None, broadcast: bool, q: Array) -> Array | None:
+    broadcast = flag("dropout_broadcast", broadcast)
+    if rate == 0:
+        return None
+    if key is None:
+        way_out = "jax.random.key(seed) makes one."
+        raise wrong("dropout_key", "be given where dropout_rate is not 0", None, way_out)
+    array = jnp.asarray(key)
+    typed = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    if array.ndim != (0 if typed else 1) or not (typed or array.dtype == jnp.uint32):
+        raise wrong("dropout_key", "be one key of jax.random", f"{array.dtype}{list(array.shape)}")
+    return _dropout.seeds(array, q.shape[0], q.shape[2], broadcast=broadcast)
+
+
+def _broadcastable(name: str, x: Array, full: tuple[int, ...]) -> Array:
+    x = x.reshape((1,) * (4 - x.ndim) + x.shape) if x.ndim < 4 else x
+    if x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
+        raise wrong(name, f"broadcast to [B, N, T, S] = {list(full)}", f"{x.shape}")
+    return x
+
+
+def bias(given: ArrayLike | None, full: tuple[int, ...], wide: jnp.dtype) -> Array | None:
+    if given is None:
+        return None
+    x = jnp.asarray(given)
+    if not _is_number_type(x.dtype):
+        allowed = "be of a floating or an integer type"
+        raise wrong("bias", allowed, str(x.dtype), "A bool array is a `mask`.")
+    # Scores have no wider type. A bias of a wider one is cast before it is asked what it hides.
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype.itemsize > wide.itemsize:
+        x = x.astype(wide)
+    return _broadcastable("bias", x, full)
+
+
+def mask(given: ArrayLike | None, full: tuple[int, ...]) -> Array | None:
+    if given is None:
+        return None
+    x = jnp.asarray(given)
+    if x.dtype != jnp.bool_:
+        raise wrong("mask", "be of type bool", str(x.dtype), "An additive mask is a `bias`.")
+    return _broadcastable("mask", x, full)
+
+
+def lengths(name: str, given: ArrayLike | None, x: Array) -> Array | None:
+    if given is None:
+        return None
+    array = jnp.asarray(given)
+    if array.shape != (x.shape[0],) or not jnp.issubdtype(array.dtype, jnp.integer):
+        seen = f"{array.dtype}{list(array.shape)}"
+        raise wrong(name, f"be integers of shape [B] = [{x.shape[0]}]", seen)
+    # Clipped in its own type, by numbers that this type can hold.
+    most = min(x.shape[1], int(jnp.iinfo(array.dtype).max))
+    return jnp.clip(array, array.dtype.type(0), array.dtype.type(most)).astype(jnp.int32)
+
+
+def segments(ids: SegmentIds, q: Array, k: Array) -> tuple[Array, Array]:
+    pair = ids if isinstance(ids, tuple) else (ids, ids)
+    if len(pair) != 2:
+        raise wrong(
+            "segment_ids", "be one array or a pair (query's, key's)", f"{len(pair)} of them"
+        )
+    arrays = []
+    for part, x in zip(pair, (q, k), strict=True):
+        array = jnp.asarray(part)
+        array = array[None] if array.ndim == 1 else array
+        if array.shape != x.shape[:2] or not jnp.issubdtype(array.dtype, jnp.integer):
+            allowed = f"be integers, {list(q.shape[:2])} for query and {list(k.shape[:2])} for key"
+            raise wrong("segment_ids", allowed, f"{array.dtype}{list(array.shape)}")
+        arrays.append(array)
+    return _narrow_ids(*arrays)
+
+
+def _narrow_ids(q: Array, k: Array) -> tuple[Array, Array]:
+    """The ids as int32, equal where they were equal: ids of 64 bits become their ranks."""
+    if max(q.dtype.itemsize, k.dtype.itemsize) <= 4:
+        return q.astype(jnp.int32), k.astype(jnp.int32)
+    q, k = (x if x.dtype == jnp.uint64 else x.astype(jnp.int64).astype(jnp.uint64) for x in (q, k))
+    ranked = jnp.sort(jnp.concatenate([q.ravel(), k.ravel()]))
+    q, k = (jnp.searchsorted(ranked, x).astype(jnp.int32) for x in (q, k))
+    return q, k
+
+
+def sinks(given: ArrayLike | None, heads: int) -> Array | None:
+    if given is None:
+        return None
+    x = jnp.asarray(given)
+    if x.shape != (heads,) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise wrong("sinks", f"be floating, of shape [N] = [{heads}]", f"{x.dtype}{list(x.shape)}")
+    return x

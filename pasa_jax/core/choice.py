@@ -1,0 +1,39 @@
+"""`auto`'s choice where it depends on the data: for one key head, with rounded products."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pasa_jax.core.blocks import spread
+from pasa_jax.core.tile import wide_type
+
+Array = jax.Array
+
+
+# A row's largest score stands about so many standard deviations above their mean.
+_TOP = 3.0
+
+
+def shifting_helps(q: Array, k: Array, usable: Array, kappa: Array, n: int, scale: Array) -> Array:
+    """[] bool: whether `auto` shifts this head, with rounded products (section 6).
+
+    Rounding errors are proportional to the size of the scores, and only those near a row's maximum
+    matter. With o = q·κ/α and σ the standard deviation of q·(k − κ)/α these are about o + 3σ
+    unshifted and 3σ shifted; rounding k − κ costs about another σ. So shifting pays where
+    (o + 3σ)² > (3σ)² + σ². Where keys are biased against the queries (o < 0) it often does not.
+    o and σ are estimated from the mean and the variance of each channel.
+    """
+    wide = wide_type(k.dtype)
+    rows = q.reshape(-1, q.shape[-1]).astype(wide)
+    rows = jnp.where(jnp.isfinite(rows), rows, jnp.zeros_like(rows))
+    q_mean = jnp.mean(rows, axis=0)
+    q_var = jnp.mean(jnp.square(rows - q_mean), axis=0)
+    centre = kappa.astype(wide)
+    offset = centre @ q_mean
+    square = jnp.mean(jnp.square(offset) + jnp.square(centre) @ q_var)
+    weights = usable.astype(wide) / jnp.maximum(jnp.sum(usable, dtype=wide), 1)
+    deviation = jnp.where(usable[:, None], k.astype(wide) - spread(centre, n, k.shape[0]), 0)
+    around = jnp.sum(weights * (jnp.square(deviation) @ (jnp.square(q_mean) + q_var)))
+    towards = jnp.sign(scale).astype(wide) * jnp.mean(offset)
+    return square + 2 * _TOP * jnp.sqrt(around) * towards > around

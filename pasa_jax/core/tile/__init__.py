@@ -1,0 +1,59 @@
+"""The mathematics of one tile, as pure functions on arrays.
+
+Every walker calls or traces exactly these: the lax loops, the Pallas kernels, the AscendC
+generator. They use ordinary primitives alone (no control flow, no gather), and everything that is
+one number per query row has shape [R, 1] (or [R], where the dialect is flat). Shapes: R rows,
+n keys, D and E head sizes. The equations are those of docs/algorithm.md.
+
+Where the guard asks for it, scores are stored divided by 2^e, e one number per row (eq. 12), 0 in
+ordinary data. The exponent is multiplied by 2^e again, so m and every offset are divided too.
+"""
+
+from pasa_jax.core.tile.arrays import Guard, shown_by, zero_unusable
+from pasa_jax.core.tile.inputs import KeyTile, QueryTile, key_tile, mean_key, query_tile
+from pasa_jax.core.tile.numerics import Dialect, Numerics, Storage, lowest, wide_type
+from pasa_jax.core.tile.reverse import TileGradients, gradients
+from pasa_jax.core.tile.softmax import probabilities, running_maximum, update
+from pasa_jax.core.tile.state import (
+    State,
+    add_sink,
+    finish,
+    initial_state,
+    merge,
+    rounded,
+    settle,
+    sink_weight,
+)
+from pasa_jax.core.tile.stored import Scores, plain_scores, scores
+
+__all__ = [
+    "Dialect",
+    "Guard",
+    "KeyTile",
+    "Numerics",
+    "QueryTile",
+    "Scores",
+    "State",
+    "Storage",
+    "TileGradients",
+    "add_sink",
+    "finish",
+    "gradients",
+    "initial_state",
+    "key_tile",
+    "lowest",
+    "mean_key",
+    "merge",
+    "plain_scores",
+    "probabilities",
+    "query_tile",
+    "rounded",
+    "running_maximum",
+    "scores",
+    "settle",
+    "shown_by",
+    "sink_weight",
+    "update",
+    "wide_type",
+    "zero_unusable",
+]

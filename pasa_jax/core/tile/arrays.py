@@ -1,0 +1,81 @@
+"""Arithmetic on tiles and columns that the tile functions share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax.core.tile.numerics import lowest
+
+Array = jax.Array
+
+
+class Guard(NamedTuple):
+    """Powers of two that keep the scores of a row in range (eq. 12); all 1 in ordinary data.
+
+    2^e and 2^-e may leave float32, so each comes as a product of factors that do not.
+    """
+
+    down: Array  # [R, 1] down·rest·gain = 2^-e: the first two are for q
+    rest: Array  # [R, 1]
+    gain: Array  # [R, 1] for the factor of the product, where that is large
+    temper: Array  # [R, 1] temper·beyond = 2^e; `temper` is at most 2^126 (float64: 2^1022)
+    beyond: Array  # [R, 1]
+
+
+def tempered(x: Array, guard: Guard | None) -> Array:
+    """x·2^e for an exponent, x a column or a tile.
+
+    2^e is cut at 2^126. What that leaves out would change a weight only between scores that differ
+    by less than 2^-119 of their bound.
+    """
+    if guard is None:
+        return x
+    return x * (beside(guard.temper) if x.ndim == 2 else guard.temper).astype(x.dtype)
+
+
+def divided(x: Array, guard: Guard | None) -> Array:
+    """x/2^e, for a column or a tile x."""
+    if guard is None:
+        return x
+    for factor in (guard.down, guard.rest, guard.gain):
+        x = x * (factor if x.ndim == 2 else factor.reshape(x.shape)).astype(x.dtype)
+    return x
+
+
+def beside(column: Array) -> Array:
+    """A column as [R, 1], to stand beside a tile."""
+    return column if column.ndim == 2 else column[:, None]
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int], dtype: jnp.dtype) -> Array:
+    """A matrix product with accumulator ``dtype``; operands of unlike types are widened first."""
+    if a.dtype != b.dtype:
+        a, b = a.astype(dtype), b.astype(dtype)
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    # float32 operands are multiplied in float32 (some chips would use fewer bits by default).
+    precision = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
+
+
+def zero_unusable(x: Array, usable: Array) -> Array:
+    """Rows of x where ``usable`` [n, 1], zeros elsewhere."""
+    return jnp.where(usable, x, jnp.zeros_like(x))
+
+
+def undropped(x: Array, kept: Array | None) -> Array:
+    """x [R, n] where dropout keeps it, zeros elsewhere."""
+    return x if kept is None else jnp.where(kept, x, jnp.zeros_like(x))
+
+
+def shown_by(bias: Array) -> Array:
+    """[…] bool: False where a bias hides its key.
+
+    −∞ hides a key, and so does the lowest finite number of the bias's type, which many models use
+    as −∞. NaN hides nothing: the key is seen, and the row becomes NaN.
+    """
+    floor = jnp.asarray(lowest(bias.dtype), bias.dtype)
+    return (bias > floor) | (bias != bias)

@@ -1,0 +1,127 @@
+"""The rows and the keys of a tile, made ready for the product q·k."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax.core.tile.arrays import Guard, dot, zero_unusable
+from pasa_jax.core.tile.numerics import Numerics, Storage
+
+Array = jax.Array
+
+
+class QueryTile(NamedTuple):
+    """The rows of a tile, made by `query_tile`."""
+
+    q: Array  # [R, D]
+    gain: Array  # [R|1, 1] factor of the product, applied before rounding
+    guard: Guard | None  # what the stored scores are divided by; None: 1
+    rest: Array | None = None  # [1, 1] factor applied after rounding, or None: 1
+    value_gain: Array | None = None  # [] factor of the values these rows see, or None: 1
+    # What the scores are divided by until the soft cap, which brings them into range by itself;
+    # ``guard`` is then None. None: 1.
+    capped: Guard | None = None
+
+
+class KeyTile(NamedTuple):
+    """The keys of a tile, made by `key_tile`."""
+
+    k: Array  # [n, D] without what the shift takes off: K'
+    v: Array  # [n, E] with unusable rows zeroed
+    usable: Array | None  # [1, n] bool: False where key or value must not be looked at
+    kappa: Array | None = None  # [1, D] what `mean` took off every key (or rows, all equal)
+    weights: Array | None = None  # [n, 1] 1/n for the columns that the paper's M mixed, else 0
+    raw: Array | None = None  # [n, D] the keys as they are, for `Storage.LAGGING`
+
+
+def query_tile(q: Array, scale: Array, guard: Guard | None, numerics: Numerics) -> QueryTile:
+    """Query rows with 1/α and the guard's 2^-e placed where they lose nothing (eq. 12).
+
+    Arguments:
+      q: [R, D].
+      scale: [] 1/α in the product's type; 1 for `paper`, whose M carries it.
+      guard: None where the scores cannot leave their range.
+    """
+    dtype = numerics.product
+    gain = jnp.full((1, 1), scale.astype(dtype) * dtype.type(numerics.unit))
+    rest = None
+    if numerics.rounds_products and numerics.dialect.base_two:
+        power = _power_of_two(gain)  # log2 e comes after the product, or it would round q
+        gain, rest = power, gain / power
+    if guard is not None:
+        gain = gain * guard.gain
+        if q.dtype == jnp.float16:  # products of float16 fit float32: divide those
+            gain = gain * guard.down * guard.rest
+        else:  # the product itself could overflow: divide q, which is exact
+            q = q * guard.down.astype(q.dtype) * guard.rest.astype(q.dtype)
+    if numerics.rounds_products:  # nothing can be multiplied with the product itself
+        q = (q.astype(dtype) * gain).astype(q.dtype)
+        gain = jnp.ones_like(gain)
+    if numerics.logits_soft_cap is not None:
+        return QueryTile(q, gain, None, rest, capped=guard)
+    return QueryTile(q, gain, guard, rest)
+
+
+def key_tile(
+    k: Array,
+    v: Array,
+    usable: Array | None,
+    numerics: Numerics,
+    *,
+    kappa: Array | None = None,
+    matrix: Array | None = None,
+    weights: Array | None = None,
+    value_gain: Array | None = None,
+) -> KeyTile:
+    """Keys without what the shift takes off them (eq. 4, 7), and values fit for the product.
+
+    A key that is not usable (not finite, or padding) is zeroed before keys are mixed, so that it
+    cannot reach rows that do not see it, neither through the block's mean nor as 0·NaN. Then its
+    column is made NaN, so that the rows that see it become NaN.
+
+    Arguments:
+      k, v: [n, D], [n, E].
+      usable: [n, 1] bool, or None: all are.
+      kappa: [1, D] of k's type, for `mean` (any vector is valid, since the same is added back); or
+        several equal rows, for a matrix unit that cannot multiply by a single one.
+      matrix, weights: M [n, n] and the share of each column in the row mean [n, 1], for `paper`.
+      value_gain: [] the power of two that keeps P·V in range, or None.
+    """
+    if usable is not None:
+        k, v = zero_unusable(k, usable), zero_unusable(v, usable)
+    if value_gain is not None:
+        v = v * value_gain.astype(v.dtype)
+    shifted, raw = k, None
+    if kappa is not None:
+        wide = numerics.product
+        shifted = (k.astype(wide) - kappa[:1].astype(wide)).astype(k.dtype)
+        raw = _nan_unusable(k, usable) if numerics.storage is Storage.LAGGING else None
+    if matrix is not None:  # the row mean needs every column: `scores` makes them NaN later
+        shifted = dot(matrix, k, (1, 0), numerics.product).astype(k.dtype)
+    else:
+        shifted = _nan_unusable(shifted, usable)
+    row = None if usable is None else usable.reshape(1, -1)
+    return KeyTile(shifted, v, row, kappa, weights, raw)
+
+
+def mean_key(total: Array, count: Array, dtype: jnp.dtype) -> Array:
+    """κ of a block (eq. 7) from the sum and the number of its usable keys, in the keys' type."""
+    return (total * (1 / jnp.maximum(count, 1))).astype(dtype)
+
+
+def _power_of_two(x: Array) -> Array:
+    """The largest power of two in x (float32), with its sign; 1 for 0."""
+    bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(1 << 23))
+    power = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(power == 0, jnp.ones_like(power), power)
+
+
+def _nan_unusable(x: Array, usable: Array | None) -> Array:
+    """Rows of x where ``usable`` [n, 1], NaN elsewhere."""
+    if usable is None:
+        return x
+    return jnp.where(usable, x, jnp.full_like(x, jnp.nan))

@@ -1,0 +1,158 @@
+"""The arithmetic of a tile, as far as it is static: types, how scores are stored, machine forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import jax
+import jax.numpy as jnp
+
+from pasa_jax.core.precision import Precision
+
+Array = jax.Array
+
+
+class Storage(Enum):
+    """How the scores of a tile are stored: what is taken off them before they are rounded.
+
+    One member for each way; its value is the shift that asks for it, except that ``reference``
+    has two ways: which one is possible depends on whether the target rounds products (`Numerics`).
+    """
+
+    PLAIN = "none"  # nothing is taken off
+    PAPER = "paper"  # β times the block's mean score, by the matrix M (eq. 4)
+    BLOCK_MEAN = "mean"  # q·κ/α, κ the mean of the block's keys (eq. 7)
+    PAST_MEAN = "mean_past"  # the same, κ the mean of the block before (eq. 8)
+    BENEATH_MAXIMUM = "reference"  # the row maximum of the float32 tile (eq. 9)
+    LAGGING = "reference, lagging"  # the row maximum of the tiles before, in the product (eq. 11)
+
+    @property
+    def shift(self) -> str:
+        """The name of the shift, as in `pasa_jax.SHIFTS`."""
+        return self.value.removesuffix(", lagging")
+
+    @property
+    def uses_kappa(self) -> bool:
+        """Whether it needs κ; `LAGGING` does for rows that have no maximum yet."""
+        return self in (Storage.BLOCK_MEAN, Storage.PAST_MEAN, Storage.LAGGING)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The forms of the same mathematics that suit one machine; the defaults run on every machine.
+
+    Arguments:
+      base_two: scores, m and offsets are in units of ln 2, and exponentials are powers of two.
+      exponential: the type in which a tile's exponentials are computed, unless the precision
+        says; None: the statistics'.
+      exp2: the function that computes the powers of two of a tile.
+      matrix_columns: how many columns of a product the matrix unit computes at once, if P's row
+        sums may be a product with ones in columns that would be idle otherwise; else 0.
+      sum_columns: how many columns of ones P is multiplied by for its row sums, if that is a
+        product of its own; else 0.
+      running_maximum: store scores minus the running maximum instead of their tile's maximum,
+        where nothing is added back after rounding. What the tile adds then needs no rescaling.
+      contracts: the compiler may compute product·gain − maximum with a single rounding.
+      flat: columns have shape [R], for a compiler that would hold [R, 1] as a whole tile.
+      narrow_sums: guard against infinite sums of values that a row does not see, and keep m at
+        `lowest` until a row sees a key, where the statistics are float16. (Costs a select over a
+        tile of the output.)
+    """
+
+    base_two: bool = False
+    exponential: str | None = None
+    exp2: Callable[[Array], Array] = jnp.exp2
+    matrix_columns: int = 0
+    sum_columns: int = 0
+    running_maximum: bool = False
+    contracts: bool = True
+    flat: bool = False
+    narrow_sums: bool = True
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What is static about the arithmetic of a tile.
+
+    Arguments:
+      storage: how scores are stored.
+      precision: the types of the intermediates.
+      rounds_products: whether the product q·k is rounded to ``precision.scores`` before anything
+        else can be done with it ("rounded products"); else it is seen in float32 first.
+      inva: Inva of eq. 5 for `Storage.PAPER`; 1 for the others, whose offset is added back whole.
+      logits_soft_cap: cap of s ↦ cap·tanh(s/cap), or None.
+      dialect: the forms that suit the machine.
+      kept_share: the share of the weights that dropout keeps, or 1.
+    """
+
+    storage: Storage
+    precision: Precision
+    rounds_products: bool = False
+    inva: float = 1.0
+    logits_soft_cap: float | None = None
+    dialect: Dialect = Dialect()
+    kept_share: float = 1.0
+
+    @property
+    def statistics(self) -> jnp.dtype:
+        return jnp.dtype(self.precision.statistics)
+
+    @property
+    def product(self) -> jnp.dtype:
+        """The type in which the matrix unit accumulates: float32, or float64 under x64."""
+        wide = "float64" in (self.precision.scores, self.precision.statistics)
+        return jnp.dtype("float64" if wide else "float32")
+
+    @property
+    def accumulated(self) -> jnp.dtype:
+        """The type in which q·k and P·V are added up."""
+        return jnp.dtype("float16") if self.precision.products == "float16" else self.product
+
+    @property
+    def exponential(self) -> str | None:
+        return self.precision.exponential or self.dialect.exponential
+
+    @property
+    def tile(self) -> jnp.dtype:
+        """The type of a tile's arithmetic between product and probabilities.
+
+        Where scores are stored and exponentials computed in the same 16 bits it may be those 16
+        bits: subtracting two such numbers rounds once, to a result near zero, where it costs
+        nothing.
+        """
+        same = self.precision.exponential == self.precision.scores
+        wide = self.storage is Storage.BENEATH_MAXIMUM or self.subtracts_running_maximum
+        narrow = same and not wide and self.logits_soft_cap is None
+        return jnp.dtype(self.precision.scores) if narrow else self.statistics
+
+    @property
+    def unit(self) -> float:
+        """What natural scores are multiplied by: log2 e where they are in units of ln 2."""
+        return math.log2(math.e) if self.dialect.base_two else 1.0
+
+    def exp(self, x: Array) -> Array:
+        """e^x for x in the unit of the scores."""
+        return self.dialect.exp2(x) if self.dialect.base_two else jnp.exp(x)
+
+    def over_row(self, reduce: Callable[..., Array], x: Array) -> Array:
+        """The column that ``reduce`` makes of x [R, n]."""
+        return reduce(x, axis=1, keepdims=not self.dialect.flat)
+
+    @property
+    def subtracts_running_maximum(self) -> bool:
+        """Whether a tile's base is the running maximum, this tile included, and not its own."""
+        nothing_added_back = self.storage in (Storage.PLAIN, Storage.BENEATH_MAXIMUM)
+        return nothing_added_back and self.dialect.running_maximum
+
+
+def wide_type(dtype: jnp.dtype) -> jnp.dtype:
+    """The type that sums numbers of ``dtype``: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def lowest(dtype: jnp.dtype) -> float:
+    """The finite number that stands for "no key seen" and for a masked score."""
+    return float(jnp.finfo(dtype).min)

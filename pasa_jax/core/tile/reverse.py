@@ -1,0 +1,74 @@
+"""The reverse of a tile (eq. 15)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pasa_jax.core.tile.arrays import dot, tempered, undropped
+from pasa_jax.core.tile.inputs import KeyTile, QueryTile
+from pasa_jax.core.tile.numerics import Numerics, lowest
+from pasa_jax.core.tile.softmax import probabilities
+from pasa_jax.core.tile.stored import Scores
+
+Array = jax.Array
+
+
+class TileGradients(NamedTuple):
+    """What one tile adds to the gradients; the query's and key's still lack the factor 1/α."""
+
+    q: Array  # [R, D]
+    k: Array  # [n, D]
+    v: Array  # [n, E]
+    scores: Array  # [R, n] of S after bias, hence of the bias
+
+
+def gradients(
+    s: Scores,
+    query: QueryTile,
+    key: KeyTile,
+    q: Array,
+    k: Array,
+    m: Array,
+    l: Array,  # noqa: E741
+    d_out: Array,
+    delta: Array,
+    numerics: Numerics,
+    kept: Array | None = None,
+) -> TileGradients:
+    """The reverse of one tile, from the row statistics of the forward pass (eq. 15).
+
+    The scores are the forward pass's own, bit for bit, so their probabilities sum to one.
+
+    Arguments:
+      q, k: [R, D], [n, D] as the user gave them, unusable rows zeroed.
+      m, l: [R, 1] of the finished state, sinks included.
+      d_out: [R, E] cotangent of the output, in the product's type.
+      delta: [R, 1] Σ d_out·out minus the cotangent of the log-sum-exp.
+      kept: as in `update`.
+    """
+    wide = numerics.product
+    p = probabilities(s, query, numerics).astype(wide)
+    top = s.maximum(numerics)
+    seen = s.base != lowest(numerics.statistics)
+    gap = jnp.where(seen, top - m, jnp.full_like(m, lowest(wide)))
+    share = numerics.exp(tempered(gap, query.guard)) / jnp.where(l != 0, l, jnp.ones_like(l))
+    # The probability of the tile's largest score, at most 1. Where `paper` has moved m by far
+    # larger offsets, rounding may give more.
+    share = jnp.minimum(share, jnp.ones_like(share))
+    p = p * jnp.where(seen, share, jnp.zeros_like(share))
+    # float16 may not hold the gradients, whose range depends on the loss: they stay in float32.
+    operand = wide if q.dtype == jnp.float16 else q.dtype
+    if kept is not None:
+        d_out = d_out * wide.type(1 / numerics.kept_share)
+    d_p = undropped(dot(d_out.astype(operand), key.v.astype(operand), (1, 1), wide), kept)
+    d_s = p * (d_p - delta)
+    d_raw = (d_s if s.slope is None else d_s * s.slope.astype(wide)).astype(operand)
+    return TileGradients(
+        q=dot(d_raw, k.astype(operand), (1, 0), wide),
+        k=dot(d_raw, q.astype(operand), (0, 0), wide),
+        v=dot(undropped(p, kept).astype(operand), d_out.astype(operand), (0, 0), wide),
+        scores=d_s,
+    )

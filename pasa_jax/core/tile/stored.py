@@ -1,0 +1,173 @@
+"""The scores of a tile, as they are stored (docs/algorithm.md, eq. 4, 7, 9, 11)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pasa_jax.core.tile.arrays import Guard, beside, divided, dot, shown_by, tempered
+from pasa_jax.core.tile.inputs import KeyTile, QueryTile
+from pasa_jax.core.tile.numerics import Numerics, Storage, lowest
+from pasa_jax.core.tile.state import State
+
+Array = jax.Array
+
+
+class Scores(NamedTuple):
+    """The scores of one tile: S = (stored + base) + inva·offset, per row."""
+
+    stored: Array  # [R, n] S' minus its base, masked entries far below; statistics dtype
+    base: Array  # [R, 1] the row maximum of the visible S' (or the running one), or lowest
+    # [R, 1] what the shift took off (s̄' for `paper`, to be multiplied by inva), or None: 0
+    offset: Array | None
+    slope: Array | None = None  # [R, n] derivative of the soft cap
+    every: bool = False  # whether every row sees every key of the tile
+
+    def maximum(self, numerics: Numerics) -> Array:
+        """[R, 1] base + inva·offset in the product's type: the row maximum of S, or the running
+        one."""
+        wide = numerics.product
+        base = self.base.astype(wide)
+        if self.offset is None:
+            return base
+        offset = self.offset.astype(wide)
+        if numerics.storage is Storage.PAPER:
+            offset = offset * wide.type(numerics.inva)
+        return base + offset
+
+    def seen(self, numerics: Numerics) -> Array | None:
+        """[R, 1] bool: whether the row sees a key of the tile; None: every row sees every key."""
+        return None if self.every else self.base != lowest(numerics.statistics)
+
+
+def plain_scores(q: Array, k: Array, scale: Array, numerics: Numerics) -> Array:
+    """S = q·k/α in the product's type, [R, n], neither shifted nor rounded."""
+    return dot(q, k, (1, 1), numerics.product) * scale.astype(numerics.product)
+
+
+def scores(
+    query: QueryTile,
+    key: KeyTile,
+    state: State,
+    mask: Array | None,
+    bias: Array | None,
+    numerics: Numerics,
+    *,
+    with_slope: bool = False,
+) -> Scores:
+    """The stored scores S' of one tile, masked, minus their row maximum (eq. 4, 7, 9).
+
+    Arguments:
+      mask: [R, n] bool, True where the row sees the key; None: everywhere.
+      bias: [R, n] added to the scores; −inf, or its type's lowest number, hides a key.
+      state: its running maximum is the r of `Storage.LAGGING`, and may be the base.
+      with_slope: also give the soft cap's derivative, for the gradient.
+    """
+    stat, store = numerics.statistics, jnp.dtype(numerics.precision.scores)
+    if bias is not None:
+        shown = shown_by(bias)
+        mask = shown if mask is None else mask & shown
+        bias = divided(bias.astype(stat) * stat.type(numerics.unit), query.guard)
+    narrow = numerics.tile if bias is None and query.rest is None else stat
+    product = dot(query.q, key.k, (1, 1), numerics.accumulated)
+    product = product.astype(numerics.product) * query.gain
+    offset = None
+    if numerics.storage is Storage.BENEATH_MAXIMUM:  # rounded below, after the subtraction
+        z = product.astype(stat)
+    elif numerics.storage is Storage.LAGGING:
+        plain = bias is None and numerics.logits_soft_cap is None
+        running = state.m if plain else None
+        z, offset = _lagging_reference(query, key, product, running, mask, numerics)
+    else:
+        z = product.astype(store).astype(narrow)
+        z = z if query.rest is None else z * query.rest.astype(stat)
+        if key.weights is not None:  # s̄' over the columns that M mixed, before the mask
+            offset = dot(z, key.weights, (1, 0), numerics.product).astype(stat)
+            if key.usable is not None:
+                z = jnp.where(key.usable, z, jnp.full_like(z, jnp.nan))
+        elif key.kappa is not None:
+            offset = _kappa_product(query, key, numerics)
+    slope = None
+    if numerics.logits_soft_cap is not None:  # needs S itself: add the offset back first
+        s = z if offset is None else z + beside(offset) * stat.type(numerics.inva)
+        z, slope = _soft_cap(s, query.capped, numerics)
+        offset = None
+    if bias is not None:
+        z = z + bias
+    if mask is not None:
+        z = jnp.where(mask, z, jnp.full_like(z, lowest(z.dtype)))
+        slope = None if slope is None else jnp.where(mask, slope, jnp.zeros_like(slope))
+    base = numerics.over_row(jnp.max, z)
+    if numerics.subtracts_running_maximum:
+        base = jnp.maximum(base, state.m)
+    stored = z - beside(base)
+    # Where product·gain − base is computed with a single rounding, the largest score may exceed or
+    # miss its own maximum by that rounding; where scores are huge, every probability would vanish.
+    if numerics.dialect.contracts:
+        stored = jnp.where(z >= beside(base), jnp.zeros_like(stored), stored)
+    if base.dtype != stat:
+        narrow_base, base = base, base.astype(stat)
+        if mask is not None:
+            seen = narrow_base != lowest(narrow_base.dtype)
+            base = jnp.where(seen, base, jnp.full_like(base, lowest(stat)))
+    if numerics.storage is Storage.BENEATH_MAXIMUM and store != stat:
+        if store == jnp.float16:  # what is below its range has no weight: clamp it
+            stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
+        stored = stored.astype(store).astype(numerics.exponential or stat)
+    return Scores(stored, base, offset, slope if with_slope else None, mask is None)
+
+
+def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Array:
+    """c = q·κ/α, [R, 1], the offset of `mean` (eq. 7), like one more column of the product."""
+    assert key.kappa is not None
+    product = dot(query.q, key.kappa, (1, 1), numerics.product) * query.gain
+    product = product if query.rest is None else product * query.rest
+    if len(key.kappa) > 1:  # equal rows, see `key_tile`
+        product = numerics.over_row(jnp.max, product)
+    return product.astype(numerics.statistics)
+
+
+def _lagging_reference(
+    query: QueryTile,
+    key: KeyTile,
+    shifted: Array,
+    running: Array | None,
+    mask: Array | None,
+    numerics: Numerics,
+) -> tuple[Array, Array]:
+    """S' and r of `reference` with rounded products (eq. 11).
+
+    r is the ``running`` maximum before this block [R, 1]. A row that has none yet takes the
+    block's own maximum, computed as for `mean`. With a bias or a soft cap (``running`` None) every
+    block does: the running maximum is then not a maximum of S. r enters the product q·k as two
+    more columns, in two halves of q's type; the sum of those halves is added back.
+    """
+    assert key.raw is not None
+    stat, store = numerics.statistics, jnp.dtype(numerics.precision.scores)
+    z = shifted.astype(store).astype(stat)
+    if mask is not None:
+        z = jnp.where(mask, z, jnp.full_like(z, lowest(stat)))
+    own = jnp.max(z, axis=1, keepdims=True)
+    own = jnp.where(own > lowest(stat), own + _kappa_product(query, key, numerics), 0)
+    r = own if running is None else jnp.where(running > lowest(stat), running, own)
+    high = r.astype(query.q.dtype)
+    low = (r - high.astype(stat)).astype(query.q.dtype)
+    r = high.astype(stat) + low.astype(stat)
+    product = dot(query.q, key.raw, (1, 1), numerics.accumulated).astype(numerics.product)
+    product = product - r.astype(numerics.product)
+    return product.astype(store).astype(stat), r
+
+
+def _soft_cap(s: Array, guard: Guard | None, numerics: Numerics) -> tuple[Array, Array]:
+    """cap·tanh(S/cap) and its derivative 1 − tanh², of s = S/2^e.
+
+    An S beyond float32 is infinite here, and its tanh is 1.
+    """
+    assert numerics.logits_soft_cap is not None
+    cap = numerics.statistics.type(numerics.logits_soft_cap * numerics.unit)
+    if guard is not None:
+        s = tempered(s, guard) * beside(guard.beyond).astype(s.dtype)
+    tanh = jnp.tanh(s / cap)
+    return cap * tanh, 1 - tanh * tanh

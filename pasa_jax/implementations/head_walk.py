@@ -1,0 +1,229 @@
+"""One key head in memory, cut into tiles, and the loop over all key heads.
+
+One key head with its G query heads is one problem of plain 2-D arrays, so that keys and values are
+never repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax.core import tile
+from pasa_jax.core.heads import heads_at_once, varying
+from pasa_jax.core.mask import Index, Mask, div, minimum, pick, slice_tile
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.prepare import HeadFacts, Known, prepare, prepare_known
+from pasa_jax.core.walk import Walk
+
+Array = jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadWalk(Walk):
+    """One key head in memory: its tiles are slices of the arrays.
+
+    The last tile ends with the last row or key. It may overlap the tile before; the mask hides what
+    both hold.
+    """
+
+    head: Operands
+    facts: HeadFacts
+
+    @staticmethod
+    def of(head: Operands, mask: Mask, plan: Plan, known: Known | None = None) -> HeadWalk:
+        length, groups = head.query.shape[:2]
+        block_q = max(1, min(plan.schedule.block_q // groups, length))
+        if known is None:
+            facts = prepare(head.query, head.key, head.value, head.scale, mask, plan, block_q)
+        else:
+            facts = prepare_known(head.query, head.key, known, head.scale, mask, plan, block_q)
+        return HeadWalk(
+            mask=mask,
+            plan=plan,
+            numerics=plan.numerics(len(head.key)),
+            groups=groups,
+            block_q=block_q,
+            value_size=head.value.shape[1],
+            head=head,
+            facts=facts,
+        )
+
+    @property
+    def query_tiles(self) -> int:
+        return -(-len(self.head.query) // self.block_q)
+
+    def over_queries(self, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+        """Folds ``body(i, carry)`` over the query tiles."""
+        return lax.fori_loop(0, self.query_tiles, body, self.typed(carry))
+
+    def typed(self, carry: Any) -> Any:
+        return varying(carry, (self.head, self.mask))
+
+    # Rows of one query tile, [T, G, …] <-> [G·block_q, …].
+
+    def rows(self, x: Array, start: Index) -> Array:
+        """The rows [R, …] of x [T, G, …] that belong to the query tile at ``start``."""
+        x = lax.dynamic_slice_in_dim(x, start, self.block_q)
+        x = jnp.moveaxis(x, 1, 0).reshape(self.groups * self.block_q, *x.shape[2:])
+        return x if x.ndim > 1 else x[:, None]
+
+    def put_rows(self, buffer: Array, x: Array, start: Index, which: Array | None) -> Array:
+        """``buffer`` with the rows of x [R, …] that ``which`` [R, 1] names (None: all)."""
+        if which is not None:
+            x = jnp.where(which, x, self.rows(buffer, start))
+        x = x.reshape(self.groups, self.block_q, *buffer.shape[2:])
+        return lax.dynamic_update_slice_in_dim(buffer, jnp.moveaxis(x, 0, 1), start, axis=0)
+
+    def new(self, start: Index, i: Array) -> Array | None:
+        """[R, 1] bool: the rows that no earlier tile holds; None: all of them."""
+        if len(self.head.query) % self.block_q == 0:
+            return None
+        return self.positions(start) >= i.astype(jnp.int32) * self.block_q
+
+    def fresh(self, start: Index, i: Array) -> Array:
+        """[R, 1] bool: the rows in use that no earlier tile holds."""
+        new, used = self.new(start, i), self.in_use(start)
+        return used if new is None else used & new
+
+    # Tiles.
+
+    def query_start(self, i: Array) -> Index:
+        return minimum(i.astype(jnp.int32) * self.block_q, len(self.head.query) - self.block_q)
+
+    def key_start(self, j: Index) -> Index:
+        return minimum(j * self.block_kv, len(self.head.key) - self.block_kv)
+
+    def query(self, start: Index) -> tile.QueryTile:
+        guard = self.facts.guard
+        if guard is not None:
+            guard = tile.Guard(*(self.rows(x, start) for x in guard))
+        q = self.rows(self.head.query, start)
+        if self.mask.query_lengths is not None:
+            q = tile.zero_unusable(q, self.in_use(start))
+        query = tile.query_tile(q, self.plan.gain(self.head.scale), guard, self.numerics)
+        if self.facts.value_gain is None:
+            return query
+        i = div(start + self.block_q - 1, self.block_q)
+        return query._replace(value_gain=pick(self.facts.value_gain, i))
+
+    def raw_keys(self, j: Index) -> tuple[Array, Array, Array]:
+        """Keys, values and which of them are usable [n, 1], of key tile j."""
+        at, n = self.key_start(j), self.block_kv
+        k, v, usable = (
+            lax.dynamic_slice_in_dim(x, at, n)
+            for x in (self.head.key, self.head.value, self.facts.usable)
+        )
+        return k, v, usable[:, None]
+
+    def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
+        k, v, usable = self.raw_keys(j)
+        extra: dict[str, Any] = {}
+        if self.facts.kappa is not None:
+            extra["kappa"] = lax.dynamic_slice_in_dim(self.facts.kappa, j, 1)
+        if self.numerics.storage is tile.Storage.PAPER:
+            blocks = self.plan.paper_blocks(len(self.head.key))
+            tail = j == len(self.head.key) // self.block_kv
+            extra["matrix"] = jnp.where(tail, blocks.tail_matrix, blocks.matrix).astype(jnp.float16)
+            extra["weights"] = jnp.where(tail, blocks.tail_weights, blocks.weights)
+        return tile.key_tile(k, v, usable, self.numerics, value_gain=value_gain, **extra)
+
+    def array(self, start: Index, j: Index) -> Array | None:
+        at, n = self.key_start(j), self.block_kv
+        return self.mask.tile_array(start, self.block_q, at, n, self.groups)
+
+    def bias(self, start: Index, j: Index) -> Array | None:
+        if self.head.bias is None:
+            return None
+        x = slice_tile(self.head.bias, start, self.block_q, self.key_start(j), self.block_kv)
+        shape = (self.groups, self.block_q, self.block_kv)
+        return jnp.broadcast_to(x, shape).reshape(-1, self.block_kv)
+
+    def sinks(self) -> Array | None:
+        if self.head.sinks is None:
+            return None
+        return jnp.repeat(self.head.sinks, self.block_q)[:, None]
+
+
+def over_heads(
+    operands: Operands,
+    mask: Mask,
+    plan: Plan,
+    program: Callable[[HeadWalk, Index, Index], tuple[Any, Array | None]],
+    known: Known | None = None,
+) -> tuple[Any, Array | None]:
+    """Runs ``program`` for every key head, one after another or all at once.
+
+    Arguments:
+      program: (walk, b, h) -> (arrays [L, g, …], an addend to the bias's gradient or None).
+      known: what a cache has stored about keys and values, [B, K, …], or None.
+
+    Returns:
+      The arrays as [B, L, K·g, …] and the bias's gradient.
+    """
+    batch, keys, kv_heads, _ = operands.key.shape
+    groups = operands.query.shape[2] // kv_heads
+    # An array has no slice that is larger than it is: cut the blocks.
+    plan = replace(plan, schedule=plan.schedule.fitted(plan.schedule.block_q, keys))
+
+    def one(b: Index, h: Index) -> tuple[Any, Array | None]:
+        of_head = None if known is None else jax.tree.map(lambda x: pick(pick(x, b), h), known)
+        walk = HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan, of_head)
+        return program(walk, b, h)
+
+    if plan.schedule.batch_heads:
+        placed, d_bias = heads_at_once(one, batch, kv_heads)
+        placed = jax.tree.map(
+            lambda x: jnp.moveaxis(x, 1, 2).reshape(batch, x.shape[2], -1, *x.shape[4:]), placed
+        )
+        return placed, None if d_bias is None else _fold_bias(d_bias, operands.bias)
+
+    def body(t: Array, buffers: tuple[Any, Array | None]) -> tuple[Any, Array | None]:
+        b, h = t.astype(jnp.int32) // kv_heads, t.astype(jnp.int32) % kv_heads
+        placed, d_bias = one(b, h)
+
+        def put(buffer: Array, x: Array) -> Array:
+            at = _place(b, 0, h * x.shape[1], *[0] * (x.ndim - 2))
+            return lax.dynamic_update_slice(buffer, x[None], at)
+
+        total = buffers[1]
+        if total is not None and d_bias is not None:
+            at = (b if len(total) > 1 else 0, h * groups if total.shape[1] > 1 else 0, 0, 0)
+            total = add_at(total, d_bias[None], at)
+        return jax.tree.map(put, buffers[0], placed), total
+
+    shapes, bias_shape = jax.eval_shape(one, jnp.int32(0), jnp.int32(0))
+    buffers = jax.tree.map(
+        lambda x: jnp.zeros((batch, x.shape[0], kv_heads * x.shape[1], *x.shape[2:]), x.dtype),
+        shapes,
+    )
+    d_bias = None
+    if bias_shape is not None and operands.bias is not None:
+        d_bias = jnp.zeros(operands.bias.shape, bias_shape.dtype)
+    return lax.fori_loop(0, batch * kv_heads, body, varying((buffers, d_bias), (operands, mask)))
+
+
+def _fold_bias(d_bias: Array, bias: Array | None) -> Array:
+    """[B, K, G|1, T|1, S|1] -> the bias's own shape, summed where it is broadcast."""
+    assert bias is not None
+    full = d_bias.reshape(d_bias.shape[0], -1, *d_bias.shape[3:])
+    axes = tuple(a for a in (0, 1) if bias.shape[a] == 1)
+    return jnp.sum(full, axis=axes, keepdims=True)
+
+
+def _place(*index: Index) -> tuple[Array, ...]:
+    """The indices as int32; under x64 Python numbers would be int64."""
+    return tuple(jnp.asarray(i, jnp.int32) for i in index)
+
+
+def add_at(buffer: Array, x: Array, at: tuple[Index, ...]) -> Array:
+    """``buffer`` with x added at the place ``at``."""
+    place = _place(*at)
+    old = lax.dynamic_slice(buffer, place, x.shape)
+    return lax.dynamic_update_slice(buffer, old + x, place)
