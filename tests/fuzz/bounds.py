@@ -17,11 +17,21 @@ from pasa_jax import Precision
 from tests.fuzz.calls import Call, Signature
 from tests.fuzz.oracle import Backward, Truth, over_groups, to_shape
 
+LEAST_LOG2 = -2000.0  # of 0
 SAFETY = 2.0  # what first order and a sum's order leave out
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 # Half the least number of float16; of the others, the least that is not flushed to zero.
 FLOOR = {"float16": 2.0**-25, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 TOP = {name: float(jnp.finfo(name).max) for name in UNIT}
+
+
+def log2_norm(y: np.ndarray) -> np.ndarray:
+    """log2 of the Euclidean norm over the last axis, whose squares may leave float64."""
+    top = y.max(-1, keepdims=True)
+    part = y / np.where(top > 0, top, 1)
+    with np.errstate(divide="ignore"):
+        found = np.log2(top[..., 0]) + 0.5 * np.log2((part**2).sum(-1))
+    return np.where(top[..., 0] > 0, found, LEAST_LOG2)
 
 
 @dataclass(frozen=True)
@@ -140,23 +150,24 @@ class Model:
         """y where the row sees the key, else −inf."""
         return np.where(self.true.seen, y, -np.inf)
 
-    def visited(self, y: np.ndarray) -> np.ndarray:
-        """[B, N, T, 1]: the largest y [B, N, S] of the key tiles that a row's query tile visits."""
-        x, found = self.x, np.zeros((*self.true.lse.shape, 1))
+    def visited(self, y: np.ndarray, least: float = 0.0) -> np.ndarray:
+        """[B, N, T, 1]: the largest y [B, N, S] of the key tiles that a row's query tile visits;
+        ``least`` where it visits none.
+        """
+        x, found = self.x, np.full((*self.true.lse.shape, 1), least)
         rows = max(1, min(x.schedule.block_q // (x.n // x.k), x.t))
         reach = self.blocks.max(self.true.parts.reach) & self.true.finite[:, :, None]
         for start in range(0, x.t, rows):
             first = min(start, x.t - rows)
             tile = reach[:, :, first : first + rows].any(2)
-            largest = np.where(tile, y, 0).max(-1)
+            largest = np.where(tile, y, least).max(-1)
             found[:, :, start : start + rows] = largest[..., None, None]
         return found
 
     def bound(self) -> np.ndarray:
         """[B, N, T, 1] log2 of twice ‖q‖·max‖k‖, of the tiles that are visited (eq. 12)."""
-        norm_q, norm_k = (np.sqrt((y**2).sum(-1)) for y in (self.q, self.k))
-        with np.errstate(divide="ignore"):
-            return np.log2(2 * norm_q[..., None] * self.visited(norm_k))
+        of_q, of_k = log2_norm(self.q)[..., None], self.visited(log2_norm(self.k), least=LEAST_LOG2)
+        return 1 + of_q + of_k
 
     def exponent(self) -> np.ndarray:
         """[B, N, T, 1] a bound on the guard's e, and on that of large keys."""
@@ -166,13 +177,12 @@ class Model:
         limit = {"float16": 14, "wide": 120 if self.a.wide == "float32" else 1000}[stored]
         if self.a.shifts == ("reference",) and self.a.reach and self.a.dtype == "float16":
             return np.zeros((*self.true.lse.shape, 1))
-        with np.errstate(divide="ignore"):
-            scale = np.log2(self.factor) if self.factor else -np.inf
+        scale = np.log2(self.factor) if self.factor else LEAST_LOG2
         wide = 120 if self.a.wide == "float32" else 1000
         e = np.maximum(self.bound() + scale - limit, self.bound() + max(scale, 0) - wide)
         e = np.where(self.a.dtype == "float16", self.bound() + scale - limit, e)
         if not self.a.reach:  # q/α has its own type
-            norm_q = np.log2(np.sqrt((self.q**2).sum(-1)))[..., None]
+            norm_q = log2_norm(self.q)[..., None]
             e = np.maximum(e, norm_q + scale - (14 if self.a.dtype == "float16" else 119))
         largest = np.log2(np.maximum(self.visited(self.k.max(-1)), 1))
         return np.maximum(np.ceil(e), 0) + (
@@ -439,7 +449,7 @@ def forward(call: Call, true: Truth) -> Forward:
     else:
         delta = s.raw + s.rest
     delta = SAFETY * delta
-    delta = np.where(s.cut[..., None], 1e300, delta)
+    delta = np.where(s.cut[..., None], np.finfo(delta.dtype).max / 8, delta)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         log_p = np.where(true.seen, true.scores - true.lse[..., None], -np.inf)
         # (18) ln Σ p·e^δ, from above; a sink's own error is that of the row's noise.

@@ -586,12 +586,29 @@ def test_what_the_guard_had_left_out(name):
     assert np.all(np.isfinite(wide(lse)))
 
 
-def test_values_that_a_row_does_not_see_and_the_shift_none():
-    v = jnp.full((1, 32, 1, 4), 3e38).at[0, 0].set(1.0)
-    x = jnp.zeros((1, 32, 1, 8))
+UNGUARDED = [{"shift": "none"}, {"precision": Precision(statistics="float16")}]
+
+
+@pytest.mark.parametrize("options", UNGUARDED, ids=["none", "float16 statistics"])
+def test_values_that_a_row_does_not_see_where_sums_are_not_guarded(options):
+    v = jnp.full((1, 32, 1, 4), 3e38, jnp.bfloat16).at[0, 0].set(1.0)
+    x = jnp.zeros((1, 32, 1, 8), jnp.bfloat16)
     schedule = Schedule(block_q=32, block_kv=16)
-    out = dot_product_attention(x, x, v, is_causal=True, shift="none", schedule=schedule)
-    np.testing.assert_allclose(out[0, 0, 0], 1)
+    out = dot_product_attention(
+        x, x, v, is_causal=True, causal_alignment="bottom_right", schedule=schedule, **options
+    )
+    np.testing.assert_array_equal(out[0, 0], 1)
+    # Queries before the first key see none of a tile that the others see.
+    out = dot_product_attention(
+        x,
+        x[:, :16],
+        v[:, :16],
+        is_causal=True,
+        causal_alignment="bottom_right",
+        schedule=schedule,
+        **options,
+    )
+    np.testing.assert_array_equal(out[0, :16], 0)
 
 
 def test_the_guard_of_float64(x64):

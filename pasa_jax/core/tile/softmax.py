@@ -72,8 +72,9 @@ def update(
     new = numerics.exp(tempered(current - m.astype(wide), query.guard)).astype(stat)
     if seen is not None:
         new = jnp.where(seen, new, jnp.zeros_like(new))
-        # The sum of values that a row does not see may be infinite, and 0·∞ is NaN.
-        infinite = acc == jnp.float16 or numerics.storage is Storage.PLAIN
+        # The sum of values that a row does not see may be infinite, and 0·∞ is NaN; values of
+        # float16, and those with a gain, have finite sums in float32.
+        infinite = acc == jnp.float16 or (query.value_gain is None and key.v.dtype != jnp.float16)
         if infinite and numerics.dialect.narrow_sums:
             pv = jnp.where(beside(seen), pv, jnp.zeros_like(pv))
     return State(
