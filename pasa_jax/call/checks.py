@@ -115,7 +115,7 @@ def schedule(given: Schedule | None, q: Array, k: Array, v: Array, is_causal: bo
 
 
 def shift(plan: Plan) -> None:
-    """Raises unless the shift and what it needs of β and the scale are right."""
+    """Raises unless the shift, β and the scale fit together."""
     check_choice("shift", plan.shift, ("auto", *SHIFTS))
     if plan.shift != "paper":
         if plan.beta is not None:
@@ -174,7 +174,7 @@ def bias(given: ArrayLike | None, full: tuple[int, ...], wide: jnp.dtype) -> Arr
     if not _is_number_type(x.dtype):
         allowed = "be of a floating or an integer type"
         raise wrong("bias", allowed, str(x.dtype), "A bool array is a `mask`.")
-    # Scores have no wider type. A bias of a wider one is cast before it is asked what it hides.
+    # A bias of a wider type than the scores is cast first: its lowest number then hides keys too.
     if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype.itemsize > wide.itemsize:
         x = x.astype(wide)
     return _broadcastable("bias", x, full)

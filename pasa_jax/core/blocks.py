@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,15 @@ import jax.numpy as jnp
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.tile import mean_key, wide_type
 
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Float, Shaped
+
 Array = jax.Array
 
 
-def per_block(x: Array, n: int, reduce: Callable[[Array, int], Array]) -> Array:
+def per_block(
+    x: Shaped[Array, "S ..."], n: int, reduce: Callable[[Array, int], Array]
+) -> Shaped[Array, "blocks ..."]:
     """``reduce(blocks, axis)`` over the blocks of n rows of x [S, …]; the last may be shorter."""
     tail = x.shape[0] // n * n
     parts = [reduce(x[:tail].reshape(-1, n, *x.shape[1:]), 1)]
@@ -22,12 +28,14 @@ def per_block(x: Array, n: int, reduce: Callable[[Array, int], Array]) -> Array:
     return jnp.concatenate(parts)
 
 
-def spread(values: Array, n: int, keys: int) -> Array:
+def spread(values: Float[Array, "blocks ..."], n: int, keys: int) -> Float[Array, "S ..."]:
     """[blocks, …] -> [S, …]: for each key, what belongs to its block."""
     return jnp.repeat(values, n, axis=0, total_repeat_length=len(values) * n)[:keys]
 
 
-def over_visited(values: Array, mask: Mask, block_q: int, n: int) -> Array:
+def over_visited(
+    values: Float[Array, " blocks"], mask: Mask, block_q: int, n: int
+) -> Float[Array, " query_tiles"]:
     """[blocks] -> [query tiles]: the largest over the key tiles that each query tile visits; the
     type's lowest number where it visits none.
     """
@@ -43,7 +51,9 @@ def over_visited(values: Array, mask: Mask, block_q: int, n: int) -> Array:
     return jax.vmap(largest)(jnp.minimum(starts, max(0, length - block_q)))
 
 
-def block_kappa(k: Array, usable: Array, n: int, *, past: bool) -> Array:
+def block_kappa(
+    k: Float[Array, "S D"], usable: Bool[Array, " S"], n: int, *, past: bool
+) -> Float[Array, "blocks D"]:
     """κ of each block (eq. 7, 8): the mean of its usable keys, in the keys' own type.
 
     Any vector would do, since the same one is added back. A block whose shifted keys would leave

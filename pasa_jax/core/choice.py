@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from pasa_jax.core.blocks import spread
 from pasa_jax.core.tile import wide_type
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Float
 
 Array = jax.Array
 
@@ -15,7 +20,14 @@ Array = jax.Array
 _TOP = 3.0
 
 
-def shifting_helps(q: Array, k: Array, usable: Array, kappa: Array, n: int, scale: Array) -> Array:
+def shifting_helps(
+    q: Float[Array, "T G D"],
+    k: Float[Array, "S D"],
+    usable: Bool[Array, " S"],
+    kappa: Float[Array, "blocks D"],
+    n: int,
+    scale: Float[Array, ""],
+) -> Bool[Array, ""]:
     """[] bool: whether `auto` shifts this head, with rounded products (section 6).
 
     Rounding errors are proportional to the size of the scores, and only those near a row's maximum

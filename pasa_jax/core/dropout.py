@@ -6,9 +6,14 @@ weights.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Int, UInt32
 
 Array = jax.Array
 
@@ -17,7 +22,7 @@ _KIND = "threefry2x32"  # the generator, whatever kind of key seeds it
 _folded = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
 
 
-def seeds(key: Array, batch: int, heads: int, *, broadcast: bool) -> Array:
+def seeds(key: Array, batch: int, heads: int, *, broadcast: bool) -> UInt32[Array, "B N 2"]:
     """[B, N, 2] uint32, a seed per head; with ``broadcast`` [1, 1, 2], one for all."""
     seed = jax.random.bits(key, (2,), jnp.uint32)
     if broadcast:
@@ -27,7 +32,13 @@ def seeds(key: Array, batch: int, heads: int, *, broadcast: bool) -> Array:
     return jax.random.key_data(_folded(of_entries, numbers))
 
 
-def kept(seed: Array, groups: int, rows: Array, columns: Array, rate: float) -> Array:
+def kept(
+    seed: UInt32[Array, "G 2"],
+    groups: int,
+    rows: Int[Array, " rows"],
+    columns: Int[Array, " keys"],
+    rate: float,
+) -> Bool[Array, "R keys"]:
     """[G·rows, keys] bool: the pairs of positions whose weight is kept.
 
     Arguments:

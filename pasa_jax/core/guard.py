@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,9 @@ from pasa_jax.core.blocks import over_visited, per_block, spread
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.tile import Guard, Storage, wide_type
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Float, Float32
 
 Array = jax.Array
 
@@ -32,7 +37,7 @@ def divides_values(plan: Plan, dtype: jnp.dtype) -> bool:
     return wide or plan.precision.products == "float16"
 
 
-def gain_of_values(top: Array, plan: Plan) -> Array:
+def gain_of_values(top: Float[Array, " tiles"], plan: Plan) -> Float[Array, " tiles"]:
     """The power of two, at most 1, that brings sums of values of magnitude ``top`` into range."""
     wide = wide_type(top.dtype)
     limit = _product_log2(plan) if plan.precision.products == "float16" else _SUMMABLE_LOG2
@@ -62,9 +67,9 @@ def guards(plan: Plan, dtype: jnp.dtype) -> bool:
 
 
 def guard_of(
-    q: Array,
-    norms: tuple[Array, Array],
-    scale: Array,
+    q: Float[Array, "T G D"],
+    norms: tuple[Float[Array, " blocks"], Float[Array, " blocks"]],
+    scale: Float[Array, ""],
     mask: Mask,
     plan: Plan,
     block_q: int,
@@ -107,7 +112,12 @@ def guard_of(
     )
 
 
-def key_norms(k: Array, usable: Array, kappa: Array | None, plan: Plan) -> tuple[Array, Array]:
+def key_norms(
+    k: Float[Array, "S D"],
+    usable: Bool[Array, " S"],
+    kappa: Float[Array, "blocks D"] | None,
+    plan: Plan,
+) -> tuple[Float32[Array, " blocks"], Float32[Array, " blocks"]]:
     """log2 of the largest norm of a usable key, and of a shifted one, in each block: [blocks]."""
     n = plan.schedule.block_kv
 
@@ -124,7 +134,7 @@ def key_norms(k: Array, usable: Array, kappa: Array | None, plan: Plan) -> tuple
     return of_k, largest(clean.astype(wide) - spread(kappa.astype(wide), n, len(k)))
 
 
-def log2_norm(x: Array) -> Array:
+def log2_norm(x: Float[Array, "*shape D"]) -> Float32[Array, "*shape"]:
     """log2 of the Euclidean norm over the last axis, or a bound on it where squares overflow."""
     x = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)).astype(wide_type(x.dtype))
     top = jnp.max(jnp.abs(x), axis=-1)

@@ -6,7 +6,7 @@ depends on the data (docs/algorithm.md, sections 4 to 6). O((T + S)·D) work, O(
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from pasa_jax.core.guard import divides_values, gain_of_values, guard_of, guards
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.tile import Guard, Storage, mean_key, wide_type
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Float
 
 Array = jax.Array
 
@@ -34,9 +37,15 @@ class HeadFacts(NamedTuple):
 
 
 def prepare(
-    q: Array, k: Array, v: Array, scale: Array, mask: Mask, plan: Plan, block_q: int
+    q: Float[Array, "T G D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S E"],
+    scale: Float[Array, ""],
+    mask: Mask,
+    plan: Plan,
+    block_q: int,
 ) -> HeadFacts:
-    """The facts of one key head: q [T, G, D], k [S, D], v [S, E].
+    """The facts of one key head.
 
     Keys that no query sees are not usable, so that their content cannot matter. Keys that are seen
     and not finite are not usable either; `key_tile` makes their column NaN. The guard and the gain
@@ -73,7 +82,13 @@ class Known(NamedTuple):
 
 
 def prepare_known(
-    q: Array, k: Array, known: Known, scale: Array, mask: Mask, plan: Plan, block_q: int
+    q: Float[Array, "T G D"],
+    k: Float[Array, "S D"],
+    known: Known,
+    scale: Float[Array, ""],
+    mask: Mask,
+    plan: Plan,
+    block_q: int,
 ) -> HeadFacts:
     """`prepare` for the keys of a cache, in O(S + blocks·D).
 

@@ -1,6 +1,6 @@
 """The shifts by name, and the paper's pseudo-average matrix M and its optimal β.
 
-A shift says what is taken off the scores before they are stored in 16 bits, and put back in the
+A shift says what is taken off the scores before they are stored in 16 bits, and added back in the
 online softmax (docs/algorithm.md, section 2):
 
     none        nothing: plain 16-bit storage of q·k/α, which overflows beyond 65504

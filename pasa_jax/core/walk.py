@@ -11,7 +11,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from pasa_jax.core import dropout as _dropout
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, KeyRange, Mask, div, where
 from pasa_jax.core.plan import Plan
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Column, Float, Int
 
 Array = jax.Array
 Step = Callable[[Index, Array | None, Any], Any]
@@ -68,15 +71,15 @@ class Walk(ABC):
         """The key at which tile j starts."""
 
     @abstractmethod
-    def bias(self, start: Index, j: Index) -> Array | None:
+    def bias(self, start: Index, j: Index) -> Float[Array, "R n"] | None:
         """[R, n] bias of a tile."""
 
     @abstractmethod
-    def array(self, start: Index, j: Index) -> Array | None:
+    def array(self, start: Index, j: Index) -> Bool[Array, "R n"] | None:
         """[R, n] bool of the mask's segments and array, or None."""
 
     @abstractmethod
-    def sinks(self) -> Array | None:
+    def sinks(self) -> Column | None:
         """[R, 1] the sink of each row's head."""
 
     def typed(self, carry: Any) -> Any:
@@ -89,17 +92,17 @@ class Walk(ABC):
     def block_kv(self) -> int:
         return self.plan.schedule.block_kv
 
-    def positions(self, start: Index) -> Array:
+    def positions(self, start: Index) -> Int[Array, "R 1"]:
         """[R, 1] query position of each row."""
         shape = (self.groups, self.block_q, 1)
         return start + lax.broadcasted_iota(jnp.int32, shape, 1).reshape(-1, 1)
 
-    def in_use(self, start: Index) -> Array:
+    def in_use(self, start: Index) -> Bool[Array, "R 1"]:
         """[R, 1] bool: False for rows of padding."""
         lengths, row = self.mask.query_lengths, self.positions(start)
         return jnp.ones_like(row, bool) if lengths is None else row < lengths
 
-    def seen(self, start: Index, j: Index) -> Array:
+    def seen(self, start: Index, j: Index) -> Bool[Array, "R n"]:
         """[R, n] bool: the mask of one tile; False for keys that belong to another tile."""
         n = self.block_kv
         columns = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (1, n), 1)
@@ -109,7 +112,7 @@ class Walk(ABC):
         array = self.array(start, j)
         return seen if array is None else seen & array
 
-    def kept(self, start: Index, j: Index) -> Array | None:
+    def kept(self, start: Index, j: Index) -> Bool[Array, "R n"] | None:
         """[R, n] bool: the weights of one tile that dropout keeps, or None: all."""
         if self.mask.dropout is None:
             return None
@@ -173,7 +176,7 @@ class Walk(ABC):
         start: Index,
         query: tile.QueryTile,
         j: Index,
-        seen: Array | None,
+        seen: Bool[Array, "R n"] | None,
         carry: tuple[tile.State, Array],
     ) -> tuple[tile.State, Array]:
         """``carry`` after key tile j, whose mask is ``seen`` [R, n] (None: all is seen)."""

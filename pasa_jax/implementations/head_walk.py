@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from pasa_jax.core.operands import Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import HeadFacts, Known, prepare, prepare_known
 from pasa_jax.core.walk import Walk
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Float, Shaped
 
 Array = jax.Array
 
@@ -68,26 +71,32 @@ class HeadWalk(Walk):
 
     # Rows of one query tile, [T, G, …] <-> [G·block_q, …].
 
-    def rows(self, x: Array, start: Index) -> Array:
+    def rows(self, x: Shaped[Array, "T G *rest"], start: Index) -> Shaped[Array, "R last"]:
         """The rows [R, …] of x [T, G, …] that belong to the query tile at ``start``."""
         x = lax.dynamic_slice_in_dim(x, start, self.block_q)
         x = jnp.moveaxis(x, 1, 0).reshape(self.groups * self.block_q, *x.shape[2:])
         return x if x.ndim > 1 else x[:, None]
 
-    def put_rows(self, buffer: Array, x: Array, start: Index, which: Array | None) -> Array:
+    def put_rows(
+        self,
+        buffer: Shaped[Array, "T G *rest"],
+        x: Shaped[Array, "R last"],
+        start: Index,
+        which: Bool[Array, "R 1"] | None,
+    ) -> Shaped[Array, "T G *rest"]:
         """``buffer`` with the rows of x [R, …] that ``which`` [R, 1] names (None: all)."""
         if which is not None:
             x = jnp.where(which, x, self.rows(buffer, start))
         x = x.reshape(self.groups, self.block_q, *buffer.shape[2:])
         return lax.dynamic_update_slice_in_dim(buffer, jnp.moveaxis(x, 0, 1), start, axis=0)
 
-    def new(self, start: Index, i: Array) -> Array | None:
+    def new(self, start: Index, i: Array) -> Bool[Array, "R 1"] | None:
         """[R, 1] bool: the rows that no earlier tile holds; None: all of them."""
         if len(self.head.query) % self.block_q == 0:
             return None
         return self.positions(start) >= i.astype(jnp.int32) * self.block_q
 
-    def fresh(self, start: Index, i: Array) -> Array:
+    def fresh(self, start: Index, i: Array) -> Bool[Array, "R 1"]:
         """[R, 1] bool: the rows in use that no earlier tile holds."""
         new, used = self.new(start, i), self.in_use(start)
         return used if new is None else used & new
@@ -113,7 +122,9 @@ class HeadWalk(Walk):
         i = div(start + self.block_q - 1, self.block_q)
         return query._replace(value_gain=pick(self.facts.value_gain, i))
 
-    def raw_keys(self, j: Index) -> tuple[Array, Array, Array]:
+    def raw_keys(
+        self, j: Index
+    ) -> tuple[Float[Array, "n D"], Float[Array, "n E"], Bool[Array, "n 1"]]:
         """Keys, values and which of them are usable [n, 1], of key tile j."""
         at, n = self.key_start(j), self.block_kv
         k, v, usable = (
@@ -122,7 +133,7 @@ class HeadWalk(Walk):
         )
         return k, v, usable[:, None]
 
-    def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
+    def key(self, j: Index, value_gain: Float[Array, ""] | None = None) -> tile.KeyTile:
         k, v, usable = self.raw_keys(j)
         extra: dict[str, Any] = {}
         if self.facts.kappa is not None:
@@ -134,18 +145,18 @@ class HeadWalk(Walk):
             extra["weights"] = jnp.where(tail, blocks.tail_weights, blocks.weights)
         return tile.key_tile(k, v, usable, self.numerics, value_gain=value_gain, **extra)
 
-    def array(self, start: Index, j: Index) -> Array | None:
+    def array(self, start: Index, j: Index) -> Bool[Array, "R n"] | None:
         at, n = self.key_start(j), self.block_kv
         return self.mask.tile_array(start, self.block_q, at, n, self.groups)
 
-    def bias(self, start: Index, j: Index) -> Array | None:
+    def bias(self, start: Index, j: Index) -> Shaped[Array, "R n"] | None:
         if self.head.bias is None:
             return None
         x = slice_tile(self.head.bias, start, self.block_q, self.key_start(j), self.block_kv)
         shape = (self.groups, self.block_q, self.block_kv)
         return jnp.broadcast_to(x, shape).reshape(-1, self.block_kv)
 
-    def sinks(self) -> Array | None:
+    def sinks(self) -> Float[Array, "R 1"] | None:
         if self.head.sinks is None:
             return None
         return jnp.repeat(self.head.sinks, self.block_q)[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from pasa_jax.core.operands import Operands, Result, Wanted, heads_of
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import Known
 from pasa_jax.implementations.head_walk import HeadWalk, add_at, over_heads
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Float
 
 Array = jax.Array
 
@@ -42,8 +45,8 @@ def backward(
     mask: Mask,
     plan: Plan,
     result: Result,
-    d_out: Array,
-    d_lse: Array | None,
+    d_out: Float[Array, "B T N E"],
+    d_lse: Float[Array, "B T N"] | None,
 ) -> Operands:
     """Cotangents of the operands, tile by tile from the row statistics in ``result``.
 
@@ -108,7 +111,10 @@ def _forward_head(walk: HeadWalk) -> Result:
 
 
 def _backward_head(
-    walk: HeadWalk, result: Result, d_out: Array, d_lse: Array | None
+    walk: HeadWalk,
+    result: Result,
+    d_out: Float[Array, "T G E"],
+    d_lse: Float[Array, "T G"] | None,
 ) -> tuple[tuple[Array, ...], Array | None]:
     numerics, head = walk.numerics, walk.head
     wide = numerics.product
@@ -185,7 +191,9 @@ def _backward_head(
     return (d_q, d_k[:, None], d_v.astype(head.value.dtype)[:, None], d_scale, d_sinks), d_bias
 
 
-def _add_bias(d_bias: Array, d_scores: Array, start: Index, at: Index) -> Array:
+def _add_bias(
+    d_bias: Float[Array, "#G #T #S"], d_scores: Float[Array, "G rows keys"], start: Index, at: Index
+) -> Float[Array, "#G #T #S"]:
     """The bias's gradient [G|1, T|1, S|1] with a tile [G, rows, keys] added.
 
     The tile is summed over the axes along which the bias is broadcast.

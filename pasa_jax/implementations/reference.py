@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.tile import lowest, shown_by, wide_type
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Float
 
 Array = jax.Array
 
@@ -43,7 +47,9 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     return None
 
 
-def attention(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]:
+def attention(
+    operands: Operands, mask: Mask, plan: Plan
+) -> tuple[Float[Array, "B T N E"], Float[Array, "B T N"]]:
     """Output [B, T, N, E] and log-sum-exp [B, T, N] of softmax(scale·Q·Kᵀ + bias)·V."""
     wide = wide_type(operands.query.dtype)
     highest = jax.lax.Precision.HIGHEST
@@ -98,7 +104,7 @@ def attention(operands: Operands, mask: Mask, plan: Plan) -> tuple[Array, Array]
     return out.astype(operands.query.dtype), logs
 
 
-def _seen(mask: Mask, batch: int, heads: int) -> Array:
+def _seen(mask: Mask, batch: int, heads: int) -> Bool[Array, "B N T S"]:
     """[B, N, T, S] bool."""
     length, keys = mask.query_length, mask.key_length
 
@@ -110,7 +116,7 @@ def _seen(mask: Mask, batch: int, heads: int) -> Array:
     return _per_head(one, mask, batch, heads)
 
 
-def _kept(mask: Mask, batch: int, heads: int, rate: float) -> Array:
+def _kept(mask: Mask, batch: int, heads: int, rate: float) -> Bool[Array, "B N T S"]:
     """[B, N, T, S] bool: the weights that dropout keeps."""
 
     def one(head: Mask, rows: Array, columns: Array) -> Array:

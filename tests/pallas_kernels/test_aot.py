@@ -206,7 +206,7 @@ class TestCompiler:
             "echo 'ptxas info    : Used 168 registers, used 1 barriers' >&2\n"
         )
         assembler.chmod(0o755)
-        monkeypatch.setattr(aot, "_ptxas", lambda: str(assembler))
+        monkeypatch.setattr(worker, "_ptxas", lambda: str(assembler))
         found = Report("h100", **worker._read_gpu(tmp_path, "h100"))
         assert (found.registers, found.spills, found.fills, found.shared) == (168, 8, 12, 4096)
         assert found.instructions == {

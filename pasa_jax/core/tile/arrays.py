@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pasa_jax.core.tile.numerics import lowest
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, BoolColumn, Column, Float, Shaped
 
 Array = jax.Array
 
@@ -26,7 +29,7 @@ class Guard(NamedTuple):
     beyond: Array  # [R, 1]
 
 
-def tempered(x: Array, guard: Guard | None) -> Array:
+def tempered(x: Float[Array, "*shape"], guard: Guard | None) -> Float[Array, "*shape"]:
     """x·2^e for an exponent, x a column or a tile.
 
     2^e is cut at 2^126. What that leaves out would change a weight only between scores that differ
@@ -37,7 +40,7 @@ def tempered(x: Array, guard: Guard | None) -> Array:
     return x * (beside(guard.temper) if x.ndim == 2 else guard.temper).astype(x.dtype)
 
 
-def divided(x: Array, guard: Guard | None) -> Array:
+def divided(x: Float[Array, "*shape"], guard: Guard | None) -> Float[Array, "*shape"]:
     """x/2^e, for a column or a tile x."""
     if guard is None:
         return x
@@ -46,12 +49,14 @@ def divided(x: Array, guard: Guard | None) -> Array:
     return x
 
 
-def beside(column: Array) -> Array:
+def beside(column: Column | BoolColumn) -> Shaped[Array, "R 1"]:
     """A column as [R, 1], to stand beside a tile."""
     return column if column.ndim == 2 else column[:, None]
 
 
-def dot(a: Array, b: Array, contract: tuple[int, int], dtype: jnp.dtype) -> Array:
+def dot(
+    a: Float[Array, "i j"], b: Float[Array, "k l"], contract: tuple[int, int], dtype: jnp.dtype
+) -> Float[Array, "m p"]:
     """A matrix product with accumulator ``dtype``; operands of unlike types are widened first."""
     if a.dtype != b.dtype:
         a, b = a.astype(dtype), b.astype(dtype)
@@ -61,17 +66,17 @@ def dot(a: Array, b: Array, contract: tuple[int, int], dtype: jnp.dtype) -> Arra
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
 
 
-def zero_unusable(x: Array, usable: Array) -> Array:
+def zero_unusable(x: Shaped[Array, "n d"], usable: Bool[Array, "n 1"]) -> Shaped[Array, "n d"]:
     """Rows of x where ``usable`` [n, 1], zeros elsewhere."""
     return jnp.where(usable, x, jnp.zeros_like(x))
 
 
-def undropped(x: Array, kept: Array | None) -> Array:
+def undropped(x: Float[Array, "R n"], kept: Bool[Array, "R n"] | None) -> Float[Array, "R n"]:
     """x [R, n] where dropout keeps it, zeros elsewhere."""
     return x if kept is None else jnp.where(kept, x, jnp.zeros_like(x))
 
 
-def shown_by(bias: Array) -> Array:
+def shown_by(bias: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
     """[…] bool: False where a bias hides its key.
 
     −∞ hides a key, and so does the lowest finite number of the bias's type, which many models use

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ from jax import lax
 
 from pasa_jax.core.tile.arrays import Guard, dot, zero_unusable
 from pasa_jax.core.tile.numerics import Numerics, Storage
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Float, Float32
 
 Array = jax.Array
 
@@ -38,7 +41,9 @@ class KeyTile(NamedTuple):
     raw: Array | None = None  # [n, D] the keys as they are, for `Storage.LAGGING`
 
 
-def query_tile(q: Array, scale: Array, guard: Guard | None, numerics: Numerics) -> QueryTile:
+def query_tile(
+    q: Float[Array, "R D"], scale: Float[Array, ""], guard: Guard | None, numerics: Numerics
+) -> QueryTile:
     """Query rows with 1/α and the guard's 2^-e placed where they lose nothing (eq. 12).
 
     Arguments:
@@ -67,15 +72,15 @@ def query_tile(q: Array, scale: Array, guard: Guard | None, numerics: Numerics) 
 
 
 def key_tile(
-    k: Array,
-    v: Array,
-    usable: Array | None,
+    k: Float[Array, "n D"],
+    v: Float[Array, "n E"],
+    usable: Bool[Array, "n 1"] | None,
     numerics: Numerics,
     *,
-    kappa: Array | None = None,
-    matrix: Array | None = None,
-    weights: Array | None = None,
-    value_gain: Array | None = None,
+    kappa: Float[Array, "rows D"] | None = None,
+    matrix: Float[Array, "n n"] | None = None,
+    weights: Float[Array, "n 1"] | None = None,
+    value_gain: Float[Array, ""] | None = None,
 ) -> KeyTile:
     """Keys without what the shift takes off them (eq. 4, 7), and values fit for the product.
 
@@ -108,19 +113,23 @@ def key_tile(
     return KeyTile(shifted, v, row, kappa, weights, raw)
 
 
-def mean_key(total: Array, count: Array, dtype: jnp.dtype) -> Array:
+def mean_key(
+    total: Float[Array, "*blocks D"],
+    count: Float[Array, "*#blocks 1"] | Float[Array, ""],
+    dtype: jnp.dtype,
+) -> Float[Array, "blocks D"]:
     """κ of a block (eq. 7) from the sum and the number of its usable keys, in the keys' type."""
     return (total * (1 / jnp.maximum(count, 1))).astype(dtype)
 
 
-def _power_of_two(x: Array) -> Array:
+def _power_of_two(x: Float32[Array, "1 1"]) -> Float32[Array, "1 1"]:
     """The largest power of two in x (float32), with its sign; 1 for 0."""
     bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(1 << 23))
     power = lax.bitcast_convert_type(bits, jnp.float32)
     return jnp.where(power == 0, jnp.ones_like(power), power)
 
 
-def _nan_unusable(x: Array, usable: Array | None) -> Array:
+def _nan_unusable(x: Float[Array, "n D"], usable: Bool[Array, "n 1"] | None) -> Float[Array, "n D"]:
     """Rows of x where ``usable`` [n, 1], NaN elsewhere."""
     if usable is None:
         return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from pasa_jax.core.tile.inputs import KeyTile, QueryTile
 from pasa_jax.core.tile.numerics import Numerics, lowest
 from pasa_jax.core.tile.softmax import probabilities
 from pasa_jax.core.tile.stored import Scores
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Float
 
 Array = jax.Array
 
@@ -29,14 +32,14 @@ def gradients(
     s: Scores,
     query: QueryTile,
     key: KeyTile,
-    q: Array,
-    k: Array,
-    m: Array,
-    l: Array,  # noqa: E741
-    d_out: Array,
-    delta: Array,
+    q: Float[Array, "R D"],
+    k: Float[Array, "n D"],
+    m: Float[Array, "R 1"],
+    l: Float[Array, "R 1"],  # noqa: E741
+    d_out: Float[Array, "R E"],
+    delta: Float[Array, "R 1"],
     numerics: Numerics,
-    kept: Array | None = None,
+    kept: Bool[Array, "R n"] | None = None,
 ) -> TileGradients:
     """The reverse of one tile, from the row statistics of the forward pass (eq. 15).
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
@@ -11,13 +13,16 @@ from pasa_jax.core.tile.numerics import Numerics, Storage, lowest
 from pasa_jax.core.tile.state import State
 from pasa_jax.core.tile.stored import Scores
 
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, BoolColumn, Column, Float
+
 Array = jax.Array
 
 
 _LANES = 128  # of a vector, and columns of the narrowest matrix unit
 
 
-def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Array:
+def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Float[Array, "R n"]:
     """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1."""
     exponent = s.stored
     if query.guard is not None:  # the tile's own type may not hold 2^e
@@ -33,9 +38,9 @@ def update(
     s: Scores,
     query: QueryTile,
     key: KeyTile,
-    count: Array | float,
+    count: Float[Array, ""] | float,
     numerics: Numerics,
-    kept: Array | None = None,
+    kept: Bool[Array, "R n"] | None = None,
 ) -> State:
     """The state after one more tile, the paper's mean F recovered globally (eq. 10).
 
@@ -86,8 +91,8 @@ def update(
 
 
 def _larger(
-    previous: Array, current: Array, seen: Array | None, stat: jnp.dtype
-) -> tuple[Array, Array]:
+    previous: Column, current: Column, seen: BoolColumn | None, stat: jnp.dtype
+) -> tuple[Column, Column]:
     """The new maximum of each row, and the tile's: `lowest` for a row that sees none of its keys,
     whatever the offset.
     """
@@ -96,15 +101,18 @@ def _larger(
     return jnp.maximum(previous, current).astype(stat), current
 
 
-def running_maximum(m: Array, s: Scores, numerics: Numerics) -> Array:
+def running_maximum(m: Column, s: Scores, numerics: Numerics) -> Column:
     """What `update` makes of the running maximum m [R, 1]: for `Storage.LAGGING` the next r."""
     previous, current = m.astype(numerics.product), s.maximum(numerics)
     return _larger(previous, current, s.seen(numerics), numerics.statistics)[0]
 
 
 def _sum_and_product(
-    p: Array, v: Array, numerics: Numerics, kept: Array | None
-) -> tuple[Array, Array]:
+    p: Float[Array, "R n"],
+    v: Float[Array, "n E"],
+    numerics: Numerics,
+    kept: Bool[Array, "R n"] | None,
+) -> tuple[Column, Float[Array, "R E"]]:
     """P's row sums [R, 1], and P·V [R, E] of the weights that dropout keeps."""
     if numerics.dialect.sum_columns:
         ones = jnp.ones((v.shape[0], numerics.dialect.sum_columns), p.dtype)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pasa_jax.core.tile.arrays import Guard, beside, divided, tempered
 from pasa_jax.core.tile.numerics import Numerics, Storage, lowest
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Column, Float
 
 Array = jax.Array
 
@@ -52,7 +55,7 @@ def merge(a: State, b: State, numerics: Numerics, guard: Guard | None = None) ->
     return State(m, of_a * a.l + of_b * b.l, beside(of_a) * a.o + beside(of_b) * b.o, a.f)
 
 
-def add_sink(state: State, sink: Array, numerics: Numerics, guard: Guard | None) -> State:
+def add_sink(state: State, sink: Column, numerics: Numerics, guard: Guard | None) -> State:
     """The settled state with one more key of score ``sink`` [R, 1] and value zero."""
     wide = state.m.dtype
     sink = divided(sink.astype(wide) * wide.type(numerics.unit), guard)
@@ -61,8 +64,11 @@ def add_sink(state: State, sink: Array, numerics: Numerics, guard: Guard | None)
 
 
 def finish(
-    state: State, numerics: Numerics, guard: Guard | None, value_gain: Array | None = None
-) -> tuple[Array, Array]:
+    state: State,
+    numerics: Numerics,
+    guard: Guard | None,
+    value_gain: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, "R E"], Column]:
     """Output [R, E] and log-sum-exp [R, 1] of a settled state (eq. 14).
 
     A row that saw no key gives output 0 and the lowest finite log-sum-exp. With dropout the output
@@ -88,7 +94,9 @@ def finish(
     return out, jnp.where(some, lse, jnp.full_like(lse, floor))
 
 
-def rounded(out: Array, dtype: jnp.dtype, *, clip: bool) -> tuple[Array, Array]:
+def rounded(
+    out: Float[Array, "*shape"], dtype: jnp.dtype, *, clip: bool
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """``out`` rounded to ``dtype``, and the rounding error.
 
     Arguments:
@@ -102,12 +110,12 @@ def rounded(out: Array, dtype: jnp.dtype, *, clip: bool) -> tuple[Array, Array]:
 
 
 def sink_weight(
-    sink: Array,
-    m: Array,
-    l: Array,  # noqa: E741
+    sink: Column,
+    m: Column,
+    l: Column,  # noqa: E741
     numerics: Numerics,
     guard: Guard | None,
-) -> Array:
+) -> Column:
     """The probability that a finished row (m and l as in `gradients`) gives its sink, [R, 1]."""
     gap = divided(sink.astype(m.dtype) * m.dtype.type(numerics.unit), guard) - m
     return numerics.exp(tempered(gap, guard)) / jnp.where(l != 0, l, jnp.ones_like(l))

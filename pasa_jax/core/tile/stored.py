@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ from pasa_jax.core.tile.arrays import Guard, beside, divided, dot, shown_by, tem
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile
 from pasa_jax.core.tile.numerics import Numerics, Storage, lowest
 from pasa_jax.core.tile.state import State
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import BoolColumn, Column, Float, TileMask
 
 Array = jax.Array
 
@@ -25,7 +28,7 @@ class Scores(NamedTuple):
     slope: Array | None = None  # [R, n] derivative of the soft cap
     every: bool = False  # whether every row sees every key of the tile
 
-    def maximum(self, numerics: Numerics) -> Array:
+    def maximum(self, numerics: Numerics) -> Column:
         """[R, 1] base + inva·offset in the product's type: the row maximum of S, or the running
         one."""
         wide = numerics.product
@@ -37,12 +40,14 @@ class Scores(NamedTuple):
             offset = offset * wide.type(numerics.inva)
         return base + offset
 
-    def seen(self, numerics: Numerics) -> Array | None:
+    def seen(self, numerics: Numerics) -> BoolColumn | None:
         """[R, 1] bool: whether the row sees a key of the tile; None: every row sees every key."""
         return None if self.every else self.base != lowest(numerics.statistics)
 
 
-def plain_scores(q: Array, k: Array, scale: Array, numerics: Numerics) -> Array:
+def plain_scores(
+    q: Float[Array, "R D"], k: Float[Array, "n D"], scale: Float[Array, ""], numerics: Numerics
+) -> Float[Array, "R n"]:
     """S = q·k/α in the product's type, [R, n], neither shifted nor rounded."""
     return dot(q, k, (1, 1), numerics.product) * scale.astype(numerics.product)
 
@@ -51,8 +56,8 @@ def scores(
     query: QueryTile,
     key: KeyTile,
     state: State,
-    mask: Array | None,
-    bias: Array | None,
+    mask: TileMask | None,
+    bias: Float[Array, "R n"] | None,
     numerics: Numerics,
     *,
     with_slope: bool = False,
@@ -60,7 +65,7 @@ def scores(
     """The stored scores S' of one tile, masked, minus their row maximum (eq. 4, 7, 9).
 
     Arguments:
-      mask: [R, n] bool, True where the row sees the key; None: everywhere.
+      mask: [R, n] or [R, 1] bool, True where the row sees the key; None: everywhere.
       bias: [R, n] added to the scores; −inf, or its type's lowest number, hides a key.
       state: its running maximum is the r of `Storage.LAGGING`, and may be the base.
       with_slope: also give the soft cap's derivative, for the gradient.
@@ -119,7 +124,7 @@ def scores(
     return Scores(stored, base, offset, slope if with_slope else None, mask is None)
 
 
-def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Array:
+def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Column:
     """c = q·κ/α, [R, 1], the offset of `mean` (eq. 7), like one more column of the product."""
     assert key.kappa is not None
     product = dot(query.q, key.kappa, (1, 1), numerics.product) * query.gain
@@ -132,11 +137,11 @@ def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Array:
 def _lagging_reference(
     query: QueryTile,
     key: KeyTile,
-    shifted: Array,
-    running: Array | None,
-    mask: Array | None,
+    shifted: Float[Array, "R n"],
+    running: Column | None,
+    mask: TileMask | None,
     numerics: Numerics,
-) -> tuple[Array, Array]:
+) -> tuple[Float[Array, "R n"], Column]:
     """S' and r of `reference` with rounded products (eq. 11).
 
     r is the ``running`` maximum before this block [R, 1]. A row that has none yet takes the
@@ -160,7 +165,9 @@ def _lagging_reference(
     return product.astype(store).astype(stat), r
 
 
-def _soft_cap(s: Array, guard: Guard | None, numerics: Numerics) -> tuple[Array, Array]:
+def _soft_cap(
+    s: Float[Array, "R n"], guard: Guard | None, numerics: Numerics
+) -> tuple[Float[Array, "R n"], Float[Array, "R n"]]:
     """cap·tanh(S/cap) and its derivative 1 − tanh², of s = S/2^e.
 
     An S beyond float32 is infinite here, and its tanh is 1.
