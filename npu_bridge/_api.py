@@ -6,13 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from npu_bridge import checks
-from npu_bridge import emulation as _run
-from npu_bridge import prediction as _cost
-from npu_bridge import project as _emit
+from npu_bridge import checks, emulation, project, tables, timing
 from npu_bridge.errors import PlanError
 from npu_bridge.program import Program, build
-from npu_bridge.stages import Kernel
+from npu_bridge.specification import Kernel
 from pasa_jax.call.api import _positive, _window
 from pasa_jax.core.errors import ScheduleError, check_choice, wrong
 from pasa_jax.core.precision import Precision
@@ -152,7 +149,7 @@ def _schedule(
 def _tuned(kernel: Kernel) -> Kernel:
     from dataclasses import replace
 
-    return replace(kernel, schedule=_cost.tuned(kernel))
+    return replace(kernel, schedule=tables.tuned(kernel))
 
 
 @lru_cache(maxsize=16)
@@ -165,10 +162,10 @@ def emit(kernel: Kernel, folder: Path | str) -> list[Path]:
 
     Deterministic: the same kernel gives the same bytes. Files of the same names are replaced.
     """
-    return _emit.write(_program(kernel), Path(folder))
+    return project.write(_program(kernel), Path(folder))
 
 
-def run(folder: Path | str, inputs: dict[str, Any] | None = None, **options: Any) -> _run.Run:
+def run(folder: Path | str, inputs: dict[str, Any] | None = None, **options: Any) -> emulation.Run:
     """Compiles the sources in ``folder`` as they stand and runs them on the host emulator.
 
     Arguments:
@@ -181,22 +178,22 @@ def run(folder: Path | str, inputs: dict[str, Any] | None = None, **options: Any
     Raises:
       EmulationError: there is no g++, or it refuses the sources.
     """
-    return _run.run(Path(folder), inputs, **options)
+    return emulation.run(Path(folder), inputs, **options)
 
 
 def plan(kernel: Kernel) -> str:
     """The schedule and where every buffer lies, as text."""
-    return "\n".join(_emit.summary(_program(kernel)))
+    return "\n".join(project.summary(_program(kernel)))
 
 
-def cost(kernel: Kernel, **problem: Any) -> _cost.Cost:
+def cost(kernel: Kernel, **problem: Any) -> timing.Cost:
     """The predicted time of a call.
 
     Arguments:
       problem: ``batch``, ``heads``, ``kv_heads``, ``queries``, ``keys``; see
-        `npu_bridge.prediction.cost`.
+        `npu_bridge.timing.cost`.
     """
-    return _cost.cost(_program(kernel), **problem)
+    return timing.cost(_program(kernel), **problem)
 
 
 def check(folder: Path | str) -> list[str]:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from npu_bridge.ir import ITEMSIZE
+from npu_bridge.dtypes import ITEMSIZE
 from npu_bridge.program import build
 from npu_bridge.project import NAME, files, read_description
 from pasa_jax.core.target import find_target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from npu_bridge.prediction import Cost
+from npu_bridge.timing import Cost
 
 _COLOURS = {
     "Scores": "#3b6fb6",

@@ -17,7 +17,7 @@ import numpy as np
 import pasa_jax
 from npu_bridge.errors import EmulationError
 from npu_bridge.project import read_description
-from npu_bridge.stages import Kernel
+from npu_bridge.specification import Kernel
 
 EMULATOR = Path(__file__).parent / "emulator"
 POLICIES = ("round_robin", "random 1", "all")
@@ -190,7 +190,7 @@ def _read(raw: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.asarray(raw.view(jnp.dtype(dtype)).reshape(shape).astype(np.float32))
 
 
-def _constants(kernel: Kernel, keys: int) -> dict[str, np.ndarray]:
+def constants(kernel: Kernel, keys: int) -> dict[str, np.ndarray]:
     """Arrays that belong to the kernel, not to the call."""
     if kernel.shift != "paper":
         return {}
@@ -228,7 +228,7 @@ def _executed(
     if said.returncode:
         raise EmulationError(f"the project's tiling refuses the sizes: {said.stderr.strip()}")
     arrays: dict[str, bytes] = {name: _bytes(x) for name, x in inputs.items()}
-    arrays |= {name: x.tobytes() for name, x in _constants(kernel, keys).items()}
+    arrays |= {name: x.tobytes() for name, x in constants(kernel, keys).items()}
     lines = [f"blocks {cores}", f"report {work / 'report.json'}"]
     for name in ("query", "key", "value", "bias", "lengths", "matrices", "weights"):
         if name in arrays:
