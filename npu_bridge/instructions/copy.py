@@ -94,6 +94,7 @@ class RowsIn(CopyInstruction):
     """``rows`` rows of ``width`` elements from GM to UB.
 
     Arguments:
+      width: a number, or the name of one.
       gap: elements of GM from the end of a row to the next.
       pitch: elements from row to row in UB; None: the rows follow each other.
     """

@@ -126,7 +126,7 @@ class Part:
         core = Core("AIC" if self.cube else "AIV", memories, (), [], self.nodes)
         shared = {n: np.frombuffer(x.tobytes(), np.uint8).copy() for n, x in self.inputs.items()}
         for name, (n, dtype) in self.outputs.items():
-            shared[name] = np.zeros(n * NUMPY[dtype].itemsize, np.uint8)
+            shared[name] = np.full(n * NUMPY[dtype].itemsize, 0xFF, np.uint8)
         numbers = {n: x if isinstance(x, int) else np.float32(x) for n, x in self.numbers.items()}
         with np.errstate(all="ignore"):
             assert list(NumpyRun(core, numbers, shared).program()) == []
