@@ -168,10 +168,10 @@ def cost(
     from npu_bridge.tables import table
 
     columns, rows = table(queries, heads=heads, head_dim=head_dim, is_causal=is_causal)
-    found = Table(*columns)
+    output = Table(*columns)
     for row in rows:
-        found.add_row(*row)
-    console.print(found)
+        output.add_row(*row)
+    console.print(output)
 
 
 @app.command()
@@ -203,11 +203,11 @@ def list_() -> None:
 @app.command()
 def check(folder: Annotated[Path, typer.Argument(help="An emitted project.")]) -> None:
     """Checks a project's text without running it; exits 0 if nothing is wrong."""
-    found = npu_bridge.check(folder)
-    for line in found:
+    findings = npu_bridge.check(folder)
+    for line in findings:
         console.print(line, style="red", highlight=False)
-    console.print(f"{len(found)} findings", highlight=False)
-    raise typer.Exit(1 if found else 0)
+    console.print(f"{len(findings)} findings", highlight=False)
+    raise typer.Exit(1 if findings else 0)
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def kernel(
         unit's float32 sums, as two more columns; it forms the scores twice. "auto" needs the data.
       precision: a `Precision` or its name; None: scores, exponentials and probabilities in
         ``dtype``, statistics and output in float32. ``probabilities`` must be ``dtype``.
-      schedule: for "ascend_910b"; block_q must be 128. None: what the cost model found fastest
+      schedule: for "ascend_910b"; block_q must be 128. None: the fastest by the cost model
         (`Schedule.for_target`; `python -m npu_bridge tune` writes its table).
       target: "910b" or "910_93".
       is_causal, causal_alignment, local_window_size, logits_soft_cap, beta: as
@@ -85,7 +85,7 @@ def kernel(
         check_beta(beta)
     if decode and bias is not None:
         raise wrong("bias", "be None for a decoding kernel", repr(bias), "Use decode=False.")
-    found = Kernel(
+    described = Kernel(
         head_dim=head_dim,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         dtype=dtype,
@@ -104,27 +104,27 @@ def kernel(
         return_lse=return_lse,
         decode=decode,
     )
-    if find_target(found.schedule.target).name not in TARGETS.values():
-        raise wrong("schedule.target", "be 'ascend_910b'", found.schedule.target)
+    if find_target(described.schedule.target).name not in TARGETS.values():
+        raise wrong("schedule.target", "be 'ascend_910b'", described.schedule.target)
     try:
-        _program(found)
+        _program(described)
     except PlanError:
         if schedule is not None:
             raise
-        return _tuned(found)
-    return found
+        return _tuned(described)
+    return described
 
 
 def _precision(precision: str | Precision | None, dtype: str, shift: str) -> Precision:
     if precision is not None:
-        found = precision if isinstance(precision, Precision) else Precision.named(precision)
+        chosen = precision if isinstance(precision, Precision) else Precision.named(precision)
         for name in ("scores", "probabilities"):
-            check_choice(f"precision.{name}", getattr(found, name), (*DTYPES, "float32"))
+            check_choice(f"precision.{name}", getattr(chosen, name), (*DTYPES, "float32"))
         for name in ("statistics", "accumulator", "exponential"):  # computed by the vector unit
-            if getattr(found, name) is not None:
-                check_choice(f"precision.{name}", getattr(found, name), ("float16", "float32"))
-        check_choice("precision.products", found.products, ("float32",))
-        return found
+            if getattr(chosen, name) is not None:
+                check_choice(f"precision.{name}", getattr(chosen, name), ("float16", "float32"))
+        check_choice("precision.products", chosen.products, ("float32",))
+        return chosen
     exponential = dtype if dtype == "float16" and shift != "paper" else None
     return Precision(scores=dtype, probabilities=dtype, exponential=exponential)
 

@@ -25,7 +25,7 @@ POLICIES = ("round_robin", "random 1", "all")
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a run.
+    """The result of a run.
 
     Arguments:
       output: [B, T, N, E]; lse: [B, T, N] or None.
@@ -87,7 +87,7 @@ def problem(
         "key": (batch, keys, kv_heads, kernel.head_dim),
         "value": (batch, keys, kv_heads, kernel.value_head_dim),
     }
-    found = {
+    inputs = {
         name: jnp.asarray(
             rng.uniform(-1, 1, shape) * amplitude + mean * (name != "value"), kernel.dtype
         )
@@ -96,11 +96,11 @@ def problem(
     if kernel.bias is not None:
         size = {"B": batch, "N": heads, "T": queries, "S": keys, "1": 1}
         shape = tuple(size[axis] for axis in kernel.bias)
-        found["bias"] = jnp.asarray(rng.normal(0, 2, shape), kernel.dtype)
+        inputs["bias"] = jnp.asarray(rng.normal(0, 2, shape), kernel.dtype)
     if kernel.lengths:
         lengths = rng.integers(1, keys + 1, batch)
-        found["lengths"] = jnp.asarray(lengths, jnp.int32)
-    return found
+        inputs["lengths"] = jnp.asarray(lengths, jnp.int32)
+    return inputs
 
 
 def expected(kernel: Kernel, inputs: dict[str, jax.Array], scale: float | None = None) -> Any:
@@ -154,14 +154,14 @@ def run(
     with tempfile.TemporaryDirectory(prefix="pasa_npu_") as place:
         work = Path(place)
         program = compiled(folder, to=work) if program is None else program
-        found = _executed(program, kernel, inputs, cores, scale, policies, work)
-    output = _read(found["output"], want_out.shape, kernel.dtype)
+        results = _executed(program, kernel, inputs, cores, scale, policies, work)
+    output = _read(results["output"], want_out.shape, kernel.dtype)
     lse = None
-    if "lse" in found:
-        lse = found["lse"].view(np.float32).reshape(want_lse.shape)
+    if "lse" in results:
+        lse = results["lse"].view(np.float32).reshape(want_lse.shape)
     top = float(np.max(np.abs(np.asarray(inputs["value"], np.float64)), initial=0)) or 1.0
     error = _difference(output, np.asarray(want_out, np.float64)) / top
-    report = found["report"]
+    report = results["report"]
     return Run(
         output=output,
         lse=lse,
@@ -249,7 +249,7 @@ def _executed(
     )
     if not (work / "report.json").exists():
         raise EmulationError(f"the emulator stopped: {ran.stderr.strip()[:2000]}")
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         name: np.frombuffer((work / name).read_bytes(), np.uint8).copy() for name in outputs
     }
-    return {**found, "report": json.loads((work / "report.json").read_text())}
+    return {**results, "report": json.loads((work / "report.json").read_text())}

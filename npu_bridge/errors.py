@@ -1,4 +1,4 @@
-"""What the bridge says no with."""
+"""The errors of npu_bridge."""
 
 from __future__ import annotations
 

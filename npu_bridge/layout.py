@@ -13,6 +13,8 @@ DEPTH = AHEAD + 1  # tiles of each kind in the workspace
 LAG = 1  # key tiles by which the output is behind the probabilities
 CARRIED = LAG + 1  # tiles whose carried columns are held
 
+# How AscendC names the place of a tensor, by the memory that it lies in.
+POSITIONS = {"UB": "VECCALC", "L1": "A1", "L0A": "A2", "L0B": "B2", "L0C": "CO1"}
 # Cross-core flags.
 FLAGS = {
     "SCORES_READY": 0,

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from npu_bridge import interface, problem
 from npu_bridge.cores.context import Core
 from npu_bridge.ir import Buffer, render
+from npu_bridge.layout import POSITIONS
 from npu_bridge.numbers import prelude
 from npu_bridge.program import Program
 from npu_bridge.specification import Kernel
@@ -19,7 +20,6 @@ from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 
 NAME = "pasa_attention"
-_POSITIONS = {"UB": "VECCALC", "L1": "A1", "L0A": "A2", "L0B": "B2", "L0C": "CO1"}
 _COMMENTS = {
     "AIC": ("CubeCore", "The cube core: products, ahead of the vector cores."),
     "AIV": ("VectorCore", "A vector core: half of the rows of each tile."),
@@ -37,21 +37,23 @@ def files(program: Program) -> dict[str, str]:
         autoescape=False,
     )
     values = _values(program)
-    found = {
+    templates = {
         f"{NAME}.cpp": "kernel.cpp.j2",
         "tiling.h": "tiling.h.j2",
         "make_tiling.h": "make_tiling.h.j2",
         "emulate.cpp": "emulate.cpp.j2",
         **_projects(program.kernel),
     }
-    texts = {path: env.get_template(template).render(values) for path, template in found.items()}
+    texts = {
+        path: env.get_template(template).render(values) for path, template in templates.items()
+    }
     texts["kernel.json"] = describe(program.kernel)
     return texts
 
 
 def _projects(kernel: Kernel) -> dict[str, str]:
     """Path -> template of what stands around the kernel."""
-    found = {
+    templates = {
         "host.h": "host.h.j2",
         "main.cpp": "main.cpp.j2",
         "CMakeLists.txt": "CMakeLists.txt.j2",
@@ -62,7 +64,7 @@ def _projects(kernel: Kernel) -> dict[str, str]:
         "package/op_kernel/make_tiling.h": "make_tiling.h.j2",
     }
     if kernel.shift == "paper":
-        found["paper_constants.h"] = "paper_constants.h.j2"
+        templates["paper_constants.h"] = "paper_constants.h.j2"
     for path in (
         "CMakeLists.txt",
         "CMakePresets.json",
@@ -74,8 +76,8 @@ def _projects(kernel: Kernel) -> dict[str, str]:
         "examples/aclnn_call.cpp",
     ):
         template = path.replace(NAME, "operator" if "host" in path else "entry")
-        found[f"package/{path}"] = f"package/{template}.j2"
-    return found
+        templates[f"package/{path}"] = f"package/{template}.j2"
+    return templates
 
 
 def write(program: Program, folder: Path) -> list[Path]:
@@ -97,12 +99,12 @@ def describe(kernel: Kernel) -> str:
 
 def read_description(folder: Path) -> Kernel:
     """The kernel that an emitted project says it is."""
-    found = json.loads((folder / "kernel.json").read_text())
-    found["precision"] = Precision(**found["precision"])
-    found["schedule"] = Schedule(**found["schedule"])
-    if found["window"] is not None:
-        found["window"] = tuple(found["window"])
-    return Kernel(**found)
+    options = json.loads((folder / "kernel.json").read_text())
+    options["precision"] = Precision(**options["precision"])
+    options["schedule"] = Schedule(**options["schedule"])
+    if options["window"] is not None:
+        options["window"] = tuple(options["window"])
+    return Kernel(**options)
 
 
 def _values(program: Program) -> dict[str, Any]:
@@ -175,7 +177,7 @@ def _core(core: Core) -> dict[str, Any]:
 
 
 def _declared(b: Buffer) -> str:
-    position = _POSITIONS[b.memory]
+    position = POSITIONS[b.memory]
     count = b.count * b.slots
     note = f"  // {b.note}" if b.note else ""
     made = f"LocalTensor<{b.dtype}>(TPosition::{position}, {b.address}, {count})"

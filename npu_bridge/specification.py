@@ -17,8 +17,8 @@ from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.walk import Walk
 
 Array = jax.Array
-# Columns of q·κ and of P's row sums, all equal: a block of float32. (The cube unit multiplies
-# by twice as many at least; the vector cores read these.)
+# The columns of q·κ, and of P's row sums, that the vector cores read: all are equal, and as many
+# make one block of float32. (The cube unit multiplies by twice as many at least.)
 COLUMNS = 8
 _MANY = 2**20  # blocks of keys that a static length stands for; the true one comes at run time
 
@@ -57,7 +57,7 @@ class Kernel:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        # The vector unit multiplies and adds apart.
+        # The vector unit rounds a product before it adds: it does not contract.
         return Plan(
             shift=self.shift,
             precision=self.precision,
@@ -100,7 +100,7 @@ class Kernel:
 
     @property
     def masked(self) -> bool:
-        """Whether the place of a tile may decide what is seen in it, beyond the last key."""
+        """Whether a tile may need a mask for another reason than that the keys end in it."""
         return self.is_causal or self.window is not None
 
     def walk(self, rows: int, queries: Index, keys: Index, **parts: Any) -> TracedWalk:

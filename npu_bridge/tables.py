@@ -61,7 +61,7 @@ def tuned_table(date: str) -> dict[str, object]:
                 kernel = _plain("mean", precision, head_dim, is_causal, dtype)
                 mask = "causal" if is_causal else "full"
                 schedule = tuned(kernel)
-                found = cost(build(replace(kernel, schedule=schedule)))
+                prediction = cost(build(replace(kernel, schedule=schedule)))
                 entries.append(
                     {
                         "shape": f"{dtype}, D={head_dim}, S=4096, {mask}",
@@ -69,7 +69,7 @@ def tuned_table(date: str) -> dict[str, object]:
                         "head_dim": head_dim,
                         "dtype": dtype,
                         "is_causal": is_causal,
-                        "cost": round(found.seconds * 1e6),
+                        "cost": round(prediction.seconds * 1e6),
                         "schedule": vars(schedule),
                     }
                 )
@@ -106,15 +106,15 @@ def table(
     columns += ["faster than float32", "busiest pipe"]
     rows = []
     for length in queries:
-        found: dict[str, tuple[int, Cost]] = {}
+        costs: dict[str, tuple[int, Cost]] = {}
         for name, (shift, precision) in NAMED.items():
             kernel = _plain(shift, precision, head_dim, is_causal)
             schedule = tuned(kernel, queries=length)
             program = build(replace(kernel, schedule=schedule))
-            found[name] = (schedule.block_kv, cost(program, queries=length, heads=heads))
-        for name, (block, c) in found.items():
+            costs[name] = (schedule.block_kv, cost(program, queries=length, heads=heads))
+        for name, (block, c) in costs.items():
             same = "mean" if name.startswith("mean") else "none"  # paper's is none's
-            slow = found[f"{same}, float32 hand-over"][1].seconds
+            slow = costs[f"{same}, float32 hand-over"][1].seconds
             pipe = max(c.busy, key=lambda x: c.busy[x])
             share = c.busy[pipe] / c.cycles
             time, rate = f"{c.seconds * 1e6:.0f}", f"{c.tflops:.0f}"

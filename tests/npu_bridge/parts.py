@@ -16,11 +16,11 @@ from npu_bridge.dtypes import NUMPY
 from npu_bridge.emulation import EMULATOR
 from npu_bridge.interpreter import NumpyRun
 from npu_bridge.ir import Buffer, Node, render
+from npu_bridge.layout import POSITIONS
 from npu_bridge.memory import Memory
 from npu_bridge.numbers import prelude
 
 COMPILER = shutil.which("g++")
-_POSITIONS = {"UB": "VECCALC", "L1": "A1", "L0A": "A2", "L0B": "B2", "L0C": "CO1"}
 _TARGET = "ascend_910b"
 _SOURCE = """\
 #include <cstdlib>
@@ -92,7 +92,7 @@ class Part:
                 for n, at in places.items()
             ]
         lines += [
-            f"LocalTensor<{b.dtype}> {b.name}(TPosition::{_POSITIONS[b.memory]}, {b.address}, "
+            f"LocalTensor<{b.dtype}> {b.name}(TPosition::{POSITIONS[b.memory]}, {b.address}, "
             f"{b.count * b.slots});"
             for b in self.local
         ]
@@ -122,7 +122,7 @@ class Part:
 
     def interpreted(self) -> dict[str, np.ndarray]:
         """What NumPy computes."""
-        memories = {m: Memory.of(_TARGET, m) for m in _POSITIONS}
+        memories = {m: Memory.of(_TARGET, m) for m in POSITIONS}
         core = Core("AIC" if self.cube else "AIV", memories, (), [], self.nodes)
         shared = {n: np.frombuffer(x.tobytes(), np.uint8).copy() for n, x in self.inputs.items()}
         for name, (n, dtype) in self.outputs.items():
