@@ -9,8 +9,8 @@ from typing import Any
 
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.errors import LoweringError
+from npu_bridge.expressions import Scalar
 from npu_bridge.lower import Equation, Var
-from npu_bridge.numbers import Scalar
 from npu_bridge.specification import Kernel
 from npu_bridge.stages import Trace, loop_body, needed
 

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 from npu_bridge.cores.context import Core
+from npu_bridge.expressions import Expr, evaluate
 from npu_bridge.ir import (
     Advance,
     Barrier,
@@ -27,7 +28,6 @@ from npu_bridge.ir import (
     SyncAll,
     WaitFlag,
 )
-from npu_bridge.numbers import Expr, evaluate
 
 Names = ChainMap[str, Any]  # the numbers in scope
 

@@ -15,11 +15,11 @@ import numpy as np
 from npu_bridge.cores.context import Core
 from npu_bridge.dtypes import ITEMSIZE, NUMPY
 from npu_bridge.execution import Block, CoreRun, Names, run_together
+from npu_bridge.expressions import Expr, Scalar, evaluate
 from npu_bridge.interface import arguments
 from npu_bridge.ir import Instruction, Slice
 from npu_bridge.layout import VECTOR_CORES
-from npu_bridge.numbers import Expr, Scalar, evaluate
-from npu_bridge.problem import Tiling, numbers_of, tiling
+from npu_bridge.numbers import Tiling, tiling, values_of
 from npu_bridge.program import Program
 
 _UNWRITTEN = 0xFF  # every byte of memory that nothing has written: NaN in each floating type
@@ -108,7 +108,7 @@ def run(
         "lse": (batch, queries, heads),
     }
     shared = _shared(program, inputs, given, shapes)
-    numbers = numbers_of(kernel, given)
+    numbers = values_of(kernel, given)
     numbers["scale"] = np.float32(numbers["scale"])
     if "lengths" in inputs:
         numbers["lengths"] = _Lengths(np.asarray(inputs["lengths"]))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from npu_bridge.dtypes import BLOCK, ITEMSIZE
-from npu_bridge.numbers import Expr, Scalar, plus, times
+from npu_bridge.expressions import Expr, Scalar, plus, times
 from npu_bridge.rates import Rates
 
 

@@ -16,7 +16,7 @@ from npu_bridge.cores.vector import vector_core
 from npu_bridge.errors import PlanError
 from npu_bridge.ir import Buffer
 from npu_bridge.layout import COMMON_FLAGS, FLAGS, SLABS, SUB, Slabs
-from npu_bridge.problem import Array
+from npu_bridge.numbers import Array
 from npu_bridge.specification import Kernel
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from npu_bridge import interface, problem
+from npu_bridge import interface, numbers
 from npu_bridge.cores.context import Core
+from npu_bridge.expressions import prelude
 from npu_bridge.ir import Buffer, render
 from npu_bridge.layout import POSITIONS
-from npu_bridge.numbers import prelude
 from npu_bridge.program import Program
 from npu_bridge.specification import Kernel
 from pasa_jax.core.precision import Precision
@@ -139,8 +139,8 @@ def _values(program: Program) -> dict[str, Any]:
             for g in program.globals.values()
         ],
         "workspace": program.workspace,
-        "problem": problem.problem(k),
-        "host": {number.name: number.text for number in problem.host_numbers(k)},
+        "kernel_numbers": numbers.kernel_numbers(k),
+        "host": {number.name: number.text for number in numbers.host_numbers(k)},
         "cores": [_core(core) for core in program.cores],
         **interface.values(k),
     }

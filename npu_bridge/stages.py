@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from npu_bridge.errors import LoweringError
+from npu_bridge.expressions import Scalar
 from npu_bridge.ir import Node
 from npu_bridge.lower import Equation, Lowering, Value, Var, flatten
-from npu_bridge.numbers import Scalar
 from npu_bridge.specification import COLUMNS, Array, Kernel
 from pasa_jax.core import tile
 

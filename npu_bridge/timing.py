@@ -16,10 +16,10 @@ from typing import Any
 
 from npu_bridge.cores.context import Core
 from npu_bridge.execution import Block, CoreRun, Names, run_together
+from npu_bridge.expressions import evaluate
 from npu_bridge.ir import For, Function, Instruction, SetFlag, WaitFlag
 from npu_bridge.layout import VECTOR_CORES
-from npu_bridge.numbers import evaluate
-from npu_bridge.problem import numbers_of, tiling
+from npu_bridge.numbers import tiling, values_of
 from npu_bridge.program import Program
 from npu_bridge.rates import Rates
 
@@ -152,7 +152,7 @@ def cost(
         k, batch=batch, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys,
         cores=rates.blocks,
     )  # fmt: skip
-    numbers = {**numbers_of(k, given), "lengths": _Lengths(keys)}
+    numbers = {**values_of(k, given), "lengths": _Lengths(keys)}
     rounds = -(-numbers["items"] // rates.blocks)
     followed = rounds if items is None else min(rounds, items)
     cycles, block = _followed(program, rates, numbers, followed)

@@ -9,11 +9,11 @@ from npu_bridge.cores.context import Context, query_row
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import computed, copy, slab, spread_units
 from npu_bridge.cores.vector_memory import VectorMemory
+from npu_bridge.expressions import Expr, Scalar, times
 from npu_bridge.instructions import Brcb, Duplicate, RowsOut
 from npu_bridge.ir import Barrier, Call, For, Function, If, Let, Node, SetFlag, WaitFlag
 from npu_bridge.layout import CLOSING, PADDING, SINGLE
 from npu_bridge.lower import Value, Vector
-from npu_bridge.numbers import Expr, Scalar, times
 
 _LOWEST = {"float": -3.4028234663852886e38, "half": -65504.0}
 _SETTLED = ("m", "l", "o")

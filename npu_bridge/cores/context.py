@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from npu_bridge import cut, interface, problem, stages
+from npu_bridge import cut, interface, numbers, stages
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.ir import Barrier, Buffer, Comment, For, Function, Let, Node, SyncAll
 from npu_bridge.layout import DEPTH, VECTOR_CORES, Slabs
@@ -47,12 +47,12 @@ class Context:
     full: cut.Step
     masked: cut.Step
     globals: dict[str, Buffer]
-    workspace: list[problem.Array]
+    workspace: list[numbers.Array]
 
     @staticmethod
     def of(kernel: Kernel, slabs: Slabs) -> Context:
         full = cut.step(kernel, slabs.rows, masked=False)
-        arrays = problem.workspace(kernel, full.products)
+        arrays = numbers.workspace(kernel, full.products)
         arguments = {name: (dtype, "") for name, dtype in interface.arguments(kernel).items()}
         types = arguments | {a.name: (a.dtype, a.note) for a in arrays}
         places = {n: Buffer(n, "GM", dtype, 0, note=note) for n, (dtype, note) in types.items()}

@@ -13,12 +13,12 @@ from npu_bridge.cores.slabs import (
     spread_units,
     zero_bits,
 )
+from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import Duplicate
 from npu_bridge.ir import Barrier, Buffer, For, Function, If, Let, Node, SetFlag, WaitFlag
 from npu_bridge.layout import DEPTH, LEAST, SINGLE, SUB
 from npu_bridge.lower import Vector
 from npu_bridge.memory import Memory
-from npu_bridge.numbers import Scalar
 
 _ROWS = 64  # that are loaded at once
 _ONE = {"half": 0x3C00, "bfloat16_t": 0x3F80}  # the bits of 1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from npu_bridge.expressions import Expr, Scalar
 from npu_bridge.instructions import DataCopy, Duplicate, RowsIn
 from npu_bridge.ir import Buffer, For, If, Instruction, Node, SetFlag, Slice, WaitFlag, instructions
 from npu_bridge.layout import PADDING, SINGLE
-from npu_bridge.numbers import Expr, Scalar
 
 
 def slab(

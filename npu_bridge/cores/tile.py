@@ -7,11 +7,11 @@ from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import cleared, copy, slab
 from npu_bridge.cores.vector_memory import VectorMemory
 from npu_bridge.cut import Stage, Step
+from npu_bridge.expressions import Scalar, times
 from npu_bridge.instructions import Duplicate, FirstBlocks, RowsIn, RowsOut, WithScalar
 from npu_bridge.ir import Advance, Barrier, For, Function, If, Let, Node, Slice
 from npu_bridge.layout import CARRIED, DEPTH, LEAST, SINGLE, SOFTMAX, UPDATE
 from npu_bridge.lower import Value, Vector
-from npu_bridge.numbers import Scalar, times
 from npu_bridge.specification import COLUMNS
 
 # Of the functions, and what they are for tile t of an item.

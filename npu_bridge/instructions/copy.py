@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from npu_bridge.dtypes import BLOCK, ITEMSIZE, REPEAT
+from npu_bridge.expressions import times
 from npu_bridge.ir import Expr, Instruction, Machine, Slice
-from npu_bridge.numbers import times
 from npu_bridge.rates import Rates
 
 

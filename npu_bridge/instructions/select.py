@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from npu_bridge.dtypes import ITEMSIZE
+from npu_bridge.expressions import Scalar
 from npu_bridge.instructions.operations import FLOATS, check_type
 from npu_bridge.instructions.vector import VectorInstruction
 from npu_bridge.ir import Expr, Machine, Slice
-from npu_bridge.numbers import Scalar
 
 _MODES = {
     "EQ": operator.eq,

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from npu_bridge.dtypes import BLOCK, ITEMSIZE, NUMPY, REPEAT
+from npu_bridge.expressions import Scalar
 from npu_bridge.instructions.operations import (
     BINARY,
     FLOATS,
@@ -17,7 +18,6 @@ from npu_bridge.instructions.operations import (
     check_type,
 )
 from npu_bridge.ir import Expr, Instruction, Machine, Slice
-from npu_bridge.numbers import Scalar
 from npu_bridge.rates import Rates
 
 

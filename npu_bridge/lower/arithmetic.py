@@ -7,11 +7,11 @@ from typing import Any
 
 from npu_bridge.dtypes import BLOCK, ITEMSIZE, REPEAT
 from npu_bridge.errors import LoweringError, PlanError
+from npu_bridge.expressions import Expr, Scalar
 from npu_bridge.instructions import Binary, BinaryStrided, Strided
 from npu_bridge.ir import Barrier, For, Slice
 from npu_bridge.lower.emitter import Emitter
 from npu_bridge.lower.values import Value, Vector
-from npu_bridge.numbers import Expr, Scalar
 
 _COMMUTATIVE = ("Add", "Mul", "Max", "Min")
 _MOST_ROWS = 248  # of one instruction, whose repeat count is 255 at most

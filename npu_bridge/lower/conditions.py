@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from npu_bridge.dtypes import ITEMSIZE, REPEAT
 from npu_bridge.errors import LoweringError
+from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import Binary, Compare, Select
 from npu_bridge.ir import If
 from npu_bridge.lower.arithmetic import full, number
 from npu_bridge.lower.emitter import Emitter
 from npu_bridge.lower.values import Bits, Margin, Value, Vector
-from npu_bridge.numbers import Scalar
 
 
 def bits(to: Emitter, x: Value, rows: int, width: int) -> Bits:

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from npu_bridge.dtypes import BLOCK, ITEMSIZE
 from npu_bridge.errors import LoweringError
+from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import Brcb, Cast, Duplicate, Unary, WithScalar
 from npu_bridge.ir import Buffer, Instruction, Node, Slice
 from npu_bridge.lower.values import Vector
-from npu_bridge.numbers import Scalar
 
 Allocate = Callable[[str, str, int], Buffer]
 

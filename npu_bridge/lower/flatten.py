@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from npu_bridge.expressions import Scalar
 from npu_bridge.lower.rules import unknown
 from npu_bridge.lower.values import Equation, Var
-from npu_bridge.numbers import Scalar
 
 # What calls a function once, which is expanded in its place. (A scan has a function too.)
 _CALLS = {

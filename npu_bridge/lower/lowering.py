@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from npu_bridge.errors import LoweringError
+from npu_bridge.expressions import Scalar
 from npu_bridge.ir import Let, Node
 from npu_bridge.lower import conditions
 from npu_bridge.lower.emitter import Allocate, Emitter
 from npu_bridge.lower.rules import NAMES, RULES, Context, unknown
 from npu_bridge.lower.scalars import is_scalar, scalar
 from npu_bridge.lower.values import Equation, Margin, Value, Var, shape_of
-from npu_bridge.numbers import Scalar
 
 
 class Lowering:

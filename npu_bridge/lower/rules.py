@@ -9,6 +9,7 @@ from typing import Any
 
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.errors import LoweringError
+from npu_bridge.expressions import Scalar, times
 from npu_bridge.instructions import CreateVecIndex
 from npu_bridge.lower import conditions, reductions
 from npu_bridge.lower.arithmetic import full, number
@@ -23,7 +24,6 @@ from npu_bridge.lower.values import (
     shape_of,
     vector,
 )
-from npu_bridge.numbers import Scalar, times
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from npu_bridge.expressions import Scalar
 from npu_bridge.lower.values import Equation
-from npu_bridge.numbers import Scalar
 
 
 def _infix(symbol: str) -> Callable[..., str]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from npu_bridge.errors import LoweringError
+from npu_bridge.expressions import Scalar
 from npu_bridge.ir import Slice
-from npu_bridge.numbers import Scalar
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import numpy as np
 from npu_bridge.cores.context import Core
 from npu_bridge.dtypes import NUMPY
 from npu_bridge.emulation import EMULATOR
+from npu_bridge.expressions import prelude
 from npu_bridge.interpreter import NumpyRun
 from npu_bridge.ir import Buffer, Node, render
 from npu_bridge.layout import POSITIONS
 from npu_bridge.memory import Memory
-from npu_bridge.numbers import prelude
 
 COMPILER = shutil.which("g++")
 _TARGET = "ascend_910b"

@@ -13,6 +13,7 @@ import pytest
 
 from npu_bridge.dtypes import NUMPY
 from npu_bridge.errors import LoweringError
+from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import (
     Binary,
     Cast,
@@ -29,7 +30,6 @@ from npu_bridge.instructions import (
     Unary,
 )
 from npu_bridge.ir import Barrier, Buffer, Let, Node
-from npu_bridge.numbers import Scalar
 from npu_bridge.rates import Rates
 from tests.npu_bridge.parts import COMPILER, Part, compiled
 

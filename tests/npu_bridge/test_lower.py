@@ -17,12 +17,12 @@ from jax import lax
 from npu_bridge.barriers import with_barriers
 from npu_bridge.dtypes import C_TYPES, NUMPY
 from npu_bridge.errors import LoweringError
+from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import RowsIn, RowsOut
 from npu_bridge.ir import Buffer, SetFlag, WaitFlag
 from npu_bridge.lower import RULES, Lowering, Vector, flatten
 from npu_bridge.lower.scalars import SCALAR_RULES
 from npu_bridge.memory import Memory
-from npu_bridge.numbers import Scalar
 from tests.npu_bridge.lower_cases import CASES, Case, R, W
 from tests.npu_bridge.parts import COMPILER, Part, compiled
 

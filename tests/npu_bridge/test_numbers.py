@@ -12,8 +12,8 @@ import pytest
 
 import npu_bridge
 from npu_bridge import project
-from npu_bridge.numbers import FUNCTIONS, Scalar, evaluate, plus, prelude, times
-from npu_bridge.problem import numbers_of, tiling
+from npu_bridge.expressions import HELPERS, Scalar, evaluate, plus, prelude, times
+from npu_bridge.numbers import tiling, values_of
 from npu_bridge.program import build
 from pasa_jax import Schedule
 
@@ -37,7 +37,7 @@ EXPRESSIONS = [
 
 @needs_compiler
 def test_expressions_have_the_values_that_cpp_gives_them(tmp_path):
-    assert {name for x in EXPRESSIONS for name in FUNCTIONS if name in x} == set(FUNCTIONS)
+    assert {name for x in EXPRESSIONS for name in HELPERS if name in x} == set(HELPERS)
     lines = [f'printf("%.17g\\n", double({x}));' for x in EXPRESSIONS]
     head = "#include <cstdint>\n#include <cstdio>\n#define __aicore__\n"
     names = "int32_t number = 11; float scale = 0.1f;"
@@ -101,6 +101,6 @@ def test_the_tiling_is_that_of_the_host(decode, tmp_path):
     assert theirs.pop("workspaceBytes") == at
     assert theirs.pop("scale") == pytest.approx(ours.scale)
     assert theirs == {name: getattr(ours, name) for name in theirs}
-    numbers = numbers_of(kernel, ours)
+    numbers = values_of(kernel, ours)
     assert numbers["items"] == (2 * 3 * ours.parts if decode else 2 * 6 * 3)
     assert numbers["queries"] == (1 if decode else 300)
