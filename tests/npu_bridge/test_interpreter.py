@@ -62,6 +62,7 @@ def _eps(dtype: str) -> float:
 
 
 @needs_compiler
+@pytest.mark.npu_full
 def test_output_is_that_of_the_emulator(tmp_path: Path):
     kernel, inputs, arrays = problem("none, bias of bfloat16")
     npu_bridge.emit(kernel, tmp_path)
