@@ -72,6 +72,11 @@ def trace(function: Callable[..., dict[str, Any]], shapes: dict[str, Any]) -> Tr
 # The bounds of the loop over keys.
 
 
+# How the bounds are called in the emitted source: of all key tiles that are seen, and of those
+# that are seen whole.
+_BOUNDS = {"lo": "seenBegin", "hi": "seenEnd", "full_lo": "wholeBegin", "full_hi": "wholeEnd"}
+
+
 def key_range(kernel: Kernel) -> tuple[list[Node], dict[str, str]]:
     """The key tiles that the queries from ``start`` on see, as the mask itself says it: statements
     and the names of lo, full_lo, full_hi, hi. Numbers: start, queries, keys.
@@ -85,7 +90,8 @@ def key_range(kernel: Kernel) -> tuple[list[Node], dict[str, str]]:
 
     traced = trace(bounds, {"start": _INT, "queries": _INT, "keys": _INT})
     inputs: dict[Var, Value] = {v: Scalar(n) for n, v in traced.inputs.items()}
-    low = Lowering(_no_memory, inputs, prefix="at")
+    names = {x: _BOUNDS[n] for n, x in traced.outputs.items() if isinstance(x, Var)}
+    low = Lowering(_no_memory, inputs, names=names, prefix="bound")
     low.lower(traced.equations)
     values = {name: low.value(x) for name, x in traced.outputs.items()}
     return low.body, {name: str(x.value) for name, x in values.items()}  # type: ignore[union-attr]

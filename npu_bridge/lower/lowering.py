@@ -21,7 +21,7 @@ class Lowering:
       allocate: makes a buffer in UB of a name, a C++ type and a number of elements.
       inputs: what the variables that are not computed here are.
       names: how variables are called in the emitted source.
-      prefix: of the names of numbers, which are counted.
+      prefix: of the names of numbers that have none, which are counted.
     """
 
     def __init__(
@@ -74,8 +74,10 @@ class Lowering:
         """A number that is computed, under a name of its own."""
         if x.known:
             return x
-        self._numbers += 1
-        name = f"{self._prefix}{self._numbers}"
+        name = self._names.get(eqn.output)
+        if name is None:
+            self._numbers += 1
+            name = f"{self._prefix}{self._numbers}"
         ctype = {"f": "float", "b": "bool"}.get(eqn.kind, "int32_t")
         self.body.append(Let(name, str(x.value), ctype))
         return Scalar(name)
