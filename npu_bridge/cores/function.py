@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npu_bridge.barriers import with_barriers
+from npu_bridge.dtypes import BLOCK
 from npu_bridge.errors import PlanError
 from npu_bridge.ir import Alias, Barrier, Buffer, Function, Node, Slice
 from npu_bridge.lower import Equation, Lowering, Value, Var, Vector
@@ -43,7 +44,7 @@ class VectorFunction:
         self._buffers: list[Buffer] = []
         self._ub = ub
         self._base = 0 if alone else ub.staying
-        self._end = ub.capacity // 32 * 32  # where the temporaries begin
+        self._end = ub.capacity // BLOCK * BLOCK  # where the temporaries begin
         self._uses = dict.fromkeys((*parameters, *_NUMBERS), 1)  # of each name
 
     def done(self, comment: str, body: list[Node]) -> Function:
