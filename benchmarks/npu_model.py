@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 import npu_bridge
-from npu_bridge.prediction import NAMED, Rates
+from npu_bridge.rates import Rates
+from npu_bridge.tables import NAMED
 from pasa_jax import Schedule
 
 BLOCKS = (128, 256, 512)

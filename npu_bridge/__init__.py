@@ -7,7 +7,7 @@ Schedule: 128 queries x 384 keys a tile, 32 rows a slab of a vector core.
 """
 
 from npu_bridge._api import check, cost, emit, kernel, plan, run
-from npu_bridge.stages import Kernel
+from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import EmulationError, LoweringError, PlanError
 
 __all__ = [

@@ -165,13 +165,13 @@ def cost(
     is_causal: Causal = False,
 ) -> None:
     """Prints the predicted time of each way to compute, at its best block."""
-    from npu_bridge.prediction import table
+    from npu_bridge.tables import table
 
     columns, rows = table(queries, heads=heads, head_dim=head_dim, is_causal=is_causal)
-    found = Table(*columns)
+    output = Table(*columns)
     for row in rows:
-        found.add_row(*row)
-    console.print(found)
+        output.add_row(*row)
+    console.print(output)
 
 
 @app.command()
@@ -182,7 +182,7 @@ def tune(
     import json
     from datetime import UTC, datetime
 
-    from npu_bridge.prediction import tuned_table
+    from npu_bridge.tables import tuned_table
 
     table = tuned_table(datetime.now(UTC).date().isoformat())
     output.write_text(json.dumps(table, indent=1) + "\n")
@@ -192,7 +192,7 @@ def tune(
 @app.command("list")
 def list_() -> None:
     """Prints what can be emitted."""
-    from npu_bridge.lowering import RULES
+    from npu_bridge.lower import RULES
 
     console.print(f"targets: {', '.join(_api.TARGETS)}", highlight=False)
     console.print(f"shifts: {', '.join(_api.SHIFTS)}", highlight=False)
@@ -203,11 +203,11 @@ def list_() -> None:
 @app.command()
 def check(folder: Annotated[Path, typer.Argument(help="An emitted project.")]) -> None:
     """Checks a project's text without running it; exits 0 if nothing is wrong."""
-    found = npu_bridge.check(folder)
-    for line in found:
+    findings = npu_bridge.check(folder)
+    for line in findings:
         console.print(line, style="red", highlight=False)
-    console.print(f"{len(found)} findings", highlight=False)
-    raise typer.Exit(1 if found else 0)
+    console.print(f"{len(findings)} findings", highlight=False)
+    raise typer.Exit(1 if findings else 0)
 
 
 def main() -> None:

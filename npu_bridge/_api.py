@@ -6,12 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from npu_bridge import checks
-from npu_bridge import emulation as _run
-from npu_bridge import prediction as _cost
-from npu_bridge import project as _emit
+from npu_bridge import checks, emulation, project, tables, timing
 from npu_bridge.program import Program, build
-from npu_bridge.stages import Kernel
+from npu_bridge.specification import Kernel
 from pasa_jax.core.checks import positive, window
 from pasa_jax.core.errors import PlanError, ScheduleError, check_choice, wrong
 from pasa_jax.core.precision import Precision
@@ -58,7 +55,7 @@ def kernel(
         unit's float32 sums, as two more columns; it forms the scores twice. "auto" needs the data.
       precision: a `Precision` or its name; None: scores, exponentials and probabilities in
         ``dtype``, statistics and output in float32. ``probabilities`` must be ``dtype``.
-      schedule: for "ascend_910b"; block_q must be 128. None: what the cost model found fastest
+      schedule: for "ascend_910b"; block_q must be 128. None: the fastest by the cost model
         (`Schedule.for_target`; `python -m npu_bridge tune` writes its table).
       target: "910b" or "910_93".
       is_causal, causal_alignment, local_window_size, logits_soft_cap, beta: as
@@ -87,7 +84,7 @@ def kernel(
         check_beta(beta)
     if decode and bias is not None:
         raise wrong("bias", "be None for a decoding kernel", repr(bias), "Use decode=False.")
-    found = Kernel(
+    described = Kernel(
         head_dim=head_dim,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         dtype=dtype,
@@ -106,27 +103,27 @@ def kernel(
         return_lse=return_lse,
         decode=decode,
     )
-    if find_target(found.schedule.target).name not in TARGETS.values():
-        raise wrong("schedule.target", "be 'ascend_910b'", found.schedule.target)
+    if find_target(described.schedule.target).name not in TARGETS.values():
+        raise wrong("schedule.target", "be 'ascend_910b'", described.schedule.target)
     try:
-        _program(found)
+        _program(described)
     except PlanError:
         if schedule is not None:
             raise
-        return _tuned(found)
-    return found
+        return _tuned(described)
+    return described
 
 
 def _precision(precision: str | Precision | None, dtype: str, shift: str) -> Precision:
     if precision is not None:
-        found = precision if isinstance(precision, Precision) else Precision.named(precision)
+        chosen = precision if isinstance(precision, Precision) else Precision.named(precision)
         for name in ("scores", "probabilities"):
-            check_choice(f"precision.{name}", getattr(found, name), (*DTYPES, "float32"))
+            check_choice(f"precision.{name}", getattr(chosen, name), (*DTYPES, "float32"))
         for name in ("statistics", "accumulator", "exponential"):  # computed by the vector unit
-            if getattr(found, name) is not None:
-                check_choice(f"precision.{name}", getattr(found, name), ("float16", "float32"))
-        check_choice("precision.products", found.products, ("float32",))
-        return found
+            if getattr(chosen, name) is not None:
+                check_choice(f"precision.{name}", getattr(chosen, name), ("float16", "float32"))
+        check_choice("precision.products", chosen.products, ("float32",))
+        return chosen
     exponential = dtype if dtype == "float16" and shift != "paper" else None
     return Precision(scores=dtype, probabilities=dtype, exponential=exponential)
 
@@ -151,7 +148,7 @@ def _schedule(
 def _tuned(kernel: Kernel) -> Kernel:
     from dataclasses import replace
 
-    return replace(kernel, schedule=_cost.tuned(kernel))
+    return replace(kernel, schedule=tables.tuned(kernel))
 
 
 @lru_cache(maxsize=16)
@@ -164,10 +161,10 @@ def emit(kernel: Kernel, folder: Path | str) -> list[Path]:
 
     Deterministic: the same kernel gives the same bytes. Files of the same names are replaced.
     """
-    return _emit.write(_program(kernel), Path(folder))
+    return project.write(_program(kernel), Path(folder))
 
 
-def run(folder: Path | str, inputs: dict[str, Any] | None = None, **options: Any) -> _run.Run:
+def run(folder: Path | str, inputs: dict[str, Any] | None = None, **options: Any) -> emulation.Run:
     """Compiles the sources in ``folder`` as they stand and runs them on the host emulator.
 
     Arguments:
@@ -180,22 +177,22 @@ def run(folder: Path | str, inputs: dict[str, Any] | None = None, **options: Any
     Raises:
       EmulationError: there is no g++, or it refuses the sources.
     """
-    return _run.run(Path(folder), inputs, **options)
+    return emulation.run(Path(folder), inputs, **options)
 
 
 def plan(kernel: Kernel) -> str:
     """The schedule and where every buffer lies, as text."""
-    return "\n".join(_emit.summary(_program(kernel)))
+    return "\n".join(project.summary(_program(kernel)))
 
 
-def cost(kernel: Kernel, **problem: Any) -> _cost.Cost:
+def cost(kernel: Kernel, **problem: Any) -> timing.Cost:
     """The predicted time of a call.
 
     Arguments:
       problem: ``batch``, ``heads``, ``kv_heads``, ``queries``, ``keys``; see
-        `npu_bridge.prediction.cost`.
+        `npu_bridge.timing.cost`.
     """
-    return _cost.cost(_program(kernel), **problem)
+    return timing.cost(_program(kernel), **problem)
 
 
 def check(folder: Path | str) -> list[str]:

@@ -1,8 +1,8 @@
-"""Static checks of an emitted project's text: what can be seen without running it.
+"""Static checks of the files of an emitted project, which may have been edited since.
 
-Events that are set and never waited for, ids and flags out of range, local tensors that leave their
-memory or are not aligned, copies whose fields do not fit. (Races, deadlocks and everything that
-depends on the data are the emulator's.)
+Found here: events that are set and never waited for, ids and flags out of range, local tensors that
+reach beyond their memory or are not aligned, files that differ from what this version emits. The
+emulator finds races, deadlocks and everything that depends on the data.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from npu_bridge.ir import ITEMSIZE
+from npu_bridge.dtypes import ITEMSIZE
+from npu_bridge.layout import POSITIONS
 from npu_bridge.program import build
 from npu_bridge.project import NAME, files, read_description
 from pasa_jax.core.target import find_target
 
-_MEMORIES = {"VECCALC": "UB", "A1": "L1", "A2": "L0A", "B2": "L0B", "CO1": "L0C"}
+_MEMORIES = {position: memory for memory, position in POSITIONS.items()}
 _TENSOR = re.compile(r"LocalTensor<(\w+)>\(TPosition::(\w+), (\d+), (\d+)\)")
 _EVENT = re.compile(r"(Set|Wait)Flag<HardEvent::(\w+)>\(([^;]*)\);")
 _CROSS = re.compile(r"CrossCore(Set|Wait)Flag<(\d+), PIPE_(\w+)>\((\w+)\);")
@@ -30,7 +31,7 @@ def check(folder: Path) -> list[str]:
         return [f"there is no {source.name} in {folder}"]
     text = source.read_text()
     kernel = read_description(folder)
-    found = [
+    findings = [
         *_tensors(text, kernel.schedule.target),
         *_events(text),
         *_cross(text),
@@ -39,10 +40,12 @@ def check(folder: Path) -> list[str]:
     for name, want in emitted.items():
         path = folder / name
         if not path.exists():
-            found.append(f"{name} is missing")
+            findings.append(f"{name} is missing")
         elif path.read_text() != want:
-            found.append(f"{name} is not what this version emits for kernel.json: edited, or older")
-    return found
+            findings.append(
+                f"{name} is not what this version emits for kernel.json: edited, or older"
+            )
+    return findings
 
 
 def _line(text: str, at: int) -> int:
@@ -51,36 +54,38 @@ def _line(text: str, at: int) -> int:
 
 def _tensors(text: str, target: str) -> list[str]:
     capacity = find_target(target).memories
-    found = []
+    findings = []
     for m in _TENSOR.finditer(text):
         dtype, position, address, count = m[1], m[2], int(m[3]), int(m[4])
         memory = _MEMORIES[position]
         end = address + count * ITEMSIZE[dtype]
         where = f"line {_line(text, m.start())}"
         if end > capacity[memory]:
-            found.append(f"{where}: a tensor ends at {end} of {capacity[memory]} bytes of {memory}")
+            findings.append(
+                f"{where}: a tensor ends at {end} of {capacity[memory]} bytes of {memory}"
+            )
         if address % 32:
-            found.append(f"{where}: address {address} is not a multiple of 32")
-    return found
+            findings.append(f"{where}: address {address} is not a multiple of 32")
+    return findings
 
 
 def _events(text: str) -> list[str]:
     """Each pair of pipes and id is set as often as it is waited for, in the text of each core."""
-    found = []
+    findings = []
     for name, body in _classes(text).items():
         count: Counter[tuple[str, str]] = Counter()
         for m in _EVENT.finditer(body):
             kind, event, number = m[1], m[2], m[3].strip()
             if number.isdigit() and int(number) > 5:
-                found.append(f"{name}: {event} uses the reserved event id {number}")
+                findings.append(f"{name}: {event} uses the reserved event id {number}")
             count[event, number] += 1 if kind == "Set" else -1
-        found += [
+        findings += [
             f"{name}: HardEvent::{event} ({number}) is {'set' if n > 0 else 'waited for'} {abs(n)} "
             f"times more often than {'waited for' if n > 0 else 'set'}"
             for (event, number), n in sorted(count.items())
             if n and number.isdigit() and not _slotted(count, event)
         ]
-    return found
+    return findings
 
 
 def _slotted(count: Counter[tuple[str, str]], event: str) -> bool:
@@ -91,7 +96,7 @@ def _slotted(count: Counter[tuple[str, str]], event: str) -> bool:
 def _cross(text: str) -> list[str]:
     """Each cross-core flag is set by one kind of core and waited for by the other."""
     flags = {m[1]: int(m[2]) for m in _FLAG.finditer(text)}
-    found = [
+    findings = [
         f"the flag {name} = {number} is reserved: 0 to 10 are free"
         for name, number in flags.items()
         if number > 10
@@ -105,8 +110,8 @@ def _cross(text: str) -> list[str]:
         side = sides.get(name, {"Set": set(), "Wait": set()})
         if len(side["Set"]) != 1 or len(side["Wait"]) != 1 or side["Set"] == side["Wait"]:
             setters, waiters = sorted(side["Set"]), sorted(side["Wait"])
-            found.append(f"the flag {name} is set by {setters} and waited for by {waiters}")
-    return found
+            findings.append(f"the flag {name} is set by {setters} and waited for by {waiters}")
+    return findings
 
 
 def _classes(text: str) -> dict[str, str]:

@@ -1,10 +1,10 @@
-"""The pipeline as a picture."""
+"""Draws what each pipe does when."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from npu_bridge.prediction import Cost
+from npu_bridge.timing import Cost
 
 _COLOURS = {
     "Scores": "#3b6fb6",
@@ -21,7 +21,7 @@ def pipeline(cost: Cost, path: Path, *, span: tuple[float, float] = (0.35, 0.6))
     """Draws what each pipe of a block does over a part of its predicted time.
 
     Arguments:
-      span: from where to where, as parts of the whole.
+      span: the part that is drawn, as fractions of the whole time.
 
     Raises:
       ImportError: matplotlib is not installed (pip install 'pasa-jax[npu]').

@@ -16,7 +16,7 @@ import numpy as np
 
 import pasa_jax
 from npu_bridge.project import read_description
-from npu_bridge.stages import Kernel
+from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import EmulationError
 
 EMULATOR = Path(__file__).parent / "emulator"
@@ -25,7 +25,7 @@ POLICIES = ("round_robin", "random 1", "all")
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a run.
+    """The result of a run.
 
     Arguments:
       output: [B, T, N, E]; lse: [B, T, N] or None.
@@ -87,7 +87,7 @@ def problem(
         "key": (batch, keys, kv_heads, kernel.head_dim),
         "value": (batch, keys, kv_heads, kernel.value_head_dim),
     }
-    found = {
+    inputs = {
         name: jnp.asarray(
             rng.uniform(-1, 1, shape) * amplitude + mean * (name != "value"), kernel.dtype
         )
@@ -96,11 +96,11 @@ def problem(
     if kernel.bias is not None:
         size = {"B": batch, "N": heads, "T": queries, "S": keys, "1": 1}
         shape = tuple(size[axis] for axis in kernel.bias)
-        found["bias"] = jnp.asarray(rng.normal(0, 2, shape), kernel.dtype)
+        inputs["bias"] = jnp.asarray(rng.normal(0, 2, shape), kernel.dtype)
     if kernel.lengths:
         lengths = rng.integers(1, keys + 1, batch)
-        found["lengths"] = jnp.asarray(lengths, jnp.int32)
-    return found
+        inputs["lengths"] = jnp.asarray(lengths, jnp.int32)
+    return inputs
 
 
 def expected(kernel: Kernel, inputs: dict[str, jax.Array], scale: float | None = None) -> Any:
@@ -154,14 +154,14 @@ def run(
     with tempfile.TemporaryDirectory(prefix="pasa_npu_") as place:
         work = Path(place)
         program = compiled(folder, to=work) if program is None else program
-        found = _executed(program, kernel, inputs, cores, scale, policies, work)
-    output = _read(found["output"], want_out.shape, kernel.dtype)
+        results = _executed(program, kernel, inputs, cores, scale, policies, work)
+    output = _read(results["output"], want_out.shape, kernel.dtype)
     lse = None
-    if "lse" in found:
-        lse = found["lse"].view(np.float32).reshape(want_lse.shape)
+    if "lse" in results:
+        lse = results["lse"].view(np.float32).reshape(want_lse.shape)
     top = float(np.max(np.abs(np.asarray(inputs["value"], np.float64)), initial=0)) or 1.0
     error = _difference(output, np.asarray(want_out, np.float64)) / top
-    report = found["report"]
+    report = results["report"]
     return Run(
         output=output,
         lse=lse,
@@ -190,7 +190,7 @@ def _read(raw: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.asarray(raw.view(jnp.dtype(dtype)).reshape(shape).astype(np.float32))
 
 
-def _constants(kernel: Kernel, keys: int) -> dict[str, np.ndarray]:
+def constants(kernel: Kernel, keys: int) -> dict[str, np.ndarray]:
     """Arrays that belong to the kernel, not to the call."""
     if kernel.shift != "paper":
         return {}
@@ -228,7 +228,7 @@ def _executed(
     if said.returncode:
         raise EmulationError(f"the project's tiling refuses the sizes: {said.stderr.strip()}")
     arrays: dict[str, bytes] = {name: _bytes(x) for name, x in inputs.items()}
-    arrays |= {name: x.tobytes() for name, x in _constants(kernel, keys).items()}
+    arrays |= {name: x.tobytes() for name, x in constants(kernel, keys).items()}
     lines = [f"blocks {cores}", f"report {work / 'report.json'}"]
     for name in ("query", "key", "value", "bias", "lengths", "matrices", "weights"):
         if name in arrays:
@@ -249,7 +249,7 @@ def _executed(
     )
     if not (work / "report.json").exists():
         raise EmulationError(f"the emulator stopped: {ran.stderr.strip()[:2000]}")
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         name: np.frombuffer((work / name).read_bytes(), np.uint8).copy() for name in outputs
     }
-    return {**found, "report": json.loads((work / "report.json").read_text())}
+    return {**results, "report": json.loads((work / "report.json").read_text())}

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from npu_bridge.ir import ITEMSIZE
-from npu_bridge.stages import Kernel
+from npu_bridge.dtypes import C_TYPES, ITEMSIZE
+from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import PlanError
 from pasa_jax.core.shifts import optimal_beta, paper_matrix
 from pasa_jax.core.target import TARGETS, find_target
@@ -79,12 +79,38 @@ class Argument:
     note: str
 
 
-def argument(kernel: Kernel, name: str, c_type: str) -> Argument:
+_OUTPUTS = ("output", "lse")
+_CONSTANTS = ("matrices", "weights")  # inputs that belong to the kernel, not to the call
+
+
+def arguments(kernel: Kernel) -> dict[str, str]:
+    """The array arguments of a kernel and their C++ types, as the kernel declares them."""
+    dtype = C_TYPES[kernel.dtype]
+    types = {"query": dtype, "key": dtype, "value": dtype, "output": dtype}
+    if kernel.return_lse:
+        types["lse"] = "float"
+    if kernel.bias is not None:
+        types["bias"] = dtype
+    if kernel.lengths:
+        types["lengths"] = "int32_t"
+    if kernel.shift == "paper":
+        types |= {"matrices": dtype, "weights": "float"}
+    return types
+
+
+def passed(kernel: Kernel) -> list[str]:
+    """The names of the array arguments in the order in which they are passed: outputs last."""
+    names = list(arguments(kernel))
+    return [n for n in names if n not in _OUTPUTS] + [n for n in names if n in _OUTPUTS]
+
+
+def argument(kernel: Kernel, name: str) -> Argument:
     """How the projects describe the kernel's argument ``name``."""
     axes = kernel.bias if name == "bias" else _SHAPES[name]
     assert axes is not None
+    c_type = arguments(kernel)[name]
     dtype, ge, acl = _TYPES[c_type]
-    sources = {"output": "output", "lse": "output", "matrices": "constant", "weights": "constant"}
+    source = "output" if name in _OUTPUTS else "constant" if name in _CONSTANTS else "file"
     return Argument(
         name=name,
         dtype=dtype,
@@ -94,16 +120,13 @@ def argument(kernel: Kernel, name: str, c_type: str) -> Argument:
         axes=axes,
         shape=f"[{', '.join(axes)}]",
         count=" * ".join(LETTERS.get(letter, letter) for letter in axes),
-        source=sources.get(name, "file"),
+        source=source,
         note=_NOTES[name],
     )
 
 
-def values(kernel: Kernel, arguments: list[tuple[str, str]]) -> dict[str, Any]:
+def values(kernel: Kernel) -> dict[str, Any]:
     """What the templates of the projects need beside the kernel's own values.
-
-    Arguments:
-      arguments: name and C++ type of each array argument, in the kernel's order.
 
     Raises:
       PlanError: CANN has no project of this kind for the schedule's target.
@@ -114,7 +137,7 @@ def values(kernel: Kernel, arguments: list[tuple[str, str]]) -> dict[str, Any]:
         names = ", ".join(name for name, x in TARGETS.items() if x.ascend is not None)
         raise PlanError(f"`schedule.target` must be one of {names}; got {target}")
     arch, units, soc = chip.architecture, chip.units, chip.product
-    described = [argument(kernel, *a) for a in arguments]
+    described = [argument(kernel, name) for name in passed(kernel)]
     inputs = [a for a in described if a.source != "output"]
     info = jnp.finfo(kernel.dtype)
     return {

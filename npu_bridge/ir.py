@@ -1,86 +1,26 @@
-"""A kernel as a program: instructions of the pipes, and the loops, branches and flags around them.
+"""A kernel as a program: instructions, and the loops, branches, flags and functions around them.
 
-An instruction is one object: the C++ text that is emitted, the pipe that executes it, the bytes it
-reads and writes, and how much work that is. Everything else is derived from it: where barriers
-stand, what the memories hold, how long the program takes.
-
-Numbers that are known only when the kernel runs are expressions, one text that is valid both in
-C++ and in Python: + - * and comparisons of ints, and the functions below.
+`Instruction` is what all instructions have in common; they are in `npu_bridge.instructions`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from types import CodeType
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
-ITEMSIZE = {"half": 2, "bfloat16_t": 2, "float": 4, "int32_t": 4, "uint16_t": 2, "uint8_t": 1}
-C_TYPES = {
-    "float16": "half",
-    "bfloat16": "bfloat16_t",
-    "float32": "float",
-    "int32": "int32_t",
-    "uint8": "uint8_t",
-}
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "Min": min,
-    "Max": max,
-    "Div": lambda a, b: a // b,
-    "Mod": lambda a, b: a % b,
-    "CeilDiv": lambda a, b: -(-a // b),
-    "Pick": lambda c, a, b: a if c else b,
-    "MinFloat": min,
-    "MaxFloat": max,
-    "PickFloat": lambda c, a, b: a if c else b,
-    "int64_t": int,
-}
-# The same functions in C++.
-PRELUDE = """\
-__aicore__ inline int32_t Min(int32_t a, int32_t b) { return a < b ? a : b; }
-__aicore__ inline int32_t Max(int32_t a, int32_t b) { return a > b ? a : b; }
-__aicore__ inline int32_t Div(int32_t a, int32_t b) { return a / b; }  // of numbers >= 0
-__aicore__ inline int32_t Mod(int32_t a, int32_t b) { return a % b; }
-__aicore__ inline int32_t CeilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
-__aicore__ inline int32_t Pick(bool c, int32_t a, int32_t b) { return c ? a : b; }
-__aicore__ inline float MinFloat(float a, float b) { return a < b ? a : b; }
-__aicore__ inline float MaxFloat(float a, float b) { return a > b ? a : b; }
-__aicore__ inline float PickFloat(bool c, float a, float b) { return c ? a : b; }
-"""
+import numpy as np
 
-Expr = int | str
-
-
-def evaluate(x: Expr, env: Mapping[str, Any]) -> Any:
-    """The value of an expression."""
-    return x if isinstance(x, int) else eval(_python(x), dict(FUNCTIONS), env)
-
-
-@cache
-def _python(text: str) -> CodeType:
-    text = re.sub(r"static_cast<\w+>", "", text)
-    return compile(re.sub(r"(\d\.\d*(?:e[+-]?\d+)?)f\b", r"\1", text), "<expression>", "eval")
-
-
-def times(a: Expr, b: int) -> Expr:
-    """a·b, folded where a is known."""
-    if isinstance(a, int):
-        return a * b
-    return 0 if b == 0 else a if b == 1 else f"({a}) * {b}"
-
-
-def plus(a: Expr, b: Expr) -> Expr:
-    """a + b, folded where both are known."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a + b
-    return b if a == 0 else a if b == 0 else f"{a} + {b}"
+from npu_bridge.dtypes import BLOCK, ITEMSIZE
+from npu_bridge.expressions import Expr, Scalar, plus, times
+from npu_bridge.rates import Rates
 
 
 @dataclass(eq=False)
 class Buffer:
-    """Memory of one kind: on the chip at a byte address, which the plan fills in, or in GM.
+    """Memory of one kind: on the chip at a byte address, which `npu_bridge.memory` fills in, or in
+    global memory (GM).
 
     Arguments:
       memory: "UB", "L1", "L0A", "L0B", "L0C" or "GM".
@@ -101,7 +41,7 @@ class Buffer:
 
     @property
     def bytes(self) -> int:
-        return -(-self.count * self.slots * ITEMSIZE[self.dtype] // 32) * 32
+        return -(-self.count * self.slots * ITEMSIZE[self.dtype] // BLOCK) * BLOCK
 
     def at(self, offset: Expr = 0, count: Expr | None = None) -> Slice:
         return Slice(self, offset, self.count if count is None else count)
@@ -112,51 +52,97 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Slice:
-    """``count`` elements of a buffer from element ``offset`` on."""
+    """``count`` elements of a buffer from element ``offset`` on.
+
+    Arguments:
+      read_as: another C++ type of the same size or less as which the bytes are read.
+    """
 
     buffer: Buffer
     offset: Expr
     count: Expr
-    dtype: str | None = None  # read as another type of the same size or less
+    read_as: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        return self.read_as or self.buffer.dtype
 
     def __str__(self) -> str:
         name = self.buffer.name
-        if self.dtype is not None and self.dtype != self.buffer.dtype:
-            name = f"{name}.ReinterpretCast<{self.dtype}>()"
+        if self.read_as is not None:
+            name = f"{name}.ReinterpretCast<{self.read_as}>()"
         return name if self.offset == 0 else f"{name}[{self.offset}]"
 
     def at(self, offset: Expr, count: Expr | None = None) -> Slice:
         count = self.count if count is None else count
-        return Slice(self.buffer, plus(self.offset, offset), count, self.dtype)
+        return Slice(self.buffer, plus(self.offset, offset), count, self.read_as)
 
     def of_type(self, dtype: str) -> Slice:
-        ratio = ITEMSIZE[self.dtype or self.buffer.dtype] / ITEMSIZE[dtype]
+        """The same bytes, read as ``dtype``."""
         assert self.offset == 0
         assert isinstance(self.count, int)
-        return Slice(self.buffer, 0, int(self.count * ratio), dtype)
+        return Slice(self.buffer, 0, self.count * ITEMSIZE[self.dtype] // ITEMSIZE[dtype], dtype)
 
 
-@dataclass(eq=False)
-class Instruction:
-    """One call of the AscendC API.
+class Machine(Protocol):
+    """What executes instructions: memories, and the numbers of the moment."""
 
-    Arguments:
-      text: the C++ call, without semicolon.
-      pipe: "V", "M", "MTE1", "MTE2", "MTE3", "FIX" or "S".
-      work: in the unit in which the pipe is slow: bytes moved, bytes of vector, multiplications.
-    """
+    def array(self, place: Slice) -> np.ndarray:
+        """The elements from a slice's first to its buffer's last, to be read and written."""
+        ...
 
-    text: str
-    pipe: str
-    writes: tuple[Slice, ...] = ()
-    reads: tuple[Slice, ...] = ()
-    work: Expr = 0
-    comment: str = ""
+    def number(self, x: Expr | Scalar) -> Any:
+        """The value of a number."""
+        ...
+
+
+class Instruction(ABC):
+    """One call of the AscendC API: text, pipe, memory, time and meaning."""
+
+    in_place: ClassVar[bool] = False  # may write where it reads: number by number, the same place
+    sources: ClassVar[tuple[str, ...]] = ()  # the fields that it reads: slices, or single numbers
+    to: Slice  # what it writes
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The C++ call, without semicolon."""
+
+    @property
+    @abstractmethod
+    def pipe(self) -> str:
+        """Which pipe executes it: "V", "M", "MTE1", "MTE2", "MTE3" or "FIX"."""
+
+    @property
+    def writes(self) -> tuple[Slice, ...]:
+        return (self.to,)
+
+    @property
+    def reads(self) -> tuple[Slice, ...]:
+        operands = (getattr(self, name) for name in self.sources)
+        return tuple(x for x in operands if isinstance(x, Slice))
+
+    @property
+    @abstractmethod
+    def work(self) -> Expr:
+        """In the unit in which its pipe is slow: bytes moved, bytes of vectors, multiplications."""
+
+    @abstractmethod
+    def cycles(self, work: float, rates: Rates) -> float:
+        """How long it occupies its pipe.
+
+        Arguments:
+          work: the value of ``self.work``.
+        """
+
+    @abstractmethod
+    def run(self, machine: Machine) -> None:
+        """What it does, in NumPy."""
 
 
 @dataclass(eq=False)
 class SetFlag:
-    """Says to pipe ``to`` that pipe ``source`` has come so far; ids 0 to 5 per pair."""
+    """Tells pipe ``to`` that pipe ``source`` has come so far; ids 0 to 5 per pair of pipes."""
 
     source: str
     to: str
@@ -165,6 +151,8 @@ class SetFlag:
 
 @dataclass(eq=False)
 class WaitFlag:
+    """Pipe ``to`` waits until the flag was set."""
+
     source: str
     to: str
     id: Expr
@@ -172,7 +160,7 @@ class WaitFlag:
 
 @dataclass(eq=False)
 class CrossSet:
-    """Says to the other cores of the block that ``pipe`` has come so far."""
+    """Tells the other cores of the block that ``pipe`` has come so far."""
 
     pipe: str
     flag: int
@@ -181,6 +169,8 @@ class CrossSet:
 
 @dataclass(eq=False)
 class CrossWait:
+    """This core waits until the others have set the flag."""
+
     pipe: str
     flag: int
     name: str
@@ -188,6 +178,8 @@ class CrossWait:
 
 @dataclass(eq=False)
 class Barrier:
+    """What ``pipe`` has begun ends before it begins the next instruction."""
+
     pipe: str
 
 
@@ -207,7 +199,7 @@ class Let:
 
 @dataclass(eq=False)
 class Advance:
-    """A number of the core goes up: which turn of a double buffer it is."""
+    """A counter of the core goes up: it says which slot of a double buffer is next."""
 
     name: str
     by: Expr = 1
@@ -222,6 +214,8 @@ class Alias:
 
 @dataclass(eq=False)
 class Comment:
+    """A line for readers of the emitted source."""
+
     text: str
 
 
@@ -238,6 +232,8 @@ class For:
 
 @dataclass(eq=False)
 class If:
+    """``if (condition) body else otherwise``."""
+
     condition: str
     body: list[Any]
     otherwise: list[Any] = field(default_factory=list)
@@ -253,12 +249,17 @@ class Call:
 
 @dataclass(eq=False)
 class Function:
-    """A named part of a core's program."""
+    """A named part of a core's program.
+
+    Arguments:
+      buffers: that it has for itself.
+    """
 
     name: str
     parameters: tuple[str, ...]
     body: list[Any]
     comment: str = ""
+    buffers: list[Buffer] = field(default_factory=list)
 
 
 Node = Any
@@ -277,6 +278,11 @@ def walk(nodes: Iterable[Node]) -> Iterator[Node]:
             yield from walk(node.function.body)
 
 
+def instructions(nodes: Iterable[Node]) -> Iterator[Instruction]:
+    """Every instruction, as `walk` meets them."""
+    return (x for x in walk(nodes) if isinstance(x, Instruction))
+
+
 def render(nodes: Iterable[Node], indent: int = 1) -> list[str]:
     """The C++ lines of a body."""
     lines: list[str] = []
@@ -288,8 +294,7 @@ def render(nodes: Iterable[Node], indent: int = 1) -> list[str]:
 def _lines(node: Node) -> list[str]:
     match node:
         case Instruction():
-            text = f"{node.text};"
-            return [f"{text}  // {node.comment}" if node.comment else text]
+            return [f"{node.text};"]
         case SetFlag() | WaitFlag():
             return [f"{type(node).__name__}<HardEvent::{node.source}_{node.to}>({node.id});"]
         case CrossSet():
@@ -319,39 +324,3 @@ def _lines(node: Node) -> list[str]:
         case Call():
             return [f"{node.function.name}({', '.join(str(x) for x in node.arguments)});"]
     raise TypeError(node)
-
-
-def with_barriers(nodes: list[Node]) -> list[Node]:
-    """The straight-line program with a barrier before each vector instruction that depends on an
-    earlier one since the last barrier, through a value or through memory that is used again.
-    """
-    found: list[Node] = []
-    written: list[tuple[str, int, int]] = []
-    read: list[tuple[str, int, int]] = []
-    for node in nodes:
-        inside = [x for x in walk([node]) if isinstance(x, Instruction) and x.pipe == "V"]
-        writes = [_range(s) for x in inside for s in x.writes]
-        reads = [_range(s) for x in inside for s in x.reads]
-        if _overlap(writes, written) or _overlap(writes, read) or _overlap(reads, written):
-            found.append(Barrier("V"))
-            written, read = [], []
-        found.append(node)
-        written += writes
-        read += reads
-    return found
-
-
-def _range(s: Slice) -> tuple[str, int, int]:
-    """The bytes that a slice may touch: the whole buffer where its offset is not known."""
-    b = s.buffer
-    if b.alias is not None:
-        return _range(b.alias)
-    assert b.address is not None, b.name
-    if isinstance(s.offset, int) and isinstance(s.count, int):
-        size = ITEMSIZE[s.dtype or b.dtype]
-        return b.memory, b.address + s.offset * size, b.address + (s.offset + s.count) * size
-    return b.memory, b.address, b.address + b.bytes
-
-
-def _overlap(a: list[tuple[str, int, int]], b: list[tuple[str, int, int]]) -> bool:
-    return any(m == n and lo < top and bottom < hi for m, lo, hi in a for n, bottom, top in b)

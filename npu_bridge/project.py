@@ -9,26 +9,21 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from npu_bridge import interface
-from npu_bridge.ir import ITEMSIZE, PRELUDE, Buffer, render
-from npu_bridge.program import DEPTH, LEAST, SUB, Core, Program
-from npu_bridge.stages import Kernel
+from npu_bridge import interface, numbers
+from npu_bridge.cores.context import Core
+from npu_bridge.expressions import prelude
+from npu_bridge.ir import Buffer, render
+from npu_bridge.layout import POSITIONS
+from npu_bridge.program import Program
+from npu_bridge.specification import Kernel
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 
 NAME = "pasa_attention"
-_POSITIONS = {"UB": "VECCALC", "L1": "A1", "L0A": "A2", "L0B": "B2", "L0C": "CO1"}
-_INPUTS = ("query", "key", "value", "bias", "lengths", "matrices", "weights")
-_OUTPUTS = ("output", "lse")
 _COMMENTS = {
     "AIC": ("CubeCore", "The cube core: products, ahead of the vector cores."),
     "AIV": ("VectorCore", "A vector core: half of the rows of each tile."),
 }
-
-
-def arguments(program: Program) -> list[str]:
-    """The kernel's array arguments, in order; workspace and tiling follow."""
-    return [name for name in (*_INPUTS, *_OUTPUTS) if name in program.globals]
 
 
 def files(program: Program) -> dict[str, str]:
@@ -42,21 +37,23 @@ def files(program: Program) -> dict[str, str]:
         autoescape=False,
     )
     values = _values(program)
-    found = {
+    templates = {
         f"{NAME}.cpp": "kernel.cpp.j2",
         "tiling.h": "tiling.h.j2",
         "make_tiling.h": "make_tiling.h.j2",
         "emulate.cpp": "emulate.cpp.j2",
         **_projects(program.kernel),
     }
-    texts = {path: env.get_template(template).render(values) for path, template in found.items()}
+    texts = {
+        path: env.get_template(template).render(values) for path, template in templates.items()
+    }
     texts["kernel.json"] = describe(program.kernel)
     return texts
 
 
 def _projects(kernel: Kernel) -> dict[str, str]:
     """Path -> template of what stands around the kernel."""
-    found = {
+    templates = {
         "host.h": "host.h.j2",
         "main.cpp": "main.cpp.j2",
         "CMakeLists.txt": "CMakeLists.txt.j2",
@@ -67,7 +64,7 @@ def _projects(kernel: Kernel) -> dict[str, str]:
         "package/op_kernel/make_tiling.h": "make_tiling.h.j2",
     }
     if kernel.shift == "paper":
-        found["paper_constants.h"] = "paper_constants.h.j2"
+        templates["paper_constants.h"] = "paper_constants.h.j2"
     for path in (
         "CMakeLists.txt",
         "CMakePresets.json",
@@ -79,8 +76,8 @@ def _projects(kernel: Kernel) -> dict[str, str]:
         "examples/aclnn_call.cpp",
     ):
         template = path.replace(NAME, "operator" if "host" in path else "entry")
-        found[f"package/{path}"] = f"package/{template}.j2"
-    return found
+        templates[f"package/{path}"] = f"package/{template}.j2"
+    return templates
 
 
 def write(program: Program, folder: Path) -> list[Path]:
@@ -102,30 +99,28 @@ def describe(kernel: Kernel) -> str:
 
 def read_description(folder: Path) -> Kernel:
     """The kernel that an emitted project says it is."""
-    found = json.loads((folder / "kernel.json").read_text())
-    found["precision"] = Precision(**found["precision"])
-    found["schedule"] = Schedule(**found["schedule"])
-    if found["window"] is not None:
-        found["window"] = tuple(found["window"])
-    return Kernel(**found)
+    options = json.loads((folder / "kernel.json").read_text())
+    options["precision"] = Precision(**options["precision"])
+    options["schedule"] = Schedule(**options["schedule"])
+    if options["window"] is not None:
+        options["window"] = tuple(options["window"])
+    return Kernel(**options)
 
 
 def _values(program: Program) -> dict[str, Any]:
     k = program.kernel
-    array_arguments = arguments(program)
+    array_arguments = interface.passed(k)
     names = [*array_arguments, "workspace", "tiling"]
-    workspace = [g for g in program.globals.values() if g.name not in array_arguments]
     return {
         "name": NAME,
         "title": _title(k),
         "summary": summary(program),
-        "prelude": PRELUDE,
+        "prelude": prelude(),
         "flags": program.flags,
         "block_q": k.schedule.block_q,
         "block_kv": k.schedule.block_kv,
         "d": k.head_dim,
         "e": k.value_head_dim,
-        "depth": DEPTH,
         "scale": f"{k.head_dim**-0.5!r}f",
         "paper": k.shift == "paper",
         "decode": k.decode,
@@ -143,17 +138,11 @@ def _values(program: Program) -> dict[str, Any]:
             }
             for g in program.globals.values()
         ],
-        "workspace": [
-            {
-                "name": g.name,
-                "note": g.note,
-                "itemsize": ITEMSIZE[g.dtype],
-                "count": _count(g.name, k),
-            }
-            for g in workspace
-        ],
-        "cores": [_core(core) for core in (program.cube, program.vector)],
-        **interface.values(k, [(n, program.globals[n].dtype) for n in array_arguments]),
+        "workspace": program.workspace,
+        "kernel_numbers": numbers.kernel_numbers(k),
+        "host": {number.name: number.text for number in numbers.host_numbers(k)},
+        "cores": [_core(core) for core in program.cores],
+        **interface.values(k),
     }
 
 
@@ -161,28 +150,6 @@ def _listed(parameters: list[str]) -> str:
     """Parameters, a few to a line."""
     lines = [", ".join(parameters[i : i + 4]) for i in range(0, len(parameters), 4)]
     return (",\n" + " " * 8).join(lines)
-
-
-def _count(name: str, k: Kernel) -> str:
-    """Numbers that an array of the workspace has, in the names of make_tiling.h."""
-    return {
-        "scaledQuery": "queryRows * PASA_HEAD_DIM",
-        "shiftedKey": "kvEntries * keyBlocks * PASA_BLOCK_KV * PASA_HEAD_DIM",
-        "keyTail": "kvEntries * PASA_BLOCK_KV * PASA_HEAD_DIM",
-        "valueTail": "kvEntries * PASA_BLOCK_KV * PASA_VALUE_HEAD_DIM",
-        "kappa": f"kvEntries * keyBlocks * {LEAST} * PASA_HEAD_DIM",
-        "offsets": f"coreRows * {LEAST}",
-        "ones": f"{SUB * LEAST}",
-        "sums": f"coreRows * {LEAST}",
-        "partO": "queryRows * parts * PASA_VALUE_HEAD_DIM",
-        "partM": "queryRows * parts",
-        "partL": "queryRows * parts",
-        "scores": "coreRows * PASA_BLOCK_KV",
-        "shifted": "coreRows * PASA_BLOCK_KV",
-        "minus": f"coreRows * {LEAST}",
-        "p": "coreRows * PASA_BLOCK_KV",
-        "update": "coreRows * PASA_VALUE_HEAD_DIM",
-    }[name]
 
 
 def _core(core: Core) -> dict[str, Any]:
@@ -200,7 +167,7 @@ def _core(core: Core) -> dict[str, Any]:
                 "comment": f.comment,
                 "parameters": ", ".join(f"int32_t {p}" for p in f.parameters),
                 "lines": render(f.body, 0),
-                "buffers": [_declared(b) for b in core.scratch[f.name]],
+                "buffers": [_declared(b) for b in f.buffers],
             }
             for f in core.functions
         ],
@@ -210,7 +177,7 @@ def _core(core: Core) -> dict[str, Any]:
 
 
 def _declared(b: Buffer) -> str:
-    position = _POSITIONS[b.memory]
+    position = POSITIONS[b.memory]
     count = b.count * b.slots
     note = f"  // {b.note}" if b.note else ""
     made = f"LocalTensor<{b.dtype}>(TPosition::{position}, {b.address}, {count})"
@@ -236,12 +203,12 @@ def summary(program: Program) -> list[str]:
         "",
         "Buffers (bytes, address):",
     ]
-    for core in (program.cube, program.vector):
+    for core in program.cores:
         for memory in core.memories.values():
             lines.append(f"  {memory.name}: {memory.used} of {memory.capacity}")
             for b in memory.buffers:
                 twice = f", {b.slots} slots" if b.slots > 1 else ""
                 lines.append(f"    {b.address:>6} {b.bytes:>6} {b.name}: {b.note}{twice}")
             if memory.scratch:
-                lines.append(f"    {memory.kept:>6} {memory.scratch:>6} values of one slab")
+                lines.append(f"    {memory.staying:>6} {memory.scratch:>6} values of one slab")
     return lines

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import npu_bridge
-from npu_bridge import emulation, prediction
-from npu_bridge.program import FLAGS
+from npu_bridge import emulation
+from npu_bridge.layout import FLAGS
 from pasa_jax import Precision, Schedule
 from tests.npu_bridge.cases import CASES, Case
 from tests.npu_bridge.mutants import Mutant, with_switches
@@ -165,34 +165,6 @@ class TestMutants:
         unexplained = [m for m in survivors if not any(e in m.text for e, _ in self.EQUIVALENT)]
         assert unexplained == []
         assert len(survivors) <= 0.05 * len(chosen) + 1
-
-
-class TestPrediction:
-    def test_sixteen_bit_hand_over_is_faster(self) -> None:
-        def seconds(name: str) -> float:
-            shift, precision = prediction.NAMED[name]
-            kernel = npu_bridge.kernel(shift=shift, precision=precision)
-            return npu_bridge.cost(kernel, queries=2048, heads=24).seconds
-
-        assert seconds("mean, float16 tiles") < seconds("mean, float32 hand-over")
-
-    def test_skipped_tiles_cost_nothing(self) -> None:
-        full = npu_bridge.cost(npu_bridge.kernel(), queries=8192, heads=24)
-        causal = npu_bridge.cost(npu_bridge.kernel(is_causal=True), queries=8192, heads=24)
-        assert 0.45 < causal.seconds / full.seconds < 0.7
-
-    def test_no_pipe_is_busier_than_there_is_time(self) -> None:
-        found = npu_bridge.cost(npu_bridge.kernel(), queries=2048, heads=24)
-        assert set(found.busy) == {f"AIC {p}" for p in ("MTE2", "MTE1", "M", "FIX")} | {
-            f"AIV {p}" for p in ("MTE2", "V", "MTE3")
-        }
-        assert all(0 < t <= 1.05 * found.cycles for t in found.busy.values())
-
-    def test_the_cube_unit_multiplies_what_the_problem_says(self) -> None:
-        found = npu_bridge.cost(npu_bridge.kernel(shift="none"), queries=4096, heads=24, items=None)
-        products = 24 * 2 * 4096 * 4096 * 128 / 24  # of one of 24 cores
-        least = products / 16**3
-        assert least <= found.busy["AIC M"] < 1.3 * least  # heads of instructions, and P's sums
 
 
 @needs_compiler

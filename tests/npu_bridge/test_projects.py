@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from npu_bridge import interface
-from npu_bridge.emulation import EMULATOR, _constants, expected, problem
+from npu_bridge.emulation import EMULATOR, constants, expected, problem
 from npu_bridge.program import build
-from npu_bridge.project import arguments, files, write
-from npu_bridge.stages import Kernel
+from npu_bridge.project import files, write
+from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import PlanError
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
@@ -82,7 +82,7 @@ def test_the_readme_names_every_file_and_argument(name):
     texts = files(program)
     named = re.findall(r"`([^`\n]+)`", texts["README.md"])
     assert set(texts) - {"README.md"} <= set(named)
-    assert set(arguments(program)) <= set(named)
+    assert set(interface.arguments(program.kernel)) <= set(named)
     assert {path for path in named if re.fullmatch(r"package/\S+", path)} <= set(texts)
 
 
@@ -108,7 +108,7 @@ def test_constants_are_there_for_the_shift_that_has_them():
 def test_a_target_without_such_a_project_is_refused():
     kernel = replace(PLAIN, schedule=replace(PLAIN.schedule, target="ascend_310p"))
     with pytest.raises(PlanError) as error:
-        interface.values(kernel, [])
+        interface.values(kernel)
     assert str(error.value) == (
         "`schedule.target` must be one of ascend_910b, ascend_950; got ascend_310p"
     )
@@ -140,7 +140,7 @@ def test_constants_of_paper_are_those_of_lax(tmp_path, beta):
     compile_cpp(tmp_path / "fill.cpp", "-o", tmp_path / "fill")
     for keys in (1, 2, 3, 77, 127, 128, 129, 200, 255, 256, 1000):
         said = subprocess.run([tmp_path / "fill", str(keys)], capture_output=True, check=True)
-        want = _constants(kernel, keys)
+        want = constants(kernel, keys)
         assert said.stdout == want["matrices"].tobytes() + want["weights"].tobytes(), keys
 
 

@@ -15,7 +15,7 @@ import pytest
 import npu_bridge
 from npu_bridge import emulation, project
 from npu_bridge.program import build
-from npu_bridge.stages import Kernel
+from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import EmulationError, PlanError
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule

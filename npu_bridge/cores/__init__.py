@@ -1,0 +1,1 @@
+"""What each core does: the cube core and its two vector cores."""

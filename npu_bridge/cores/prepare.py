@@ -1,0 +1,164 @@
+"""What the vector cores compute once, before the loop: queries, keys, last blocks, constants."""
+
+from __future__ import annotations
+
+from npu_bridge import stages
+from npu_bridge.cores.context import Context, query_row
+from npu_bridge.cores.function import Output, VectorFunction, inputs_of
+from npu_bridge.cores.slabs import (
+    computed,
+    copy,
+    padded_load,
+    slab,
+    spread_units,
+    zero_bits,
+)
+from npu_bridge.expressions import Scalar
+from npu_bridge.instructions import Duplicate
+from npu_bridge.ir import Barrier, Buffer, For, Function, If, Let, Node, SetFlag, WaitFlag
+from npu_bridge.layout import DEPTH, LEAST, SINGLE, SUB
+from npu_bridge.lower import Vector
+from npu_bridge.memory import Memory
+
+_ROWS = 64  # that are loaded at once
+_ONE = {"half": 0x3C00, "bfloat16_t": 0x3F80}  # the bits of 1
+
+
+def queries(c: Context, ub: Memory) -> Function:
+    """Query rows as they are multiplied; zeros beyond T."""
+    rows = min(_ROWS, c.half)
+    traced = stages.queries(c.kernel, rows)
+    f = VectorFunction(ub, "PrepareQueries", alone=True)
+    source = f.temporary("rowsIn", c.dtype, rows * c.d)
+    to = f.temporary("rowsOut", c.dtype, rows * c.d)
+    at = f"({query_row('row')}) * {c.d}"
+    loads = padded_load(
+        source, c.globals["query"].at(at), rows, "valid", c.d, f"(rowStride - 1) * {c.d}"
+    )
+    output = traced.outputs["scaled"]
+    if output is traced.inputs["query"]:  # nothing to compute: the rows are only gathered
+        compute: list[Node] = [Barrier("V"), copy(to.at(), source.at(), rows * c.d)]
+    else:
+        values = {"query": Vector(source.at(), rows, c.d), "scale": Scalar("scale")}
+        inputs = inputs_of(traced.inputs, values)
+        compute = f.lowered(traced.equations, inputs, {output: Output(to.at())})
+    scaled = c.globals["scaledQuery"].at(f"int64_t(unit) * {rows * c.d}")
+    slabs = f"queryTiles * {c.block_q // rows}"
+    body: list[Node] = [
+        Let("slabs", slabs),
+        Let("row", f"Mod(unit, slabs) * {rows}"),
+        Let("head", "Mod(Div(unit, slabs), heads)"),
+        Let("entry", "Div(unit, slabs * heads)"),
+        Let("valid", f"Max(0, Min({rows}, queryLength - row))"),
+        *slab(SINGLE, loads, compute, [copy(scaled, to.at(), rows * c.d)]),
+    ]
+    comment = "Query rows, scaled and rounded as they are multiplied (eq. 12); zeros beyond T."
+    return f.done(comment, spread_units(f"batch * heads * {slabs}", body))
+
+
+def keys(c: Context, ub: Memory) -> Function:
+    """κ of each key block, and the keys without it."""
+    f = VectorFunction(ub, "PrepareKeys", alone=True)
+    source = f.temporary("keysIn", c.dtype, _ROWS * c.d)
+    to = f.temporary("keysOut", c.dtype, _ROWS * c.d)
+    total = f.temporary("total", "float", c.d)
+    kappa = f.temporary("kappaOut", c.dtype, c.d)
+    values = {
+        "key": Vector(source.at(), _ROWS, c.d),
+        "total": Vector(total.at(), 1, c.d),
+        "kappa": Vector(kappa.at(), 1, c.d),
+        "count": Scalar("count"),
+    }
+
+    def lowered(traced: stages.Trace, name: str, output: Output) -> list[Node]:
+        inputs = inputs_of(traced.inputs, values)
+        return f.lowered(traced.equations, inputs, {traced.outputs[name]: output})
+
+    adding = lowered(stages.key_total(c.kernel, _ROWS), "total", Output(total.at(), total))
+    finding = lowered(stages.kappa(c.kernel), "kappa", Output(kappa.at()))
+    shifting = lowered(stages.shifted_keys(c.kernel, _ROWS), "shifted", Output(to.at()))
+    at = f"((int64_t(entry) * keyLength + first) * kvHeads + kvHead) * {c.d}"
+    gap = f"(kvHeads - 1) * {c.d}"
+    loads: list[Node] = [
+        Let("first", f"j * {c.n} + slab"),
+        Let("valid", f"Max(0, Min({_ROWS}, keys - first))"),
+        *padded_load(source, c.globals["key"].at(at), _ROWS, "valid", c.d, gap),
+    ]
+    shifted = c.globals["shiftedKey"].at(f"(int64_t(unit) * {c.n} + slab) * {c.d}")
+    rows_alike = c.globals["kappa"].at(f"(int64_t(unit) * {LEAST} + row) * {c.d}")
+    copies = For("row", 0, LEAST, [copy(rows_alike, kappa.at(), c.d)])
+    stores: list[Node] = [copy(shifted, to.at(), _ROWS * c.d)]
+    work: list[Node] = [
+        Barrier("V"),
+        Duplicate(total.at(), Scalar(0), c.d),
+        For("slab", 0, c.n, slab(SINGLE, loads, adding, []), _ROWS),
+        *computed(finding, [copies]),
+        For("slab", 0, c.n, slab(SINGLE, loads, shifting, stores), _ROWS),
+    ]
+    body: list[Node] = [
+        *c.key_blocks(),
+        Let("count", f"Min({c.n}, keys - j * {c.n})"),
+        If("count > 0", work),
+    ]
+    comment = "κ of each key block, and the keys without it (eq. 7)."
+    return f.done(comment, spread_units("batch * kvHeads * keyBlocks", body))
+
+
+def tails(c: Context, ub: Memory) -> Function:
+    """The last block of each head if it is not full, followed by zeros."""
+    f = VectorFunction(ub, "PrepareTails", alone=True)
+    of_keys = "keyTail" in c.globals
+    buffer = f.temporary("rowsIn", c.dtype, _ROWS * (max(c.d, c.e) if of_keys else c.e))
+    copies = _tail(c, "value", c.e, buffer)
+    if of_keys:
+        copies += _tail(c, "key", c.d, buffer)
+    rows: list[Node] = [
+        Let("first", f"Div(keys, {c.n}) * {c.n} + slab"),
+        Let("valid", f"Max(0, Min({_ROWS}, keys - first))"),
+        *copies,
+    ]
+    body: list[Node] = [
+        Let("kvHead", "Mod(unit, kvHeads)"),
+        Let("entry", "Div(unit, kvHeads)"),
+        c.keys_of("entry"),
+        If(f"Mod(keys, {c.n}) > 0", [For("slab", 0, c.n, rows, _ROWS)]),
+    ]
+    comment = "The last block of each head if it is not full, followed by zeros."
+    return f.done(comment, spread_units("batch * kvHeads", body))
+
+
+def _tail(c: Context, name: str, width: int, buffer: Buffer) -> list[Node]:
+    """Copies rows of "key" or "value" by way of ``buffer``."""
+    at = f"((int64_t(entry) * keyLength + first) * kvHeads + kvHead) * {width}"
+    source, gap = c.globals[name].at(at), f"(kvHeads - 1) * {width}"
+    to = c.globals[f"{name}Tail"].at(f"(int64_t(unit) * {c.n} + slab) * {width}")
+    return [
+        WaitFlag("MTE3", "MTE2", 0),
+        *padded_load(buffer, source, _ROWS, "valid", width, gap),
+        SetFlag("MTE2", "MTE3", 0),
+        WaitFlag("MTE2", "MTE3", 0),
+        copy(to, buffer.at(), _ROWS * width),
+        SetFlag("MTE3", "MTE2", 0),
+    ]
+
+
+def ones(c: Context, ub: Memory) -> Function:
+    """Ones in global memory, written by one core."""
+    size = SUB * LEAST
+    f = VectorFunction(ub, "PrepareOnes", alone=True)
+    buffer = f.temporary("onesOut", c.dtype, size)
+    fill = Duplicate(buffer.at().of_type("uint16_t"), Scalar(_ONE[c.dtype]), size)
+    body = computed([fill], [copy(c.globals["ones"].at(0), buffer.at(), size)])
+    comment = "Ones, by which the cube unit multiplies P to add it up."
+    return f.done(comment, [If("vectorCore == 0", body)])
+
+
+def minus(c: Context, ub: Memory) -> Function:
+    """Zeros in all rows of the two halves of −r that stay zero."""
+    size = DEPTH * LEAST * c.block_q
+    f = VectorFunction(ub, "PrepareMinus", alone=True)
+    buffer = f.temporary("zerosOut", c.dtype, size)
+    to = c.globals["minus"].at(f"int64_t(core) * {size}")
+    body = computed([zero_bits(buffer.at(), size)], [copy(to, buffer.at(), size)])
+    comment = "Zeros where the halves of r are two of as many rows as the cube unit multiplies."
+    return f.done(comment, [If("(firstRow == 0) & (core < cores)", body)])

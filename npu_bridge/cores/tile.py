@@ -1,0 +1,211 @@
+"""What the vector cores compute of one key tile: the reference, the softmax, the output."""
+
+from __future__ import annotations
+
+from npu_bridge.cores.context import Context, slot_of
+from npu_bridge.cores.function import Output, VectorFunction, inputs_of
+from npu_bridge.cores.slabs import cleared, copy, slab
+from npu_bridge.cores.vector_memory import VectorMemory
+from npu_bridge.cut import Stage, Step
+from npu_bridge.expressions import Scalar, times
+from npu_bridge.instructions import Duplicate, FirstBlocks, RowsIn, RowsOut, WithScalar
+from npu_bridge.ir import Advance, Barrier, For, Function, If, Let, Node, Slice
+from npu_bridge.layout import CARRIED, DEPTH, LEAST, SINGLE, SOFTMAX, UPDATE
+from npu_bridge.lower import Value, Vector
+from npu_bridge.specification import COLUMNS
+
+# Of the functions, and what they are for tile t of an item.
+PARAMETERS = ("entry", "head", "start", "keys", "j", "t")
+ARGUMENTS = ("entry", "head", "start", "keys", "lo + t", "t")
+
+
+class Tile:
+    """A vector core's part of one key tile, slab by slab.
+
+    Arguments:
+      rows: of a slab.
+    """
+
+    def __init__(self, c: Context, memory: VectorMemory, rows: int) -> None:
+        self.c, self.memory, self.rows = c, memory, rows
+
+    def refer(self, name: str, stage: Stage, mask: str) -> Function:
+        """r of each row, in two halves, for the cube core.
+
+        Arguments:
+          mask: "with" or "without", for the comment.
+        """
+        c, r = self.c, self.rows
+        f = VectorFunction(self.memory.ub, name, PARAMETERS)
+        halves = self.memory.minus
+        assert halves is not None
+        both = halves.at(0, 2 * r)
+        places = {"high": halves.at(0, r), "low": halves.at(r, r)}
+        outputs = {n: Output(places[n]) for n in stage.outputs if n in places}
+        outputs |= {n: Output(self._carried(n)) for n in stage.outputs if n not in places}
+        compute = self._stage(f, stage, outputs)
+        compute += [Barrier("V"), WithScalar("Muls", both, both, Scalar(-1.0), 2 * r)]
+        slot = f"(int64_t(core) * {DEPTH} + {slot_of(DEPTH, 't')}) * {LEAST * c.block_q}"
+        to = c.globals["minus"].at(f"{slot} + firstRow + row")
+        stores: list[Node] = [RowsOut(to, both, 2, r, f"{c.block_q - r}")]
+        body = slab("slot", self._loads(stage), compute, stores, SINGLE)
+        comment = (
+            f"r, the running maximum, or the block's if there is none (eq. 11), {mask} the mask."
+        )
+        return f.done(comment, self._slabs(body))
+
+    def softmax(self, name: str, step: Step, mask: str) -> Function:
+        """From S' to P and the row statistics.
+
+        Arguments:
+          mask: "with" or "without", for the comment.
+        """
+        c, r = self.c, self.rows
+        f = VectorFunction(self.memory.ub, name, PARAMETERS)
+        p = self.memory.rings["p"]
+        outputs: dict[str, Output] = {}
+        for out in step.softmax.outputs:
+            if out == "p":
+                outputs[out] = Output(p.at(0, r * c.n))
+            elif out in step.carried:
+                outputs[out] = Output(self._carried(out))
+            else:
+                state = self.memory.state[out]
+                outputs[out] = Output(state.at("row", r), state)
+        read = self._ring("shifted" if c.refers else "scores", c.n)
+        compute = self._stage(f, step.softmax, outputs, spare=[read])
+        stores: list[Node] = [copy(c.globals["p"].at(f"place * {c.n}"), p.at(), r * c.n)]
+        body = slab("slot", self._loads(step.softmax), compute, stores, SOFTMAX)
+        comment = f"From S' to P, and the row statistics (eq. 9, 10), {mask} the mask."
+        return f.done(comment, self._slabs(body))
+
+    def accumulate(self, stage: Stage) -> Function:
+        """Rescales O and adds P·V."""
+        c, r, rings = self.c, self.rows, self.memory.rings
+        f = VectorFunction(self.memory.ub, "Accumulate", ("t",))
+        outputs = {}
+        for name in stage.outputs:
+            width = c.e if name == "o" else 1
+            state = self.memory.state[name]
+            outputs[name] = Output(state.at(times("row", width), r * width), state)
+        compute = self._stage(f, stage, outputs)
+        update = c.globals["update"].at(f"place * {c.e}")
+        loads: list[Node] = [copy(rings["update"].slot("slot"), update, r * c.e)]
+        if "sums" in rings:
+            sums = c.globals["sums"].at(f"place * {LEAST}")
+            loads.append(self._first_columns(rings["sums"].slot("slot"), sums))
+        body: list[Node] = [
+            Let("slot", f"Mod(updateTurn, {c.slabs.slots})"),
+            self._place(),
+            *slab(f"{UPDATE} + slot", loads, compute, []),
+            Advance("updateTurn"),
+        ]
+        comment = "Rescales O and adds P·V of a tile (eq. 10)."
+        return f.done(comment, [For("row", 0, c.half, body, r)])
+
+    def _stage(
+        self,
+        f: VectorFunction,
+        stage: Stage,
+        outputs: dict[str, Output],
+        spare: list[Slice] | None = None,
+    ) -> list[Node]:
+        """The instructions of a stage, its outputs given by name."""
+        inputs = inputs_of(stage.inputs, {name: self._input(name) for name in stage.inputs})
+        places = {var: outputs[name] for name, var in stage.outputs.items()}
+        names = {var: f"new_{name}" for name, var in stage.outputs.items()}
+        return f.lowered(stage.equations, inputs, places, names, spare or [])
+
+    def _input(self, name: str) -> Value:
+        """What a stage reads, by its name there."""
+        c, r, m = self.c, self.rows, self.memory
+        if name in m.rings:
+            width = {"offsets": COLUMNS, "update": c.e, "sums": COLUMNS}.get(name, c.n)
+            return Vector(self._ring(name, width), r, width)
+        if name == "o":
+            return Vector(m.state["o"].at(f"row * {c.e}", r * c.e), r, c.e)
+        if name == "weights":
+            assert m.weights is not None
+            # The second row of shares is the tail's.
+            place = f"Pick(j == Div(keys, {c.n}), {c.n}, 0)"
+            return Vector(m.weights.at(place, c.n), c.n, 1)
+        if name in c.full.carried:
+            return Vector(self._carried(name), r, 1)
+        if name in m.state:
+            return Vector(m.state[name].at("row", r), r, 1)
+        if name == "start":  # all rows of a decoding tile are one position
+            return Scalar(0 if c.kernel.decode else "first")
+        return Scalar(name)
+
+    def _ring(self, name: str, width: int) -> Slice:
+        """The slab of ``width`` columns in the slot whose turn it is."""
+        s = self.memory.rings[name].slot("slot")
+        return Slice(s.buffer, s.offset, self.rows * width)
+
+    def _carried(self, name: str) -> Slice:
+        """Where a column that a later stage reads lies, for the tile t."""
+        place = f"{slot_of(CARRIED, 't')} * {self.c.half} + row"
+        return self.memory.state[name].at(place, self.rows)
+
+    def _slabs(self, body: list[Node]) -> list[Node]:
+        """``body`` for each slab of S'; it may use the names of its slot, its first query and its
+        place in the workspace.
+        """
+        lets = [
+            Let("slot", "Mod(softmaxTurn, 2)"),
+            Let("first", "start + firstRow + row"),
+            self._place(),
+        ]
+        return [For("row", 0, self.c.half, [*lets, *body, Advance("softmaxTurn")], self.rows)]
+
+    def _place(self) -> Let:
+        """Which row of the workspace the slab's first is."""
+        block_q = self.c.block_q
+        slot = f"int64_t(core) * {DEPTH * block_q} + {slot_of(DEPTH, 't')} * {block_q}"
+        return Let("place", f"{slot} + firstRow + row", "int64_t")
+
+    def _loads(self, stage: Stage) -> list[Node]:
+        """Loads what a stage reads of scores, offsets and bias."""
+        c, r, rings = self.c, self.rows, self.memory.rings
+        loads: list[Node] = []
+        for name in ("scores", "shifted"):
+            if name in stage.inputs:
+                source = c.globals[name].at(f"place * {c.n}")
+                loads.append(copy(rings[name].slot("slot"), source, r * c.n))
+        if "offsets" in stage.inputs:
+            source = c.globals["offsets"].at(f"place * {LEAST}")
+            loads.append(self._first_columns(rings["offsets"].slot("slot"), source))
+        if "bias" in stage.inputs:
+            loads += self._bias()
+        return loads
+
+    def _first_columns(self, to: Slice, source: Slice) -> FirstBlocks:
+        """Loads one block of each row of a float32 array of `LEAST` columns."""
+        r = self.rows
+        return FirstBlocks(
+            Slice(to.buffer, to.offset, r * COLUMNS),
+            Slice(source.buffer, source.offset, r * LEAST),
+            r,
+            LEAST // COLUMNS,
+        )
+
+    def _bias(self) -> list[Node]:
+        """Loads a slab of the bias; what lies beyond its end is zero, and masked."""
+        c, r = self.c, self.rows
+        axes = c.kernel.bias or ""
+        assert axes[2:] == "TS", axes
+        b, n = ("entry" if axes[0] == "B" else "0"), ("head" if axes[1] == "N" else "0")
+        heads = "heads" if axes[1] == "N" else "1"
+        at = f"((int64_t({b}) * {heads} + {n}) * queryLength + first) * keyLength + j * {c.n}"
+        to = self.memory.rings["bias"].slot("slot")
+        load = RowsIn(
+            to, c.globals["bias"].at(at), "seenRows", "seenKeys", "keyLength - seenKeys", c.n
+        )
+        return [
+            Let("seenRows", f"Max(0, Min({r}, queryLength - first))"),
+            Let("seenKeys", f"Min({c.n}, keyLength - j * {c.n})"),
+            If(
+                f"(seenRows < {r}) | (seenKeys < {c.n})", cleared(Duplicate(to, Scalar(0), r * c.n))
+            ),
+            If("seenRows > 0", [load]),
+        ]

@@ -1,0 +1,94 @@
+"""What a vector core holds in UB for the whole kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from npu_bridge.cores.context import Context
+from npu_bridge.dtypes import C_TYPES
+from npu_bridge.ir import Buffer
+from npu_bridge.layout import CARRIED, CLOSING, LEAST
+from npu_bridge.memory import Memory
+from npu_bridge.specification import COLUMNS
+
+
+@dataclass(frozen=True)
+class VectorMemory:
+    """The buffers that stay.
+
+    Arguments:
+      state: m, l, f and o of all rows; with what a stage takes over from the one before.
+      weights: shift "paper": the share of each column in the row mean, of a full block and of the
+        tail.
+      rings: what is copied in and out a slab at a time, most of them double-buffered.
+      minus: shift "reference": −r in two halves.
+      closing: rows of the output, and of the log-sum-exp.
+      merging: decoding: two settled states.
+    """
+
+    ub: Memory
+    state: dict[str, Buffer]
+    weights: Buffer | None
+    rings: dict[str, Buffer]
+    minus: Buffer | None
+    closing: dict[str, Buffer]
+    merging: dict[str, Buffer]
+
+    @staticmethod
+    def of(c: Context) -> VectorMemory:
+        ub = Memory.of(c.kernel.schedule.target, "UB")
+        state = _state(c, ub)
+        weights = None
+        if c.kernel.shift == "paper":
+            share = "share of each column in the row mean"
+            weights = ub.stay("shares", "float", c.n, 2, share)
+        rings, minus = _rings(c, ub)
+        return VectorMemory(ub, state, weights, rings, minus, _closing(c, ub), _merging(c, ub))
+
+
+def _state(c: Context, ub: Memory) -> dict[str, Buffer]:
+    stat = C_TYPES[str(c.kernel.numerics.statistics)]
+    acc = C_TYPES[c.kernel.precision.accumulator]
+    state = {n: ub.stay(n, stat, c.half, note=f"{n} of each row") for n in ("m", "l", "f")}
+    state["o"] = ub.stay("o", acc, c.half * c.e, note="O, not normalised")
+    for name in c.full.carried:
+        state[name] = ub.stay(name, stat, c.half, CARRIED, "what the output is multiplied by")
+    return state
+
+
+def _rings(c: Context, ub: Memory) -> tuple[dict[str, Buffer], Buffer | None]:
+    r, slots, p = c.slabs.rows, c.slabs.slots, c.full.products
+    rings = {
+        "scores": ub.stay("scoresIn", p["key"].dtype, r * c.n, 2, "S' of a slab"),
+        "p": ub.stay("pOut", c.dtype, r * c.n, note="P of a slab"),
+        "update": ub.stay("updateIn", p["value"].dtype, r * c.e, slots, "P·V of a slab"),
+    }
+    minus = None
+    if c.refers:
+        rings["shifted"] = ub.stay("shiftedIn", p["raw"].dtype, r * c.n, 2, "S − r of a slab")
+        minus = ub.stay("minusOut", c.dtype, 2 * max(r, LEAST), note="−r in two halves")
+    if "kappa" in p:
+        rings["offsets"] = ub.stay("offsetsIn", p["kappa"].dtype, r * COLUMNS, 2, "q·κ of a slab")
+    if "ones" in p:
+        rings["sums"] = ub.stay("sumsIn", p["ones"].dtype, r * COLUMNS, slots, "row sums of P")
+    if c.kernel.bias is not None:
+        rings["bias"] = ub.stay("biasIn", c.dtype, r * c.n, 2, "bias of a slab")
+    return rings, minus
+
+
+def _closing(c: Context, ub: Memory) -> dict[str, Buffer]:
+    closing = {"out": ub.stay("outOut", c.dtype, CLOSING * c.e, note="output rows")}
+    if c.kernel.return_lse:
+        spread = "log-sum-exp, a block each"
+        closing["lse"] = ub.stay("lseOut", "float", CLOSING * 8, note=spread)
+        closing["column"] = ub.stay("lseColumn", "float", CLOSING, note="log-sum-exp")
+    return closing
+
+
+def _merging(c: Context, ub: Memory) -> dict[str, Buffer]:
+    merging = {}
+    for name in ("m", "l", "o", "m2", "l2", "o2") if c.kernel.decode else ():
+        size = CLOSING * (c.e if name[0] == "o" else 1)
+        note = f"{name[0]} of a part of the keys"
+        merging[name] = ub.stay(f"part{name.capitalize()}UB", "float", size, note=note)
+    return merging

@@ -1,0 +1,150 @@
+"""Two operands of different shapes: the strides of the instruction lay one along the other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from npu_bridge.dtypes import BLOCK, ITEMSIZE, REPEAT
+from npu_bridge.expressions import Expr, Scalar
+from npu_bridge.instructions import Binary, BinaryStrided, Strided
+from npu_bridge.ir import Barrier, For, Slice
+from npu_bridge.lower.emitter import Emitter
+from npu_bridge.lower.values import Value, Vector
+from pasa_jax.core.errors import LoweringError, PlanError
+
+_COMMUTATIVE = ("Add", "Mul", "Max", "Min")
+_MOST_ROWS = 248  # of one instruction, whose repeat count is 255 at most
+
+
+def number(to: Emitter, name: str, a: Value, b: Value, hint: str) -> Any:
+    """Add, Sub, Mul, Div, Max or Min of vectors and scalars."""
+    if isinstance(a, Scalar) and isinstance(b, Scalar):
+        raise LoweringError(f"{name} of two numbers that only the kernel knows")
+    if isinstance(b, Scalar):
+        assert isinstance(a, Vector)
+        return _by_scalar(to, name, a, b, hint)
+    assert isinstance(b, Vector)
+    if isinstance(a, Scalar):
+        return _of_scalar(to, name, a, b, hint)
+    assert isinstance(a, Vector)
+    return binary(to, name, a, b, hint)
+
+
+def _by_scalar(to: Emitter, name: str, a: Vector, b: Scalar, hint: str) -> Vector:
+    """``name`` of a vector and a number."""
+    if name == "Sub":
+        return to.with_scalar("Adds", a, Scalar(-b.value if b.known else f"(-({b.value}))"), hint)
+    if name in _COMMUTATIVE:
+        return to.with_scalar(f"{name}s", a, b, hint)
+    if b.known and math.frexp(b.value)[0] == 0.5:  # a power of two: its inverse is exact
+        return to.with_scalar("Muls", a, Scalar(1 / b.value), hint)
+    return binary(to, name, a, to.filled(b, a.rows, a.width, a.dtype, "number"), hint)
+
+
+def _of_scalar(to: Emitter, name: str, a: Scalar, b: Vector, hint: str) -> Vector:
+    """``name`` of a number and a vector."""
+    if name in _COMMUTATIVE:
+        return to.with_scalar(f"{name}s", b, a, hint)
+    if name == "Sub":
+        return to.with_scalar("Adds", to.with_scalar("Muls", b, Scalar(-1.0), hint), a, hint)
+    return binary(to, name, to.filled(a, b.rows, b.width, b.dtype, "number"), b, hint)
+
+
+def full(
+    to: Emitter, x: Vector | Scalar, rows: int, width: int, dtype: str = "", hint: str = "full"
+) -> Vector:
+    """x as [rows, width] numbers in memory, for instructions that cannot broadcast."""
+    if isinstance(x, Scalar):
+        return to.filled(x, rows, width, dtype, "number")
+    if (x.rows, x.width) == (rows, width):
+        return x
+    zero = to.filled(Scalar(0), x.rows, x.width, x.dtype, "zero")
+    return binary(to, "Add", x, zero, hint, rows, width)
+
+
+def binary(
+    to: Emitter, name: str, a: Vector, b: Vector, hint: str, rows: int = 1, width: int = 1
+) -> Vector:
+    """``name`` of two vectors, whichever of them is broadcast, [rows, width] at least."""
+    rows, width = max(a.rows, b.rows, rows), max(a.width, b.width, width)
+    if a.dtype != b.dtype:
+        raise LoweringError(f"{name} of {a.dtype} and {b.dtype}")
+    out = to.new(hint, a.dtype, rows, width)
+    if (a.rows, a.width) == (b.rows, b.width) == (rows, width):
+        to.emit(Binary(name, out.place, a.place, b.place, out.size))
+        return out
+    whole_blocks(Vector(out.place, rows, width))
+    sides = _laid(to, a, out), _laid(to, b, out)
+    for start in range(0, rows, _MOST_ROWS):
+        _by_lanes(to, name, out, sides, start, min(start + _MOST_ROWS, rows))
+    return out
+
+
+def whole_blocks(x: Vector) -> None:
+    """Raises where a row of x is not whole blocks."""
+    if x.width * ITEMSIZE[x.dtype] % BLOCK:
+        raise LoweringError(f"a row of {x.width} {x.dtype} is not whole blocks of {BLOCK} bytes")
+
+
+def _laid(to: Emitter, x: Vector, out: Vector) -> Strided:
+    """How an operand is walked, a row of ``out`` after the other."""
+    if x.width == 1 and out.width > 1:
+        if x.rows == 1:
+            raise LoweringError("one number in memory is not broadcast")
+        place = to.spread(x)
+        return Strided(place, place, 0, 1)
+    step = 0 if x.rows == 1 and out.rows > 1 else x.width * ITEMSIZE[x.dtype] // BLOCK
+    return Strided(x.place, x.place, 1, step)
+
+
+def _by_lanes(
+    to: Emitter, name: str, out: Vector, sides: tuple[Strided, Strided], start: int, stop: int
+) -> None:
+    """``name`` of rows [start, stop): an instruction for each repeat that a row is long."""
+    item = ITEMSIZE[out.dtype]
+    each = min(out.width, REPEAT // item)
+    row_blocks = out.width * item // BLOCK
+
+    def walked(side: Strided, lane: Expr) -> Strided:
+        first = side.first.at(start * side.repeat * BLOCK // item)
+        # Where one number of each row serves, it does so for all lanes.
+        return Strided(first.at(lane) if side.block else first, side.whole, side.block, side.repeat)
+
+    def instruction(lane: Expr) -> BinaryStrided:
+        dst = Strided(out.place, out.place, 1, row_blocks)
+        a, b = (walked(side, lane) for side in sides)
+        return BinaryStrided(name, walked(dst, lane), a, b, each, stop - start)
+
+    if row_blocks > 255:
+        raise PlanError(
+            f"rows of {out.width} {out.dtype} are longer than 255 blocks, a repeat stride"
+        )
+    if out.width == each:
+        to.emit(instruction(0))
+        return
+    if out.width % each:
+        raise LoweringError(f"{out.width} columns are no multiple of {each}")
+    to.body.append(For("lane", 0, out.width, [instruction("lane")], each))
+
+
+def fold(to: Emitter, name: str, x: Vector, width: int) -> Vector:
+    """[rows, width]: ``name`` of all stretches of ``width`` columns of x."""
+    item = ITEMSIZE[x.dtype]
+    if x.width % width:
+        raise LoweringError(f"{x.width} columns are no multiple of {width}")
+    part = to.new("lanes", x.dtype, x.rows, width)
+    step, source_step = width * item // BLOCK, x.width * item // BLOCK
+    dst = Strided(part.place, part.place, 1, step)
+
+    def stretch(first: Slice) -> Strided:
+        return Strided(first, x.place, 1, source_step)
+
+    def folded(a: Strided, second: Expr) -> BinaryStrided:
+        return BinaryStrided(name, dst, a, stretch(x.place.at(second)), width, x.rows)
+
+    to.emit(folded(stretch(x.place), width))
+    if x.width > 2 * width:
+        more = For("lane", 2 * width, x.width, [Barrier("V"), folded(dst, "lane")], width)
+        to.body.append(more)
+    return part

@@ -1,0 +1,90 @@
+"""Conditions as bits, and what selects by them."""
+
+from __future__ import annotations
+
+from npu_bridge.dtypes import ITEMSIZE, REPEAT
+from npu_bridge.expressions import Scalar
+from npu_bridge.instructions import Binary, Compare, Select
+from npu_bridge.ir import If
+from npu_bridge.lower.arithmetic import full, number
+from npu_bridge.lower.emitter import Emitter
+from npu_bridge.lower.values import Bits, Margin, Value, Vector
+from pasa_jax.core.errors import LoweringError
+
+
+def bits(to: Emitter, x: Value, rows: int, width: int) -> Bits:
+    """A condition as bits of all ``rows`` × ``width`` numbers."""
+    if isinstance(x, Bits):
+        if (x.rows, x.width) == (rows, width):
+            return x
+        zero = to.filled(Scalar(0), x.rows, x.width, "float", "zero")
+        x = Margin(selected(to, x, zero, Scalar(-1.0), "margin"))
+    if not isinstance(x, Margin):
+        raise LoweringError(f"{x} is no condition")
+    value = x.value
+    if isinstance(value, Scalar):
+        value = to.filled(value, rows, width, "float", "margin")
+    return compared(to, "GE", full(to, value, rows, width, hint="margin"), Scalar(0.0))
+
+
+def compared(to: Emitter, mode: str, x: Vector, y: Vector | Scalar) -> Bits:
+    """Bits of whole repeats: beyond a short column stand zeros. bfloat16, which the unit does not
+    compare, is compared as float32.
+    """
+    if x.dtype == "bfloat16_t":
+        wide = to.cast(y, "float", "wide") if isinstance(y, Vector) else y
+        return compared(to, mode, to.cast(x, "float", "wide"), wide)
+    if isinstance(y, Vector):
+        shape = max(x.rows, y.rows), max(x.width, y.width)
+        x, y = full(to, x, *shape), full(to, y, *shape)
+    rows, width = x.rows, x.width
+    each = REPEAT // ITEMSIZE[x.dtype]
+    size = -(-x.size // each) * each
+    x = to.padded(x, size)
+    place = to.new("bits", "uint16_t", 1, size // 16).place
+    other = y if isinstance(y, Scalar) else to.padded(y, size).place
+    to.emit(Compare(mode, place, x.place, other, size))
+    return Bits(place, rows, width)
+
+
+def combined(to: Emitter, name: str, a: Value, b: Value) -> Value:
+    """ "And" or "Or" of two conditions."""
+    if isinstance(a, Margin) and isinstance(b, Margin):
+        extreme = {"And": "Min", "Or": "Max"}[name]
+        return Margin(number(to, extreme, a.value, b.value, "margin"))
+    sides = [x.value if isinstance(x, Margin) else x for x in (a, b)]
+    shapes = [(x.rows, x.width) for x in sides if not isinstance(x, Scalar)]
+    shape = max(rows for rows, _ in shapes), max(width for _, width in shapes)
+    a, b = (bits(to, x, *shape) for x in (a, b))
+    words = int(min(a.place.count, b.place.count))
+    out = to.new("bits", "uint16_t", 1, words).place
+    to.emit(Binary(name, out, a.place, b.place, words))
+    return Bits(out, a.rows, a.width)
+
+
+def selected(to: Emitter, mask: Bits, yes: Vector, no: Vector | Scalar, hint: str) -> Vector:
+    """``yes`` where the mask is true, ``no`` elsewhere."""
+    out = to.new(hint, yes.dtype, yes.rows, yes.width)
+    other = no if isinstance(no, Scalar) else no.place
+    to.emit(Select(out.place, mask.place, yes.place, other, yes.size))
+    return out
+
+
+def branched(to: Emitter, condition: Scalar, yes: Vector, no: Vector, hint: str) -> Vector:
+    """One of two vectors, by a number that the whole tile shares: no + (yes − no) would round."""
+    out = to.new(hint, yes.dtype, yes.rows, yes.width)
+    branches = [to.branch(lambda side=side: to.copied(side, out.place)) for side in (yes, no)]
+    to.body.append(If(str(condition.value), *branches))
+    return out
+
+
+def tanh(to: Emitter, x: Vector, hint: str) -> Vector:
+    """tanh x = ±(1 − t)/(1 + t) with t = exp(−2|x|)."""
+    size = to.unary("Abs", x, "size")
+    t = to.unary("Exp", to.with_scalar("Muls", size, Scalar(-2.0), "twice"), "power")
+    less = to.with_scalar("Muls", t, Scalar(-1.0), "less")
+    over = to.with_scalar("Adds", less, Scalar(1.0), "over")
+    under = to.with_scalar("Adds", t, Scalar(1.0), "under")
+    positive = number(to, "Div", over, under, "tanh")
+    negative = to.with_scalar("Muls", positive, Scalar(-1.0), "negative")
+    return selected(to, compared(to, "GE", x, Scalar(0.0)), positive, negative, hint)

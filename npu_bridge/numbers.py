@@ -1,0 +1,239 @@
+"""The numbers of one call, and the arrays of the workspace, whose sizes are made of them.
+
+Each number stands once, as an expression: the host's make_tiling.h and the kernel's `Problem` are
+rendered from it, and `Tiling` and `values_of` give its value here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from npu_bridge.cut import Product
+from npu_bridge.dtypes import C_TYPES, ITEMSIZE
+from npu_bridge.expressions import Expr, evaluate
+from npu_bridge.layout import DEPTH, LEAST, SUB
+from npu_bridge.specification import Kernel
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of one call.
+
+    Arguments:
+      expression: of numbers that stand before it.
+      c_text: its C++, where that is not the expression.
+    """
+
+    name: str
+    expression: Expr
+    c_text: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.c_text or str(self.expression)
+
+
+# What the host works out of a call's sizes.
+ENTRIES = Number("kvEntries", "uint64_t(batch) * kvHeads")
+BLOCKS = Number("keyBlocks", "(keyLength + PASA_BLOCK_KV - 1) / PASA_BLOCK_KV")
+# Decoding: as many parts of the keys as keep every core at work.
+SHARES = Number("shares", "(cores + kvEntries - 1) / kvEntries")
+PARTS = Number(
+    "parts",
+    "Min(shares, keyBlocks)",
+    "static_cast<int32_t>(shares < keyBlocks ? shares : keyBlocks)",
+)
+# Decoding: the query heads of a key head are the rows of a tile.
+GROUP_ROWS = Number("queryLength", "heads / kvHeads")
+GROUP_HEADS = Number("heads", "kvHeads")
+QUERY_ROWS = Number(
+    "queryRows",
+    "uint64_t(batch) * heads * ((queryLength + PASA_BLOCK_Q - 1) / PASA_BLOCK_Q) * PASA_BLOCK_Q",
+)
+CORE_ROWS = Number("coreRows", f"uint64_t(cores) * {DEPTH} * PASA_BLOCK_Q")
+
+
+def host_numbers(kernel: Kernel) -> list[Number]:
+    """What the host works out, in order."""
+    parts = [SHARES, PARTS, GROUP_ROWS, GROUP_HEADS] if kernel.decode else [Number("parts", 1)]
+    return [ENTRIES, BLOCKS, *parts, QUERY_ROWS, CORE_ROWS]
+
+
+def kernel_numbers(kernel: Kernel) -> list[Number]:
+    """The members of the kernel's `Problem`, in order, from its tiling."""
+    s, decode = kernel.schedule, kernel.decode
+    return [
+        Number("batch", "tiling->batch"),
+        Number("heads", "tiling->heads"),
+        Number("kvHeads", "tiling->kvHeads"),
+        Number("groups", "tiling->heads / tiling->kvHeads"),
+        Number("queryLength", "tiling->queryLength"),
+        Number("keyLength", "tiling->keyLength"),
+        Number("queryTiles", f"CeilDiv(tiling->queryLength, {s.block_q})"),
+        Number("keyBlocks", f"CeilDiv(tiling->keyLength, {s.block_kv})"),
+        Number("parts", "tiling->parts"),
+        Number("items", "batch * heads * queryTiles * parts"),
+        Number("cores", "tiling->cores"),
+        Number("queries", 1 if decode else "queryLength"),
+        Number("rowStride", 1 if decode else "heads"),
+        Number("headStride", "queryLength" if decode else 1),
+        Number("scale", "tiling->scale"),
+    ]
+
+
+@dataclass(frozen=True)
+class Size:
+    """One or several sizes of an array: the letters of its axes, and their product."""
+
+    axes: str
+    count: Expr
+    per_core: bool = False
+
+
+_ROWS = Size("B, N, padded T", QUERY_ROWS.name)
+_HEADS = Size("B, K", ENTRIES.name)
+_BLOCKS = Size("blocks", BLOCKS.name)
+_ITEM_ROWS = Size("items, block_q", f"{QUERY_ROWS.name} * {PARTS.name}")
+_CORE_ROWS = Size(f"{DEPTH}, block_q", CORE_ROWS.name, per_core=True)
+_CORE_COLUMNS = Size(f"{DEPTH}, {LEAST}, block_q", f"{CORE_ROWS.name} * {LEAST}", per_core=True)
+_ONES = Size(f"{SUB}, {LEAST}", SUB * LEAST)
+_LEAST = Size(str(LEAST), LEAST)
+_N = Size("n", "PASA_BLOCK_KV")
+_D = Size("D", "PASA_HEAD_DIM")
+_E = Size("E", "PASA_VALUE_HEAD_DIM")
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array of the workspace.
+
+    Arguments:
+      dtype: its C++ type.
+      what: it holds.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Size, ...]
+    what: str
+
+    @property
+    def note(self) -> str:
+        """Its shape and what it holds."""
+        axes = ", ".join(size.axes for size in self.shape)
+        per_core = " per core:" if any(size.per_core for size in self.shape) else ""
+        return f"[{axes}]{per_core} {self.what}"
+
+    @property
+    def count(self) -> str:
+        """Its elements, in the names of make_tiling.h."""
+        return " * ".join(str(size.count) for size in self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+
+def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
+    """The arrays by which the cores hand over, in order."""
+    types = {p.name: p.dtype for p in products.values()}
+    dtype = C_TYPES[kernel.dtype]
+    arrays = [
+        Array("scaledQuery", dtype, (_ROWS, _D), "query rows as they are multiplied"),
+    ]
+    if kernel.keys_shifted:
+        arrays.append(Array("shiftedKey", dtype, (_HEADS, _BLOCKS, _N, _D), "K'"))
+    last = "the last block, if it is not full"
+    if kernel.shift != "mean":  # keys are multiplied as they lie
+        arrays.append(Array("keyTail", dtype, (_HEADS, _N, _D), last))
+    arrays.append(Array("valueTail", dtype, (_HEADS, _N, _E), last))
+    if "shifted" in types:
+        arrays.append(Array("shifted", types["shifted"], (_CORE_ROWS, _N), "S − r"))
+        arrays.append(Array("minus", dtype, (_CORE_COLUMNS,), "−r in two halves"))
+    if "offsets" in types:
+        arrays.append(Array("kappa", dtype, (_HEADS, _BLOCKS, _LEAST, _D), "κ, rows equal"))
+        arrays.append(Array("offsets", types["offsets"], (_CORE_ROWS, _LEAST), "q·κ"))
+    if "sums" in types:
+        arrays.append(Array("ones", dtype, (_ONES,), "ones"))
+        arrays.append(Array("sums", types["sums"], (_CORE_ROWS, _LEAST), "row sums of P"))
+    if kernel.decode:
+        arrays.append(Array("partO", "float", (_ITEM_ROWS, _E), "O of a part of the keys"))
+        arrays.append(Array("partM", "float", (_ITEM_ROWS,), "m of it"))
+        arrays.append(Array("partL", "float", (_ITEM_ROWS,), "l of it"))
+    arrays.append(Array("scores", types["scores"], (_CORE_ROWS, _N), "S'"))
+    arrays.append(Array("p", dtype, (_CORE_ROWS, _N), "P"))
+    arrays.append(Array("update", types["update"], (_CORE_ROWS, _E), "P·V"))
+    return arrays
+
+
+# Values.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """The values that the host passes to the kernel, under their names there.
+
+    Arguments:
+      host: every number that the host knows, by name.
+    """
+
+    batch: int
+    heads: int
+    kvHeads: int
+    queryLength: int
+    keyLength: int
+    cores: int
+    scale: float
+    parts: int
+    host: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    def elements(self, array: Array) -> int:
+        """How many elements an array of the workspace has."""
+        return evaluate(array.count, self.host)
+
+
+def tiling(
+    kernel: Kernel,
+    *,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    cores: int,
+    scale: float | None = None,
+) -> Tiling:
+    """What make_tiling.h fills in for a call."""
+    given: dict[str, Any] = {
+        "batch": batch,
+        "heads": heads,
+        "kvHeads": kv_heads,
+        "queryLength": queries,
+        "keyLength": keys,
+        "cores": cores,
+    }
+    constants = {
+        "PASA_BLOCK_Q": kernel.schedule.block_q,
+        "PASA_BLOCK_KV": kernel.schedule.block_kv,
+        "PASA_HEAD_DIM": kernel.head_dim,
+        "PASA_VALUE_HEAD_DIM": kernel.value_head_dim,
+    }
+    host = {**constants, **given}
+    for number in host_numbers(kernel):
+        host[number.name] = evaluate(number.expression, host)
+    return Tiling(
+        **{name: host[name] for name in given},
+        parts=host["parts"],
+        scale=kernel.head_dim**-0.5 if scale is None else scale,
+        host=host,
+    )
+
+
+def values_of(kernel: Kernel, given: Tiling) -> dict[str, Any]:
+    """The values of `kernel_numbers` by name."""
+    names: dict[str, Any] = {"tiling": given}
+    for number in kernel_numbers(kernel):
+        names[number.name] = evaluate(number.expression, names)
+    del names["tiling"]
+    return names

@@ -1,0 +1,145 @@
+"""What one emitted kernel computes, and the walk over the keys that is traced for it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pasa_jax.core import tile
+from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.walk import Walk
+
+Array = jax.Array
+# The columns of q·κ, and of P's row sums, that the vector cores read: all are equal, and as many
+# make one block of float32. (The cube unit multiplies by twice as many at least.)
+COLUMNS = 8
+_MANY = 2**20  # blocks of keys that a static length stands for; the true one comes at run time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What one emitted kernel computes; batch, heads and lengths come at run time.
+
+    Arguments:
+      head_dim, value_head_dim: D and E.
+      dtype: of query, key, value and output, "float16" or "bfloat16".
+      shift: "none", "paper", "mean" or "reference".
+      is_causal, causal_alignment, window, logits_soft_cap: as `dot_product_attention` takes them.
+      bias: which of the axes [B, N, T, S] a bias has, as a string like "1NTS"; None: no bias.
+      lengths: whether each batch entry has a length of its own for its keys.
+      return_lse: whether the log-sum-exp is written too.
+      decode: one query (T = 1): the query heads of a key head are the rows of a tile, and the keys
+        of a head are split over several cores, whose states are merged.
+    """
+
+    head_dim: int
+    value_head_dim: int
+    dtype: str
+    shift: str
+    precision: Precision
+    schedule: Schedule
+    is_causal: bool = False
+    causal_alignment: str = "top_left"
+    window: tuple[int, int] | None = None
+    logits_soft_cap: float | None = None
+    beta: float | None = None
+    bias: str | None = None
+    lengths: bool = False
+    return_lse: bool = False
+    decode: bool = False
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        # The vector unit rounds a product before it adds: it does not contract.
+        return Plan(
+            shift=self.shift,
+            precision=self.precision,
+            schedule=self.schedule,
+            logits_soft_cap=self.logits_soft_cap,
+            beta=self.beta,
+            scale=self.head_dim**-0.5 if self.shift == "paper" else None,
+            explicit_precision=True,
+            dialect=tile.Dialect(
+                contracts=False,
+                narrow_sums=False,
+                sum_columns=COLUMNS if self.sums_multiplied else 0,
+            ),
+        )
+
+    @property
+    def keys_shifted(self) -> bool:
+        """Whether the scores are made of K', which is computed first."""
+        return self.shift in ("mean", "paper", "reference")
+
+    @property
+    def sums_multiplied(self) -> bool:
+        """Whether the cube unit adds up P, in float32: the vector unit is what takes longest."""
+        return self.precision.statistics == "float32"
+
+    @functools.cached_property
+    def numerics(self) -> tile.Numerics:
+        return self.plan.numerics(self.schedule.block_kv)
+
+    def mask(self, queries: Index, keys: Index) -> Mask:
+        """The mask of one batch entry, its lengths known at run time only."""
+        return Mask(
+            query_length=queries,  # type: ignore[arg-type]  # used in sums alone
+            key_length=self.schedule.block_kv * _MANY,
+            is_causal=self.is_causal,
+            causal_alignment=self.causal_alignment,
+            window=self.window,
+            key_lengths=keys,  # type: ignore[arg-type]
+        )
+
+    @property
+    def masked(self) -> bool:
+        """Whether a tile may need a mask for another reason than that the keys end in it."""
+        return self.is_causal or self.window is not None
+
+    def walk(self, rows: int, queries: Index, keys: Index, **parts: Any) -> TracedWalk:
+        return TracedWalk(
+            mask=self.mask(queries, keys),
+            plan=self.plan,
+            numerics=self.numerics,
+            groups=rows if self.decode else 1,
+            block_q=1 if self.decode else rows,
+            value_size=self.value_head_dim,
+            parts=parts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedWalk(Walk):
+    """One slab of rows of the kernel, made of tracers."""
+
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def query(self, start: Index) -> tile.QueryTile:
+        # As `tile.query_tile` leaves it: the factor is in the query already.
+        return tile.QueryTile(self.parts["query"], jnp.ones((1, 1), self.numerics.product), None)
+
+    def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
+        assert value_gain is None
+        p = self.parts
+        return tile.KeyTile(
+            p["key"], p["value"], None, p.get("kappa"), p.get("weights"), p.get("raw")
+        )
+
+    def key_start(self, j: Index) -> Index:
+        return j * self.block_kv
+
+    def bias(self, start: Index, j: Index) -> Array | None:
+        return self.parts.get("bias")
+
+    def array(self, start: Index, j: Index) -> Array | None:
+        return None
+
+    def sinks(self) -> Array | None:
+        return None
