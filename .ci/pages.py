@@ -1,4 +1,4 @@
-"""Three pages of the site are files of the repository's root, whose links into docs/ are adapted."""
+"""Adds three files of the repository's root to the site, with their links adapted."""
 
 from pathlib import Path
 

@@ -43,7 +43,7 @@ def main(tokens: int = 512, step: int = 3) -> dict[str, np.ndarray]:
         form: np.concatenate([call.errors["float16"][form] for call in calls])
         for form in ("none", "mean")
     }
-    shifted = np.concatenate([call.shifts_behind for call in calls])
+    shifted = np.concatenate([call.shifts_if_rounded for call in calls])
     errors["auto"] = np.where(shifted, errors["mean"], errors["none"])
     best = np.minimum(errors["none"], errors["mean"])
     print(f"{len(best)} heads, of which auto shifts {shifted.sum()}; error over the better one's:")

@@ -19,10 +19,11 @@ from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands
 from pasa_jax.core.prepare import Plan
 from pasa_jax.core.shifts import SHIFTS
+from pasa_jax.diagnostics._call import Call
 from pasa_jax.diagnostics._forms import measure_errors
 from pasa_jax.diagnostics._measure import Measured, measure
 from pasa_jax.diagnostics._names import Caller, caller, unique_names
-from pasa_jax.diagnostics.report import Call, Report
+from pasa_jax.diagnostics.report import Report
 from pasa_jax.plugins._swap import DIRECT
 
 Progress = Callable[[Call], None]
@@ -181,7 +182,7 @@ def _call(
         not_finite=tuple(map(float, products.not_finite.mean(axis=(0, 1)))),
         auto=f"{shift}: {reason}",
         float16_shift=used,
-        shifts_behind=products.shifts_behind.any(axis=0),
+        shifts_if_rounded=products.shifts_if_rounded.any(axis=0),
         max_product=products.max_product.max(axis=0),
         max_score=products.max_product.max(axis=0) * abs(scale),
         max_stored=statistics.max_stored.max(axis=0),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import jax
 from flax import linen, nnx
 
 # Whose functions are not the model's.
 _LIBRARIES = ("pasa_jax.", "jax.", "flax.", "contextlib")
+_SCAN = inspect.unwrap(jax.lax.scan).__code__
 
 
 def frames() -> list[FrameType]:
@@ -45,6 +48,15 @@ def name(stack: list[FrameType]) -> str:
     """The path or the class of the innermost module, or the function that runs, and its line."""
     running = modules(stack)
     return path(running) or type(running[0]).__name__ if running else _function(stack)
+
+
+def scan_steps(stack: list[FrameType]) -> tuple[int, ...]:
+    """The step of each `jax.lax.scan` that runs, outermost first; () under jit.
+
+    Without jit a scan is a Python loop, whose variable is ``i``.
+    """
+    steps = (frame.f_locals.get("i") for frame in reversed(stack) if frame.f_code is _SCAN)
+    return tuple(step for step in steps if isinstance(step, int))
 
 
 def _function(stack: list[FrameType]) -> str:
