@@ -31,7 +31,7 @@ def _call_table(calls: Calls, rows: int) -> Table:
     order = sorted(range(len(calls)), key=lambda i: -calls[i].max_product.max())
     title = "attention calls" if rows >= len(order) else f"the {rows} loudest of {len(order)} calls"
     table = Table(title=f"{title}, and their largest head", box=box.SIMPLE_HEAD)
-    table.add_column("call", no_wrap=True)
+    table.add_column("call", overflow="fold")
     table.add_column("query", no_wrap=True)
     for name in ("|q·k|", "|score|", "overflow", "bias/spread"):
         table.add_column(name, justify="right", no_wrap=True)
