@@ -28,7 +28,7 @@ check: .venv/test
 # The page of docs/report.png: three biased heads of a real model.
 report: .venv/test
 	$(BIN)/python examples/inspect_smollm2.py
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,1330 \
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,1830 \
 	  --screenshot=out/report.png file://$(CURDIR)/out/report.html
 
 accuracy: .venv/demo

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from pasa_jax.diagnostics._forms import ATTENTIONS, DTYPES
@@ -198,6 +198,8 @@ def _draw_costs(figure: Any, calls: Calls) -> None:
         for form in ATTENTIONS:
             _draw_sorted(axis, added(calls, dtype, form), form)
         axis.axhline(1, color="black", linestyle="--", linewidth=1)
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axis.set_title(f"{dtype}: what attention adds", fontsize=10)
         axis.set_xlabel("heads, sorted for each form")
         axis.legend(fontsize=8)
@@ -218,7 +220,7 @@ def _draw_sorted(axis: Any, values: NDArray, label: str) -> None:
         label = f"{label}: NaN in {lost}"
     axis.plot(np.arange(1, len(shown) + 1), shown, marker=".", markersize=4, label=label)
     axis.set(xlim=(0.5, len(values) + 0.5), yscale="log")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 _FIGURES: tuple[tuple[str, str, Callable[[Any, Calls], None], tuple[float, float]], ...] = (

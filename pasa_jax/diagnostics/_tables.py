@@ -33,7 +33,7 @@ def _call_table(calls: Calls, rows: int) -> Table:
     table = Table(title=f"{title}, and their largest head", box=box.SIMPLE_HEAD)
     table.add_column("call", overflow="fold")
     table.add_column("query", no_wrap=True)
-    for name in ("|q·k|", "|score|", "overflow", "bias/spread"):
+    for name in ("|q·k|", "|score|", "overflow", "bias ÷\nspread"):
         table.add_column(name, justify="right", no_wrap=True)
     for i in sorted(order[:rows]):
         table.add_row(f"{i} {escape(calls[i].name)}", *_call_cells(calls[i]))
