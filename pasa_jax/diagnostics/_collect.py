@@ -38,23 +38,23 @@ def inspect(
 ) -> Report:
     """Calls ``model(*inputs, **keywords)`` and reports on every attention call on the way.
 
-    Seen are calls of ``dot_product_attention`` of pasa_jax, jax.nn, flax.nnx and flax.linen, the
+    It sees calls of ``dot_product_attention`` of pasa_jax, jax.nn, flax.nnx and flax.linen, the
     attention modules of flax.nnx and flax.linen that have flax's own attention function or ours,
-    and `KVCache.attend`; within jit, scan, vmap, grad and remat too. What multiplies out its own
-    scores is not. Every call that is seen is computed by PASA, so that a layer that overflows
-    does not hide those behind it, and jit is off meanwhile, so that functions that were compiled
-    before run again: this takes longer than a call of the model.
+    and `KVCache.attend`, also within jit, scan, vmap, grad and remat. It does not see code that
+    multiplies out its own scores. PASA computes every call, so that a layer that overflows does not
+    spoil the layers after it. Jit is off, so that functions that were compiled before run again;
+    this takes longer than a call of the model.
 
     Arguments:
       model: a flax.nnx model, which is left as it is (a clone runs), or any function: for linen
         ``inspect(module.apply, variables, x)``.
       inputs, keywords: passed on; arrays that hold numbers.
       error_rows: how many queries of each call the expected errors are measured on; 0: none.
-      progress: told of each call when it is measured.
+      progress: called with each call when it is measured.
 
     Returns:
-      A `Report`. A call under vmap stands in it once for each of the mapped axis' entries. Where
-      two models have paths in common, all paths begin with their models' classes there.
+      A `Report`. Under vmap it holds a call once for each entry of the mapped axis. If two models
+      have a path in common, all paths begin with the class of their model.
 
     Raises:
       ValueError: ``model`` cannot be called like this, or no attention call was seen.
@@ -96,7 +96,7 @@ def _nothing_seen() -> ValueError:
 
 @contextmanager
 def _routed() -> Iterator[None]:
-    """While it lasts, flax's and jax's own attention is PASA's, which tells of its calls."""
+    """A context in which flax's and jax's own attention is PASA's, which reports its calls."""
     with ExitStack() as stack:
         for plugin in (plugins.nnx, plugins.linen):
             choose = partial(_if_native, plugin.NATIVE)
@@ -111,7 +111,7 @@ def _if_native(native: object, path: str, module: Any) -> dict[str, Any] | None:
 
 
 class _Collector:
-    """Measures the calls that it is told of, in their order."""
+    """Measures the calls that are reported to it, in their order."""
 
     def __init__(self, error_rows: int, progress: Progress | None) -> None:
         self.calls: list[Call] = []
@@ -120,7 +120,7 @@ class _Collector:
         self._waiting: list[tuple[Caller, Plan, Operands, Mask]] = []
 
     def observe(self, operands: Operands, mask: Mask, plan: Plan) -> None:
-        """Puts the call in line; under vmap and grad its arrays come with a callback."""
+        """Queues the call; a callback delivers its arrays, which vmap and grad hold as tracers."""
         who = caller()
 
         def take(operands: Operands, mask: Mask) -> None:
@@ -132,7 +132,7 @@ class _Collector:
         self.drain()
 
     def drain(self) -> None:
-        """Measures what waits."""
+        """Measures the calls in the queue."""
         jax.effects_barrier()
         while self._waiting:
             waited = self._waiting.pop(0)
@@ -168,7 +168,7 @@ def _call(
     found: Measured,
     errors: Any,
 ) -> Call:
-    """All batch entries in one: largest of the sizes, mean of the shares."""
+    """Joins the batch entries: the largest of sizes, the mean of shares."""
     products: Any = found.products  # NumPy's arrays by now
     statistics: Any = found.statistics
     shift, reason = replace(plan, shift="auto").explain_shift()

@@ -20,7 +20,7 @@ from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 DTYPES = ("float16", "bfloat16")
-# Scores in float32: what is lost is lost by the cast of the inputs to 16 bits.
+# Scores stored in float32: only the cast of the inputs to 16 bits loses anything.
 FLOAT32_SCORES = "float32 scores"
 # Scores stored unscaled, as eager model code does; and the shifts.
 EAGER = "eager"
@@ -119,7 +119,7 @@ def _output(form: str, dtype: str, sample: Operands, shown: Mask, plan: Plan) ->
     return np.asarray(_walked(plan, cast, shown)[0], np.float32)
 
 
-# A few rows: what takes long is the compiler.
+# It computes few rows, so nearly all of its time is compilation.
 @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def _walked(plan: Plan, operands: Operands, mask: Mask) -> Array:
     return _lax.forward(operands, mask, plan, keep="out").out

@@ -114,7 +114,7 @@ def _head(walk: HeadWalk) -> Products:
 def _summary(walk: HeadWalk, counts: _Counts) -> Products:
     head, groups = walk.head, walk.groups
     pairs = jnp.maximum(counts.pairs, 1)
-    # Rounding may leave a cosine beyond 1 or −1: the outer bins have it.
+    # A cosine that rounding took beyond 1 or −1 counts in the outer bins.
     beyond = counts.beyond.at[:, 0].set(counts.pairs).at[:, -1].set(0)
     valid = walk.mask.row_valid()
     in_use = jnp.ones((len(head.query), 1), bool) if valid is None else valid[:, None]

@@ -15,7 +15,7 @@ from pasa_jax.plugins import _callers
 _VIA = {
     "flax.nnx.nn.attention": "flax.nnx",
     "flax.linen.attention": "flax.linen",
-    # A call of flax's function by the model itself is ours at once.
+    # Within `inspect`, a model that calls flax's function itself calls one of these.
     "pasa_jax.plugins.nnx.attention": "flax.nnx",
     "pasa_jax.plugins.linen.attention": "flax.linen",
 }
@@ -27,15 +27,15 @@ class Root:
 
     Arguments:
       kind: its class.
-      weights: its parameters. Jit runs copies of a module, which share them with it; while linen
-        initializes a model, they grow.
+      weights: its parameters. Jit runs copies of a module, which share its parameters. While linen
+        initializes a model, parameters are added.
     """
 
     kind: str
     weights: tuple[Any, ...]
 
     def is_same(self, other: Root) -> bool:
-        """Whether both are one model; yes, where tracers stand for the weights, which may be."""
+        """Whether both are one model; yes if weights are tracers, of which it cannot be known."""
         if self.kind != other.kind:
             return False
         if any(isinstance(x, Tracer) for x in self.weights + other.weights):
@@ -71,7 +71,7 @@ class Caller:
 
 
 def caller() -> Caller:
-    """Of the call that is on the stack."""
+    """The caller of the attention call that is on the stack."""
     stack = _callers.frames()
     running = _callers.modules(stack)
     root = _root(running) if running else None
@@ -117,7 +117,7 @@ def unique_names(callers: list[Caller]) -> list[str]:
 
 
 def _number(roots: list[Root], root: Root | None) -> int | None:
-    """Where ``root`` stands among the ``roots``, to which it is added if it is new."""
+    """The index of ``root`` in ``roots``, to which it is added if it is new."""
     if root is None:
         return None
     for i, other in enumerate(roots):
@@ -128,7 +128,7 @@ def _number(roots: list[Root], root: Root | None) -> int | None:
 
 
 def _labels(kinds: list[str]) -> list[str]:
-    """The classes, numbered where there are several of one."""
+    """The classes, with numbers where several are the same."""
     return [
         kind if kinds.count(kind) == 1 else f"{kind}_{kinds[:i].count(kind)}"
         for i, kind in enumerate(kinds)
@@ -136,5 +136,5 @@ def _labels(kinds: list[str]) -> list[str]:
 
 
 def _below(label: str, root: Root, place: str) -> str:
-    """A module is named by its class where it is the root itself."""
+    """``place`` below ``label``; the root itself is named by its label."""
     return label if place == root.kind else f"{label}.{place}"

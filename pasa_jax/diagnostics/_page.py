@@ -90,7 +90,7 @@ def _head_rows(calls: Calls) -> list[dict[str, Any]]:
 
 def _image(draw: Callable[[Any, Calls], None], calls: Calls, size: tuple[float, float]) -> str:
     """A figure as a data URL."""
-    # Without pyplot nothing global is touched; a fixed salt gives the same file each time.
+    # Without pyplot no global state changes; a fixed salt gives the same file each time.
     with mpl.rc_context({"svg.hashsalt": "pasa", "font.size": 10}):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)

@@ -1,8 +1,8 @@
-"""The main job: 16-bit attention on a real language model, and on the paper's biased data.
+"""The demo: 16-bit attention on a real language model, and on the paper's biased data.
 
 SmolLM2-135M reads a file of Python's standard library under every scheme of attention; then the
-same with a constant added to every key of a few heads, which softmax does not see in real
-arithmetic and plain float16 does.
+same with a constant added to every key of a few heads, which softmax does not see in exact
+arithmetic, while plain float16 does.
 """
 
 from __future__ import annotations

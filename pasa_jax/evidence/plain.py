@@ -1,4 +1,4 @@
-"""Attention as it is written without this library: the baselines of the evidence."""
+"""Attention written without this library, which results are compared with."""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
-# Whose functions are not the model's.
+# Functions of these packages are not part of a model.
 _LIBRARIES = ("pasa_jax.", "jax.", "flax.", "contextlib")
 _SCAN = inspect.unwrap(jax.lax.scan).__code__
 
 
 def frames() -> list[FrameType]:
-    """Those of the caller, innermost first."""
+    """The frames of the caller, innermost first."""
     return list(_outwards(sys._getframe(1)))
 
 
@@ -28,9 +28,10 @@ def modules(stack: list[FrameType]) -> list[Any]:
 
 
 def path(running: list[Any]) -> str:
-    """That of the first module in the last that holds it; of the outermost module itself, "".
+    """The path of the innermost module, as seen from the outermost module that holds it.
 
-    Jit and scan run copies of modules, which the outermost does not hold.
+    The outermost module itself has the path "". Jit and scan run copies of modules, which the
+    outermost does not hold: then the path begins with the class of the copy that holds the module.
     """
     innermost = running[0]
     if isinstance(innermost, linen.Module):
