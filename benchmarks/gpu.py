@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pasa_jax import Precision, dot_product_attention
+from pasa_jax.evidence.plain import numpy_attention
 
 BATCH = 1
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
@@ -136,12 +137,9 @@ def _torch(case: Case) -> Attend:
 
 def exact(case: Case, arrays: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
     """[rows, N, D] in float64."""
-    q, k, v = (x[0].astype(np.float64) for x in arrays)
-    s = np.einsum("tnd,snd->nts", q[rows], k) / math.sqrt(case.head_dim)
-    if case.causal:
-        s = np.where(np.arange(case.length)[None, None] <= rows[None, :, None], s, -np.inf)
-    p = np.exp(s - s.max(-1, keepdims=True))
-    return np.einsum("nts,snd->tnd", p / p.sum(-1, keepdims=True), v)
+    q, k, v = (x[0] for x in arrays)
+    visible = np.arange(case.length) <= rows[:, None] if case.causal else None
+    return numpy_attention(q[rows], k, v, visible=visible)
 
 
 @dataclass

@@ -4,7 +4,8 @@
 `Report`    what it found: a table, JSON, a self-contained HTML page
 """
 
+from pasa_jax.diagnostics._call import Call
 from pasa_jax.diagnostics._collect import inspect
-from pasa_jax.diagnostics.report import Call, Report
+from pasa_jax.diagnostics.report import Report
 
 __all__ = ["Call", "Report", "inspect"]

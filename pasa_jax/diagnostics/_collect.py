@@ -19,10 +19,11 @@ from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.shifts import SHIFTS
+from pasa_jax.diagnostics._call import Call
 from pasa_jax.diagnostics._forms import measure_errors
 from pasa_jax.diagnostics._measure import Measured, measure
 from pasa_jax.diagnostics._names import Caller, caller, unique_names
-from pasa_jax.diagnostics.report import Call, Report
+from pasa_jax.diagnostics.report import Report
 from pasa_jax.plugins._swap import DIRECT
 
 Progress = Callable[[Call], None]
@@ -37,23 +38,23 @@ def inspect(
 ) -> Report:
     """Calls ``model(*inputs, **keywords)`` and reports on every attention call on the way.
 
-    Seen are calls of ``dot_product_attention`` of pasa_jax, jax.nn, flax.nnx and flax.linen, the
+    It sees calls of ``dot_product_attention`` of pasa_jax, jax.nn, flax.nnx and flax.linen, the
     attention modules of flax.nnx and flax.linen that have flax's own attention function or ours,
-    and `KVCache.attend`; within jit, scan, vmap, grad and remat too. What multiplies out its own
-    scores is not. Every call that is seen is computed by PASA, so that a layer that overflows
-    does not hide those behind it, and jit is off meanwhile, so that functions that were compiled
-    before run again: this takes longer than a call of the model.
+    and `KVCache.attend`, also within jit, scan, vmap, grad and remat. It does not see code that
+    multiplies out its own scores. PASA computes every call, so that a layer that overflows does not
+    spoil the layers after it. Jit is off, so that functions that were compiled before run again;
+    this takes longer than a call of the model.
 
     Arguments:
       model: a flax.nnx model, which is left as it is (a clone runs), or any function: for linen
         ``inspect(module.apply, variables, x)``.
       inputs, keywords: passed on; arrays that hold numbers.
       error_rows: how many queries of each call the expected errors are measured on; 0: none.
-      progress: told of each call when it is measured.
+      progress: called with each call when it is measured.
 
     Returns:
-      A `Report`. A call under vmap stands in it once for each of the mapped axis' entries. Where
-      two models have paths in common, all paths begin with their models' classes there.
+      A `Report`. Under vmap it holds a call once for each entry of the mapped axis. If two models
+      have a path in common, all paths begin with the class of their model.
 
     Raises:
       ValueError: ``model`` cannot be called like this, or no attention call was seen.
@@ -95,7 +96,7 @@ def _nothing_seen() -> ValueError:
 
 @contextmanager
 def _routed() -> Iterator[None]:
-    """While it lasts, flax's and jax's own attention is PASA's, which tells of its calls."""
+    """A context in which flax's and jax's own attention is PASA's, which reports its calls."""
     with ExitStack() as stack:
         for plugin in (plugins.nnx, plugins.linen):
             choose = partial(_if_native, plugin.NATIVE)
@@ -110,7 +111,7 @@ def _if_native(native: object, path: str, module: Any) -> dict[str, Any] | None:
 
 
 class _Collector:
-    """Measures the calls that it is told of, in their order."""
+    """Measures the calls that are reported to it, in their order."""
 
     def __init__(self, error_rows: int, progress: Progress | None) -> None:
         self.calls: list[Call] = []
@@ -119,7 +120,7 @@ class _Collector:
         self._waiting: list[tuple[Caller, Plan, Operands, Mask]] = []
 
     def observe(self, operands: Operands, mask: Mask, plan: Plan) -> None:
-        """Puts the call in line; under vmap and grad its arrays come with a callback."""
+        """Queues the call; a callback delivers its arrays, which vmap and grad hold as tracers."""
         who = caller()
 
         def take(operands: Operands, mask: Mask) -> None:
@@ -131,7 +132,7 @@ class _Collector:
         self.drain()
 
     def drain(self) -> None:
-        """Measures what waits."""
+        """Measures the calls in the queue."""
         jax.effects_barrier()
         while self._waiting:
             waited = self._waiting.pop(0)
@@ -167,7 +168,7 @@ def _call(
     found: Measured,
     errors: Any,
 ) -> Call:
-    """All batch entries in one: largest of the sizes, mean of the shares."""
+    """Joins the batch entries: the largest of sizes, the mean of shares."""
     products: Any = found.products  # NumPy's arrays by now
     statistics: Any = found.statistics
     shift, reason = replace(plan, shift="auto").explain_shift()
@@ -181,7 +182,7 @@ def _call(
         not_finite=tuple(map(float, products.not_finite.mean(axis=(0, 1)))),
         auto=f"{shift}: {reason}",
         float16_shift=used,
-        shifts_behind=products.shifts_behind.any(axis=0),
+        shifts_if_rounded=products.shifts_if_rounded.any(axis=0),
         max_product=products.max_product.max(axis=0),
         max_score=products.max_product.max(axis=0) * abs(scale),
         max_stored=statistics.max_stored.max(axis=0),

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pasa_jax import models
 from pasa_jax.core.errors import wrong
@@ -17,9 +19,6 @@ def main(
     source: str, text: Path, *, tokens: int, dtype: str, error_rows: int, rows: int, output: Path
 ) -> Report:
     """Prints the tables of a model that reads a text, with a progress bar, and writes the page."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     console = Console()
     with console.status(f"loading {source}"):
         model, tokenizer = models.load(source, dtype=dtype)

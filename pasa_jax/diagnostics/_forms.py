@@ -15,14 +15,16 @@ from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
+from pasa_jax.evidence.plain import numpy_attention
 from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 DTYPES = ("float16", "bfloat16")
-# Scores stored unscaled, as eager model code does; 16-bit inputs with float32 scores, which is the
-# best that 16-bit inputs allow; and the shifts.
-EAGER, FLOOR = "eager", "float32 scores"
-FORMS = (FLOOR, EAGER, "none", "paper", "mean", "reference")
+# Scores stored in float32: only the cast of the inputs to 16 bits loses anything.
+FLOAT32_SCORES = "float32 scores"
+# Scores stored unscaled, as eager model code does; and the shifts.
+EAGER = "eager"
+ATTENTIONS = (EAGER, "none", "paper", "mean", "reference")
 
 Errors = dict[str, dict[str, NDArray]]
 
@@ -43,7 +45,7 @@ def measure_errors(operands: Operands, mask: Mask, plan: Plan, entry: int, rows:
     errors: Errors = {}
     for dtype in DTYPES:
         errors[dtype] = {}
-        for form in FORMS:
+        for form in (FLOAT32_SCORES, *ATTENTIONS):
             out = _output(form, dtype, sample, shown, plan)
             if out is not None:
                 errors[dtype][form] = _rms(out.astype(np.float64) - exact) / scale_of_errors
@@ -106,7 +108,7 @@ def _output(form: str, dtype: str, sample: Operands, shown: Mask, plan: Plan) ->
             for x in (sample.query, sample.key, sample.value)
         )
     cast = sample._replace(query=q, key=k, value=v)
-    if form in (EAGER, FLOOR):
+    if form in (EAGER, FLOAT32_SCORES):
         out = _plain(cast, shown, plan, jnp.dtype(dtype if form == EAGER else "float32"))
         return out.astype(jnp.dtype(dtype))
     plan = replace(plan, shift=form, precision=Precision.named(dtype), beta=None, dropout_rate=0.0)
@@ -117,7 +119,7 @@ def _output(form: str, dtype: str, sample: Operands, shown: Mask, plan: Plan) ->
     return np.asarray(_walked(plan, cast, shown)[0], np.float32)
 
 
-# A few rows: what takes long is the compiler.
+# It computes few rows, so nearly all of its time is compilation.
 @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def _walked(plan: Plan, operands: Operands, mask: Mask) -> Array:
     return _lax.forward(operands, mask, plan, wanted="out").out
@@ -125,27 +127,12 @@ def _walked(plan: Plan, operands: Operands, mask: Mask) -> Array:
 
 def _plain(o: Operands, shown: Mask, plan: Plan, store: np.dtype | None) -> NDArray:
     """The plain formula, [R, N, E]: in float64, or with scores and weights stored in ``store``."""
-    wide = np.float64 if store is None else np.float32
-    q, k, v = (np.asarray(x).astype(wide)[0] for x in (o.query, o.key, o.value))
-    bias = None if o.bias is None else np.asarray(o.bias).astype(wide)[0]
-    groups = q.shape[1] // k.shape[1]
-
-    def stored(x: NDArray) -> NDArray:
-        return x if store is None else x.astype(store).astype(wide)
-
-    outs = []
-    with np.errstate(all="ignore"):  # eager code overflows in silence as well
-        for n in range(q.shape[1]):
-            s = stored(stored(q[:, n] @ k[:, n // groups].T) * wide(o.scale))
-            if plan.logits_soft_cap is not None:
-                s = stored(plan.logits_soft_cap * np.tanh(s / plan.logits_soft_cap))
-            if bias is not None:
-                s = stored(s + bias[n if len(bias) > 1 else 0])
-            s = np.where(np.asarray(shown.array)[0, n], s, -np.inf)
-            sink = -np.inf if o.sinks is None else float(o.sinks[n])
-            top = np.maximum(s.max(axis=1, keepdims=True), sink)
-            p = np.exp(s - np.where(top > -np.inf, top, 0))
-            total = p.sum(axis=1, keepdims=True) + np.exp(sink - top)
-            total = np.where(top > -np.inf, total, 1)
-            outs.append(stored(p / total) @ v[:, n // groups])
-    return np.stack(outs, axis=1)
+    return numpy_attention(
+        *(np.asarray(x)[0] for x in (o.query, o.key, o.value)),
+        scale=float(o.scale),
+        bias=None if o.bias is None else np.asarray(o.bias)[0],
+        visible=np.asarray(shown.array)[0],
+        logits_soft_cap=plan.logits_soft_cap,
+        sinks=None if o.sinks is None else np.asarray(o.sinks),
+        store=store,
+    )

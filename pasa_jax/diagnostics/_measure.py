@@ -1,4 +1,4 @@
-"""What one attention call is asked, by a walk over its tiles: sizes of scores, bias, phases."""
+"""Measures one attention call by a walk over its tiles: sizes of scores, key bias, phases."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ LARGEST = 65504.0  # float16's
 EDGE = overflow_edge("float16")
 # Phases between q and k are counted in bins of 10°.
 PHASES = np.arange(0, 181, 10)
-# A chip that rounds the product before anything can be taken off it.
-BEHIND = "ascend_910b"
+# A target with rounded products.
+ROUNDED = "ascend_910b"
 
 
 class Products(NamedTuple):
@@ -40,11 +40,11 @@ class Products(NamedTuple):
     key_mean: Array  # [B, N, D] mean over the keys of the head's key head
     key_spread: Array  # [B, N, D] their standard deviation
     not_finite: Array  # [B, N, 3] share of query, key and value that is seen and not finite
-    shifts_behind: Array  # [B, N] bool: `auto` on `BEHIND` shifts this head
+    shifts_if_rounded: Array  # [B, N] bool: `auto` on `ROUNDED` shifts this head
 
 
 class Measured(NamedTuple):
-    """What `measure` finds out about a call."""
+    """The results of `measure`."""
 
     products: Products
     statistics: Statistics
@@ -52,7 +52,7 @@ class Measured(NamedTuple):
 
 @partial(jax.jit, static_argnums=2)
 def measure(operands: Operands, mask: Mask, plan: Plan) -> Measured:
-    """The sizes of a call's scores, and what `auto` stores of them in float16."""
+    """The sizes of a call's scores, and the sizes that `auto` stores in float16."""
     plan = replace(
         plan, shift="auto", precision=Precision.named("float16"), beta=None, logits_soft_cap=None
     )
@@ -115,7 +115,7 @@ def _head(walk: HeadWalk) -> Products:
 def _summary(walk: HeadWalk, counts: _Counts) -> Products:
     head, groups = walk.head, walk.groups
     pairs = jnp.maximum(counts.pairs, 1)
-    # Rounding may leave a cosine beyond 1 or −1: the outer bins have it.
+    # A cosine that rounding took beyond 1 or −1 counts in the outer bins.
     beyond = counts.beyond.at[:, 0].set(counts.pairs).at[:, -1].set(0)
     valid = walk.mask.row_valid()
     in_use = jnp.ones((len(head.query), 1), bool) if valid is None else valid[:, None]
@@ -133,7 +133,7 @@ def _summary(walk: HeadWalk, counts: _Counts) -> Products:
         key_mean=jnp.broadcast_to(mean, (groups, *mean.shape)),
         key_spread=jnp.broadcast_to(spread, (groups, *spread.shape)),
         not_finite=jnp.broadcast_to(jnp.stack(lost), (groups, 3)),
-        shifts_behind=jnp.broadcast_to(_shifts_behind(walk), groups),
+        shifts_if_rounded=jnp.broadcast_to(_shifts_if_rounded(walk), groups),
     )
 
 
@@ -156,9 +156,9 @@ def _channels(x: Array, usable: Array) -> tuple[Array, Array]:
     return mean, jnp.sqrt(jnp.sum(square / count, axis=0))
 
 
-def _shifts_behind(walk: HeadWalk) -> Array:
-    """[] bool: what `auto` decides for this head where the product is rounded first."""
-    plan = replace(walk.plan, schedule=replace(walk.plan.schedule, target=BEHIND))
+def _shifts_if_rounded(walk: HeadWalk) -> Array:
+    """[] bool: with rounded products, whether `auto` shifts this head."""
+    plan = replace(walk.plan, schedule=replace(walk.plan.schedule, target=ROUNDED))
     head = walk.head
     facts = prepare(head.query, head.key, head.value, head.scale, walk.mask, plan, walk.block_q)
     chosen = facts.chosen

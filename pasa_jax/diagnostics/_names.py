@@ -1,4 +1,4 @@
-"""What to call each call: by the module that made it, or the function, and what it came through."""
+"""Names each call: by the module or function that made it, and by its library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pasa_jax.plugins import _callers
 _VIA = {
     "flax.nnx.nn.attention": "flax.nnx",
     "flax.linen.attention": "flax.linen",
-    # A call of flax's function by the model itself is ours at once.
+    # Within `inspect`, a model that calls flax's function itself calls one of these.
     "pasa_jax.plugins.nnx.attention": "flax.nnx",
     "pasa_jax.plugins.linen.attention": "flax.linen",
 }
@@ -27,15 +27,15 @@ class Root:
 
     Arguments:
       kind: its class.
-      weights: its parameters. Jit runs copies of a module, which share them with it; while linen
-        initializes a model, they grow.
+      weights: its parameters. Jit runs copies of a module, which share its parameters. While linen
+        initializes a model, parameters are added.
     """
 
     kind: str
     weights: tuple[Any, ...]
 
     def is_same(self, other: Root) -> bool:
-        """Whether both are one model; yes, where tracers stand for the weights, which may be."""
+        """Whether both are one model; yes if weights are tracers, of which it cannot be known."""
         if self.kind != other.kind:
             return False
         if any(isinstance(x, Tracer) for x in self.weights + other.weights):
@@ -49,21 +49,33 @@ class Caller:
     """Who made a call.
 
     Arguments:
-      name: path of the flax module in the root, or the function and its line.
+      place: path of the flax module in the root, or the function and its line.
+      steps: of the scans in which it ran, outermost first.
       via: see `pasa_jax.diagnostics.Call`.
       root: None where no module runs.
     """
 
-    name: str
+    place: str
+    steps: tuple[int, ...]
     via: str
     root: Root | None
 
+    @property
+    def name(self) -> str:
+        """The place, and the steps in brackets."""
+        return self.named(self.place)
+
+    def named(self, place: str) -> str:
+        """The steps behind another name of the place."""
+        return place + "".join(f"[{step}]" for step in self.steps)
+
 
 def caller() -> Caller:
-    """Of the call that is on the stack."""
+    """The caller of the attention call that is on the stack."""
     stack = _callers.frames()
     running = _callers.modules(stack)
-    return Caller(_callers.name(stack), _via(stack), _root(running) if running else None)
+    root = _root(running) if running else None
+    return Caller(_callers.name(stack), _callers.scan_steps(stack), _via(stack), root)
 
 
 def _via(stack: list[FrameType]) -> str:
@@ -89,21 +101,23 @@ def _root(running: list[Any]) -> Root:
 
 
 def unique_names(callers: list[Caller]) -> list[str]:
-    """The names as they are; behind their roots' where two roots have a name in common."""
+    """The callers' names, each below its root's where two roots have a place in common."""
     roots: list[Root] = []
     numbers = [_number(roots, caller.root) for caller in callers]
-    names = [caller.name for caller in callers]
-    if len(set(zip(names, numbers, strict=True))) == len(set(names)):
-        return names
+    places = [caller.place for caller in callers]
+    if len(set(zip(places, numbers, strict=True))) == len(set(places)):
+        return [caller.name for caller in callers]
     labels = _labels([root.kind for root in roots])
     return [
-        name if number is None else _below(labels[number], roots[number], name)
-        for name, number in zip(names, numbers, strict=True)
+        caller.name
+        if number is None
+        else caller.named(_below(labels[number], roots[number], caller.place))
+        for caller, number in zip(callers, numbers, strict=True)
     ]
 
 
 def _number(roots: list[Root], root: Root | None) -> int | None:
-    """Where ``root`` stands among the ``roots``, to which it is added if it is new."""
+    """The index of ``root`` in ``roots``, to which it is added if it is new."""
     if root is None:
         return None
     for i, other in enumerate(roots):
@@ -114,13 +128,13 @@ def _number(roots: list[Root], root: Root | None) -> int | None:
 
 
 def _labels(kinds: list[str]) -> list[str]:
-    """The classes, numbered where there are several of one."""
+    """The classes, with numbers where several are the same."""
     return [
         kind if kinds.count(kind) == 1 else f"{kind}_{kinds[:i].count(kind)}"
         for i, kind in enumerate(kinds)
     ]
 
 
-def _below(label: str, root: Root, name: str) -> str:
-    """A module is named by its class where it is the root itself."""
-    return label if name == root.kind else f"{label}.{name}"
+def _below(label: str, root: Root, place: str) -> str:
+    """``place`` below ``label``; the root itself is named by its label."""
+    return label if place == root.kind else f"{label}.{place}"

@@ -1,1 +1,1 @@
-"""What the claims rest on: the benchmark of accuracy, and a real language model."""
+"""Evidence for the claims: the benchmark of accuracy, and a real language model."""

@@ -18,6 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 from pasa_jax import Precision, Schedule, dot_product_attention, optimal_beta
 from pasa_jax.core.shifts import PAPER_STARTS
@@ -27,9 +30,9 @@ Array = jax.Array
 Record = dict[str, Any]
 SEED = 2024724  # the paper's script
 BASELINE = "q pre-scaled"
-# The paper's tiles; and the same on a chip that rounds the product before one can touch it.
-REACHABLE = Schedule(block_q=128, block_kv=128)
-BEHIND = Schedule(block_q=128, block_kv=128, target="ascend_910b")
+# The paper's tiles, on a CPU and on a target with rounded products.
+TILES = Schedule(block_q=128, block_kv=128)
+ROUNDED = Schedule(block_q=128, block_kv=128, target="ascend_910b")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def _resonance(amplitude: float) -> Any:
 
 
 def _alternating(rng: np.random.Generator, seq: int, heads: int, dim: int) -> Any:
-    """|S'| > 65504 whatever mean is taken off: keys change sign from one to the next."""
+    """Keys change sign from one to the next: |S'| > 65504 whatever mean is taken off."""
     q = 100 + rng.standard_normal((seq, heads, dim))
     k = (100 + rng.standard_normal((seq, heads, dim))) * (-1.0) ** np.arange(seq)[:, None, None]
     return q, k, rng.standard_normal((seq, heads, dim))
@@ -148,21 +151,21 @@ def schemes(dtype: str) -> dict[str, Scheme]:
     ours = partial(dot_product_attention, implementation="lax")
     statistics = Precision(scores=dtype, probabilities=dtype)
     found: dict[str, Scheme] = {
-        "float32 scores": partial(ours, shift="none", precision="float32", schedule=REACHABLE),
+        "float32 scores": partial(ours, shift="none", precision="float32", schedule=TILES),
         "unscaled": partial(plain_attention, scores=dtype, prescaled=False),
         BASELINE: partial(plain_attention, scores=dtype, prescaled=True),
         "global K mean": partial(plain_attention, scores=dtype, prescaled=True, centre_keys=True),
     }
     for start in PAPER_STARTS:
         beta = optimal_beta(128, start)
-        paper = partial(ours, shift="paper", beta=beta, schedule=REACHABLE)
+        paper = partial(ours, shift="paper", beta=beta, schedule=TILES)
         if dtype == "float16":
             found[f"paper {beta:.4f}"] = partial(paper, precision="paper")
         found[f"paper {beta:.4f}, float32 statistics"] = partial(paper, precision=statistics)
     for shift in ("none", "mean", "mean_past", "reference", "auto"):
-        found[shift] = partial(ours, shift=shift, schedule=REACHABLE)
+        found[shift] = partial(ours, shift=shift, schedule=TILES)
     for shift in ("mean", "reference", "auto"):
-        found[f"{shift}, rounded first"] = partial(ours, shift=shift, schedule=BEHIND)
+        found[f"{shift}, rounded products"] = partial(ours, shift=shift, schedule=ROUNDED)
     return found
 
 
@@ -271,9 +274,6 @@ def main(output: Path, heads: int = 8, seq: int = 1280, quick: bool = False) -> 
       heads, seq: shape of each case, [1, seq, heads, 128].
       quick: every fifth case.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     console = Console(width=160)
     with Progress(console=console, transient=True) as bar:
         step = 5 if quick else 1
@@ -289,7 +289,7 @@ def main(output: Path, heads: int = 8, seq: int = 1280, quick: bool = False) -> 
     return report
 
 
-def tables(report: dict[str, Any]) -> Iterator[Any]:
+def tables(report: dict[str, Any]) -> Iterator[Table]:
     """The tables of ``report``, for rich to print."""
     for part in ("paper", "zero mean", "hard"):
         for dtype, records in report[part].items():
@@ -301,9 +301,7 @@ def tables(report: dict[str, Any]) -> Iterator[Any]:
         yield _ratio_table(dtype, found)
 
 
-def _error_table(title: str, records: list[Record], kind: str) -> Any:
-    from rich.table import Table
-
+def _error_table(title: str, records: list[Record], kind: str) -> Table:
     table = Table("scheme", title=title)
     for record in records:
         table.add_column(record["case"].replace(", ", "\n"), justify="right")
@@ -317,9 +315,7 @@ def _error_table(title: str, records: list[Record], kind: str) -> Any:
     return table
 
 
-def _ratio_table(dtype: str, found: dict[str, dict[str, float]]) -> Any:
-    from rich.table import Table
-
+def _ratio_table(dtype: str, found: dict[str, dict[str, float]]) -> Table:
     table = Table("scheme", title=f"zero mean, {dtype}: error over that of {BASELINE!r}")
     for column in ("geometric mean", "worst"):
         table.add_column(column, justify="right")
@@ -336,7 +332,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     records = report["zero mean"]["float16"]
-    shown = ("float32 scores", BASELINE, "paper 0.9845", "mean", "reference", "auto, rounded first")
+    shown = (
+        "float32 scores",
+        BASELINE,
+        "paper 0.9845",
+        "mean",
+        "reference",
+        "auto, rounded products",
+    )
     figure, axis = plt.subplots(figsize=(11, 5), layout="constrained")
     for name in shown:
         axis.plot([r["errors"][name]["plain"] for r in records], marker="o", label=name)

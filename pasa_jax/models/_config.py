@@ -10,7 +10,7 @@ from pasa_jax.core.errors import check_choice, wrong
 from pasa_jax.models._checks import brief, epsilon, flag, integer, rope_base
 
 FAMILIES = ("qwen2", "llama")
-# Beside these, with other values than the ones allowed here, the numbers would be others.
+# Fields that change the results, with the only values that are implemented.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False, None),
@@ -123,7 +123,7 @@ def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> i
 
 
 def _rope_base(config: Mapping[str, Any]) -> float:
-    """θ; transformers 5 keeps it in ``rope_parameters``, older ones beside ``rope_scaling``."""
+    """θ; transformers 5 writes it into ``rope_parameters``, older ones beside ``rope_scaling``."""
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = {} if config.get(name) is None else config[name]
     if not isinstance(rope, Mapping) or any(isinstance(x, Mapping) for x in rope.values()):
@@ -135,7 +135,7 @@ def _rope_base(config: Mapping[str, Any]) -> float:
 
 
 def _check_window(config: Mapping[str, Any]) -> None:
-    """Qwen2's window is written in every config.json and in use in few."""
+    """Raises if a sliding window is in use; Qwen2's config.json names one in any case."""
     kinds = [] if config.get("layer_types") is None else config["layer_types"]
     if not isinstance(kinds, (list, tuple)) or any(kind != "full_attention" for kind in kinds):
         raise wrong("layer_types", "be 'full_attention' throughout", brief(kinds))

@@ -1,4 +1,4 @@
-"""What stands in a Hugging Face model directory: config.json, *.safetensors, tokenizer.json."""
+"""Reads a Hugging Face model directory: config.json, *.safetensors, tokenizer.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pasa_jax.models._checks import brief, inside
 EXTRA = "models"
 _JSON_BYTES = 2**24  # the index of 100 000 tensors has half of it; parsed, it takes 20 times that
 _JSON_DEPTH = 64
-# What safetensors reads into NumPy; of 8 bits and fewer it has floating types that NumPy lacks.
+# The types that safetensors can read into NumPy; its floats of 8 bits and fewer it cannot.
 _INTS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _DTYPES = (*_INTS, "F16", "BF16", "F32", "F64", "C64")
 
@@ -90,7 +90,7 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
     safetensors = require("safetensors", EXTRA)
     tensors = {}
     try:
-        # By flax: numpy's framework of safetensors 0.5 has no bfloat16.
+        # Not framework="numpy", which has no bfloat16 in safetensors 0.5.
         with safetensors.safe_open(path, framework="flax") as file:
             for name in file.keys():  # noqa: SIM118  not a dict
                 dtype = file.get_slice(name).get_dtype()
@@ -125,7 +125,7 @@ def _indexed(index: dict[str, Any], path: Path) -> list[str]:
 
 
 def _is_plain(name: Any) -> bool:
-    """No way out of the directory, on any system."""
+    """Whether ``name`` is a file name that cannot lead out of the directory, on any system."""
     if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 255:
         return False
     is_one = PurePosixPath(name).name == name == PureWindowsPath(name).name
@@ -144,7 +144,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _parsed(text: bytes) -> Any:
-    """JSON whose depth is no danger to what walks it later."""
+    """The parsed JSON; raises if it is so deep that recursive code could fail on it."""
     allowed = f"be nested at most {_JSON_DEPTH} deep"
     try:
         found = json.loads(text.decode("utf-8"))
@@ -156,7 +156,7 @@ def _parsed(text: bytes) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """How deep lists and dicts stand in each other."""
+    """How deep lists and dicts are nested."""
     level, depth = [value], 0
     while level := [x for x in level if isinstance(x, (dict, list))]:
         level = [child for x in level for child in (x.values() if isinstance(x, dict) else x)]

@@ -20,8 +20,8 @@ from pasa_jax.plugins import KVCache
 Array = jax.Array
 
 
-class Plan(NamedTuple):
-    """What a loop is compiled for."""
+class Request(NamedTuple):
+    """The static arguments of `run`, for which its loop is compiled."""
 
     count: int
     eos: tuple[int, ...]
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     attention: Callable[..., Array] | None
 
 
-def plan(
+def checked_request(
     tokens: Array,
     max_length: int,
     count: int,
@@ -37,8 +37,8 @@ def plan(
     temperature: float,
     key: Array | None,
     attention: Callable[..., Array] | None,
-) -> Plan:
-    """The plan, or the error for a wrong argument of `Decoder.generate`."""
+) -> Request:
+    """The request, or the error for a wrong argument of `Decoder.generate`."""
     if not isinstance(count, (int, np.integer)) or count < 1:
         raise wrong("max_new_tokens", "be a positive int", repr(count))
     room = max_length - tokens.shape[1]
@@ -50,7 +50,7 @@ def plan(
     if temperature > 0 and key is None:
         raise wrong("key", "be given to sample", None, "jax.random.key(seed) makes one.")
     ends = () if eos is None else (eos,) if isinstance(eos, (int, np.integer)) else eos
-    return Plan(int(count), tuple(int(x) for x in ends), float(temperature), attention)
+    return Request(int(count), tuple(int(x) for x in ends), float(temperature), attention)
 
 
 def checked_lengths(lengths: ArrayLike | None, tokens: Array) -> Array:
@@ -70,7 +70,7 @@ def checked_lengths(lengths: ArrayLike | None, tokens: Array) -> Array:
 
 
 class Memory(NamedTuple):
-    """How the text so far is kept: ``start`` reads prompts, ``step`` one more token each.
+    """How the text so far is stored: ``start`` reads prompts, ``step`` one more token of each.
 
     Both return logits [B, V] of the next token and the new state.
     """
@@ -79,28 +79,28 @@ class Memory(NamedTuple):
     step: Callable[[Array, Any], tuple[Array, Any]]
 
 
-@partial(jax.jit, static_argnames="plan")
-def run(model: Any, tokens: Array, lengths: Array, key: Array, plan: Plan) -> Array:
+@partial(jax.jit, static_argnames="request")
+def run(model: Any, tokens: Array, lengths: Array, key: Array, request: Request) -> Array:
     """[B, count] new tokens."""
-    memory = cached(model, plan) if plan.attention is None else read_again(model, plan)
-    ends = jnp.asarray(plan.eos, jnp.int32)
+    memory = cached(model, request) if request.attention is None else read_again(model, request)
+    ends = jnp.asarray(request.eos, jnp.int32)
 
     def put(i: Any, logits: Array, texts: Array, ended: Array) -> tuple[Array, Array, Array]:
         """The i-th token of each text that has not ended."""
-        token = choose(logits, plan.temperature, jax.random.fold_in(key, i))
+        token = choose(logits, request.temperature, jax.random.fold_in(key, i))
         token = jnp.where(ended, texts[:, i], token)
         return token, texts.at[:, i].set(token), jnp.isin(token, ends)
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
         i, _, _, ended, _ = carry
-        return (i < plan.count) & ~jnp.all(ended)
+        return (i < request.count) & ~jnp.all(ended)
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, token, texts, ended, state = carry
         logits, state = memory.step(token, state)
         return i + 1, *put(i, logits, texts, ended), state
 
-    texts = jnp.full((len(tokens), plan.count), plan.eos[0] if plan.eos else 0, jnp.int32)
+    texts = jnp.full((len(tokens), request.count), request.eos[0] if request.eos else 0, jnp.int32)
     logits, state = memory.start(tokens, lengths)
     first = put(0, logits, texts, jnp.zeros(len(tokens), bool))
     return lax.while_loop(unfinished, step, (jnp.int32(1), *first, state))[2]
@@ -113,14 +113,14 @@ def choose(logits: Array, temperature: float, key: Array) -> Array:
     return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
 
 
-def cached(model: Any, plan: Plan) -> Memory:
+def cached(model: Any, request: Request) -> Memory:
     """Keys and values of each layer in a `KVCache`, all of them stacked along a leading axis."""
 
     def start(tokens: Array, lengths: Array) -> tuple[Array, KVCache]:
         states, new = model.walk(tokens, look=lambda q, k, v, layer: (k, v))
         empty = KVCache.empty(
             len(tokens),
-            tokens.shape[1] + plan.count,
+            tokens.shape[1] + request.count,
             model.config.kv_heads,
             model.config.head_dim,
             model.dtype,
@@ -135,15 +135,16 @@ def cached(model: Any, plan: Plan) -> Memory:
     return Memory(start, step)
 
 
-def read_again(model: Any, plan: Plan) -> Memory:
-    """The tokens themselves [B, T + count]: an attention of one's own is told of no cache."""
+def read_again(model: Any, request: Request) -> Memory:
+    """Stores the tokens [B, T + count] and reads all of them at each step, because an attention
+    function of the caller cannot use a cache."""
 
     def logits(texts: Array, lengths: Array) -> Array:
-        states, _ = model.walk(texts, plan.attention)
+        states, _ = model.walk(texts, request.attention)
         return model.logits(_at(states, lengths - 1))
 
     def start(tokens: Array, lengths: Array) -> tuple[Array, Any]:
-        texts = jnp.pad(tokens, ((0, 0), (0, plan.count)))
+        texts = jnp.pad(tokens, ((0, 0), (0, request.count)))
         return logits(texts, lengths), (texts, lengths)
 
     def step(token: Array, state: tuple[Array, Array]) -> tuple[Array, Any]:

@@ -19,7 +19,7 @@ from pasa_jax.core.errors import wrong
 from pasa_jax.models._checks import brief
 
 EXTRA = "models"
-# The types of fields: numbers, by struct's codes, and two more.
+# The types of fields: numbers by the codes of `struct`, strings and arrays.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_FIELDS, _MOST_TENSORS = 2**12, 2**16
@@ -77,7 +77,7 @@ class File(NamedTuple):
 
 
 def read(path: Path) -> File:
-    """What stands in a file, of which nothing is kept but the fields.
+    """The fields and the places of the tensors of a file.
 
     Raises:
       ValueError: it is damaged, or has what is not read here, by name.

@@ -1,4 +1,4 @@
-"""Named tensors into the parameters of a flax.nnx module."""
+"""Fills the parameters of a flax.nnx module with named tensors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def checked_dtype(dtype: Any) -> Any:
 
 
 class Tensors:
-    """The tensors of a checkpoint, each taken once; ``source`` is the argument errors name.
+    """The tensors of a checkpoint, each of which is taken once.
 
-    What is taken leaves ``tensors``, so that a model and its checkpoint need not both be held.
+    A tensor that is taken is removed from ``tensors``, so that memory need not hold both the model
+    and the checkpoint. ``source`` is the argument that errors name.
     """
 
     def __init__(self, tensors: dict[str, np.ndarray], source: str) -> None:
@@ -60,9 +61,9 @@ class Tensors:
 
 
 def fill(make: Callable[[], M], value: Callable[[str, Any], Any]) -> M:
-    """The module that ``make`` makes, its parameters being ``value(path, shape and dtype)``.
+    """The module that ``make`` would give, with the parameters ``value(path, shape and dtype)``.
 
-    ``make`` is never run but for its shapes; a path is the attributes' names joined by dots.
+    ``make`` is only traced for its shapes. A path is the names of the attributes, joined by dots.
     """
     graph, state = nnx.split(nnx.eval_shape(make))
     flat = [

@@ -31,10 +31,10 @@ __all__ = ["Decoder", "DecoderConfig", "load", "load_gguf"]
 Array = jax.Array
 # (query [B, T, N, D], key [B, T, K, D], value [B, T, K, D], layer []) -> [B, T, N, D], causal
 AttentionFn = Callable[[Array, Array, Array, Array], Array]
-# The same arguments; any pytree of arrays.
+# The same arguments -> any pytree of arrays.
 Look = Callable[[Array, Array, Array, Array], Any]
 Rotation = tuple[Array, Array]  # cosine and sine, [B or 1, T, 1, D/2] float32
-# What a block does with its heads: (its module, q, k, v) -> (mixed [B, T, N, D], what is kept)
+# The attention of a block: (its module, q, k, v) -> (output [B, T, N, D], a pytree to stack)
 Mix = Callable[["Attention", Array, Array, Array], tuple[Array, Any]]
 
 
@@ -86,11 +86,11 @@ class Attention(nnx.Module):
             project(x).reshape(*x.shape[:2], -1, self.head_dim)
             for project in (self.query, self.key, self.value)
         )
-        mixed, kept = mix(self, _rotated(q, rotation), _rotated(k, rotation), v)
-        return self.out(mixed.reshape(*x.shape[:2], -1)), kept
+        mixed, extra = mix(self, _rotated(q, rotation), _rotated(k, rotation), v)
+        return self.out(mixed.reshape(*x.shape[:2], -1)), extra
 
     def causal(self, q: Array, k: Array, v: Array) -> Array:
-        """PASA, by its public name, so that what watches that function sees this module call it."""
+        """PASA, by its public name, so that `pasa_jax.diagnostics` sees this module call it."""
         return pasa_jax.dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -116,9 +116,9 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, rotation: Rotation, mix: Mix) -> tuple[Array, Any]:
-        mixed, kept = self.attention(self.attention_norm(x), rotation, mix)
+        mixed, extra = self.attention(self.attention_norm(x), rotation, mix)
         x = x + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x)), kept
+        return x + self.feed_forward(self.feed_forward_norm(x)), extra
 
 
 class Decoder(nnx.Module):
@@ -225,12 +225,12 @@ class Decoder(nnx.Module):
             ``temperature`` or a missing ``key``.
         """
         tokens = self.checked(tokens)
-        plan = _generate.plan(
+        request = _generate.checked_request(
             tokens, self.config.max_length, max_new_tokens, eos, temperature, key, attention
         )
         lengths = _generate.checked_lengths(lengths, tokens)
         key = jax.random.key(0) if key is None else key
-        return _generate.run(self, tokens, lengths, key, plan)
+        return _generate.run(self, tokens, lengths, key, request)
 
     def checked(self, tokens: ArrayLike) -> Array:
         """``tokens`` as [B, T] int32, or the error for them."""
@@ -353,7 +353,7 @@ def _assembled(
 ) -> Decoder:
     """The decoder of tensors by Hugging Face's names, matrices [out, in]; empties ``tensors``."""
     dtype = checked_dtype(dtype)
-    # Written by some tools, though they say nothing: a copy of the embedding, and RoPE's constants.
+    # Some tools also write a copy of the embedding and the constants of RoPE; they are not needed.
     spare = {"lm_head.weight"} if config.tied else set()
     for name in [n for n in tensors if n in spare or "rotary_emb" in n]:
         del tensors[name]

@@ -1,4 +1,4 @@
-"""BERT encoders, as sentence-transformers' all-MiniLM-L6-v2 is one, on PASA's attention.
+"""BERT encoders, such as sentence-transformers' all-MiniLM-L6-v2, with PASA's attention.
 
 Devlin et al., arXiv 1810.04805; the numbers are those of Hugging Face's `BertModel`.
 """
@@ -25,7 +25,7 @@ Array = jax.Array
 # (query, key, value [B, T, N, D], lengths [B] or None, layer []) -> [B, T, N, D]
 AttentionFn = Callable[[Array, Array, Array, Array | None, Array], Array]
 
-# What `BertModel` can also do and this one cannot: the one value of each that is implemented.
+# Fields of `BertModel` of which one value is implemented here.
 _ONLY = {
     "model_type": "bert",
     "hidden_act": "gelu",
@@ -126,7 +126,7 @@ def attend(
       [B, T, N, D] of query's own type.
     """
     narrow = (x if dtype is None else x.astype(dtype) for x in (query, key, value))
-    # By its public name: what watches that function sees the module on the stack call it.
+    # By its public name, so that `pasa_jax.diagnostics` sees the module call it.
     out = pasa_jax.dot_product_attention(
         *narrow, query_seq_lengths=lengths, key_value_seq_lengths=lengths, **options
     )
@@ -261,7 +261,7 @@ class Encoder(nnx.Module):
         hidden = self(tokens, lengths, attention=attention).astype(jnp.float32)
         count = tokens.shape[1] if lengths is None else jnp.asarray(lengths)[:, None, None]
         total = jnp.sum(hidden, axis=1, where=jnp.arange(tokens.shape[1])[:, None] < count)
-        # The mean's divisor drops out of the direction.
+        # The sum has the direction of the mean, and only the direction counts.
         return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), 1e-12)
 
     def _check(self, tokens: Array, lengths: Array | None, token_types: Array | None) -> None:
@@ -298,7 +298,7 @@ _NAMES = {
     "layers.norm": "encoder.layer.{}.output.LayerNorm",
 }
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-# In the files of `BertModel` and without effect on the hidden states.
+# Tensors of `BertModel` that have no effect on the hidden states.
 _UNUSED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 

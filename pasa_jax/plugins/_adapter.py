@@ -1,4 +1,4 @@
-"""What the two plug-ins share: flax's arguments put into those of `dot_product_attention`."""
+"""Shared by the two plug-ins: flax's arguments as arguments of `dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pasa_jax.core.precision import Precision
 Array = jax.Array
 Options = tuple[tuple[str, Any], ...]
 
-# What a module's attention is made with; everything else comes with each call.
+# The options of an attention function; all other arguments come with each call.
 OPTIONS = (
     "scale",
     "local_window_size",
@@ -61,7 +61,7 @@ def attend(
     precision: Any,
     options: dict[str, Any],
 ) -> Array:
-    """Attention of [batch…, T, N, D], as flax's modules ask for it; [batch…, T, N, E]."""
+    """`dot_product_attention` with flax's arguments: [batch…, T, N, D] to [batch…, T, N, E]."""
     _check_shapes(query, key, value)
     _check_precision(precision)
     _check_position(query, key, is_causal, options)
@@ -84,13 +84,13 @@ def attend(
 
 
 def refuse(name: str, given: object, way_out: str) -> None:
-    """Raises where an argument that only flax's own attention has is given."""
+    """Raises if an argument is given that only flax's own attention can use."""
     if given is not None:
         raise wrong(name, "be None: scores are computed tile by tile", repr(given), way_out)
 
 
 def refuse_to_sow(module: object) -> None:
-    """Raises where attention weights are asked for, of which there never is a whole matrix."""
+    """Raises if a module wants the attention weights: they never exist as a whole matrix."""
     if module is not None:
         allowed = "be False: attention weights are never held whole"
         way_out = (
@@ -101,7 +101,7 @@ def refuse_to_sow(module: object) -> None:
 
 
 def check_softmax(force_fp32_for_softmax: bool, options: dict[str, Any]) -> None:
-    """Raises where the softmax is asked to be in float32 and the options make it float16."""
+    """Raises if the softmax must be in float32 and the options make it float16."""
     given = options.get("precision")
     if not force_fp32_for_softmax or given is None:
         return
@@ -119,8 +119,8 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
 
 
 def _check_precision(precision: Any) -> None:
-    """Products are exact in 16 bits and as precise as "highest" in float32, so every plain name is
-    honoured; an algorithm that wants its own rounding is not."""
+    """Raises for an algorithm by name. Any precision is fine: products of 16-bit numbers are exact,
+    and those of float32 are as precise as "highest"."""
     for one in precision if isinstance(precision, tuple) else (precision,):
         try:
             jax.lax.Precision(one)
@@ -132,7 +132,8 @@ def _check_precision(precision: Any) -> None:
 
 
 def _check_position(query: Array, key: Array, is_causal: bool, options: dict[str, Any]) -> None:
-    """One query beside many keys is a decoder's, and only its mask knows where it stands."""
+    """Raises if a position is needed that is not known: one query beside many keys comes from a
+    decoder, and only the decoder's mask knows where it stands."""
     if query.shape[-3] != 1 or key.shape[-3] == 1:
         return
     window = options.get("local_window_size")
@@ -165,16 +166,17 @@ def _one_batch_of_scores(name: str, x: Array, batch: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
 
 
-# Which modules are given another attention.
+# Giving modules another attention.
 
 Choose = Callable[[str, Any], Mapping[str, Any] | None]
 
 
 @contextmanager
 def lent(module: Any, attention_fn: Callable[..., Array]) -> Iterator[None]:
-    """While it lasts, a flax module has another ``attention_fn``.
+    """A context in which a flax module has another ``attention_fn``.
 
-    Past flax's own check of who may change a module, and when: it is changed back.
+    Flax would refuse to change the module here. ``object.__setattr__`` bypasses that, and the end
+    of the context undoes the change.
     """
     before = module.attention_fn
     object.__setattr__(module, "attention_fn", attention_fn)
@@ -187,7 +189,7 @@ def lent(module: Any, attention_fn: Callable[..., Array]) -> Iterator[None]:
 def options_for(
     path: str, module: Any, choose: Choose | None, options: dict[str, Any], native: object
 ) -> dict[str, Any] | None:
-    """The options for one module's attention; None: it keeps the one it has.
+    """The options for one module's attention, or None if the module keeps its own.
 
     Arguments:
       choose: see `patch`.
@@ -201,7 +203,7 @@ def options_for(
 def chosen_options(
     path: str, module: Any, choose: Choose | None, options: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The options that ``choose`` gives, beside those of all."""
+    """The common options together with those that ``choose`` gives; None if it gives None."""
     chosen = {} if choose is None else choose(path, module)
     return None if chosen is None else {**options, **chosen}
 

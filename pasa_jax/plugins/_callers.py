@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import jax
 from flax import linen, nnx
 
-# Whose functions are not the model's.
+# Functions of these packages are not part of a model.
 _LIBRARIES = ("pasa_jax.", "jax.", "flax.", "contextlib")
+_SCAN = inspect.unwrap(jax.lax.scan).__code__
 
 
 def frames() -> list[FrameType]:
-    """Those of the caller, innermost first."""
+    """The frames of the caller, innermost first."""
     return list(_outwards(sys._getframe(1)))
 
 
@@ -25,9 +28,10 @@ def modules(stack: list[FrameType]) -> list[Any]:
 
 
 def path(running: list[Any]) -> str:
-    """That of the first module in the last that holds it; of the outermost module itself, "".
+    """The path of the innermost module, as seen from the outermost module that holds it.
 
-    Jit and scan run copies of modules, which the outermost does not hold.
+    The outermost module itself has the path "". Jit and scan run copies of modules, which the
+    outermost does not hold: then the path begins with the class of the copy that holds the module.
     """
     innermost = running[0]
     if isinstance(innermost, linen.Module):
@@ -45,6 +49,15 @@ def name(stack: list[FrameType]) -> str:
     """The path or the class of the innermost module, or the function that runs, and its line."""
     running = modules(stack)
     return path(running) or type(running[0]).__name__ if running else _function(stack)
+
+
+def scan_steps(stack: list[FrameType]) -> tuple[int, ...]:
+    """The step of each `jax.lax.scan` that runs, outermost first; () under jit.
+
+    Without jit a scan is a Python loop, whose variable is ``i``.
+    """
+    steps = (frame.f_locals.get("i") for frame in reversed(stack) if frame.f_code is _SCAN)
+    return tuple(step for step in steps if isinstance(step, int))
 
 
 def _function(stack: list[FrameType]) -> str:

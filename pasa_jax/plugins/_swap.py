@@ -1,4 +1,4 @@
-"""What the contexts share that swap an attention while they last."""
+"""Shared by the contexts in which another attention is used."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pasa_jax.plugins import _callers
 from pasa_jax.plugins._adapter import Choose, checked, chosen_options, options_for
 
 AttentionFn = Callable[..., jax.Array]
-# What flax's functions and jax's are all called, and what marks a call of one in a path.
+# The name of flax's functions and of jax's, and what marks a call of one of them in a path.
 _NAME = "dot_product_attention"
 DIRECT = f": {_NAME}"
 
 
 class Swap:
-    """Which attention takes the place of flax's in a context, and where it has done so.
+    """The attention that replaces flax's in a context, and the places where it did.
 
     Arguments:
       native: flax's own function.
-      attention_fn: options -> the function that takes its place.
+      attention_fn: options -> the function that replaces it.
       choose, options: see `pasa_jax.plugins.linen.replaced`.
     """
 
@@ -43,13 +43,13 @@ class Swap:
         self._asked = False
 
     def of_module(self, path: str, module: Any) -> AttentionFn | None:
-        """The attention of an attention module that is called; None: the one it has."""
+        """The new attention of an attention module that is called; None: it keeps its own."""
         self._asked = True
         chosen = options_for(path, module, self._choose, self._options, self._native)
         return self._swapped(path, chosen)
 
     def _of_call(self) -> AttentionFn | None:
-        """The attention of code that calls flax's function itself; None: flax's."""
+        """The new attention of code that calls flax's function itself; None: flax's."""
         self._asked = True
         stack = _callers.frames()
         path = _callers.name(stack) + DIRECT
@@ -65,10 +65,10 @@ class Swap:
 
     @contextmanager
     def calls_of(self, before: AttentionFn) -> Iterator[None]:
-        """While it lasts, the name of ``before``, flax's function, means this swap's."""
+        """A context in which the name of ``before``, flax's function, means the new attention."""
         lasts = True
 
-        # Linen asks for the signature. Who keeps the function beyond the context has flax's.
+        # Linen reads the signature. Code that keeps this function after the context calls flax's.
         @wraps(before, assigned=("__name__", "__qualname__", "__doc__"))
         def replacement(*args: Any, **keywords: Any) -> jax.Array:
             swapped = self._of_call() if lasts else None
@@ -81,15 +81,15 @@ class Swap:
             lasts = False
 
     def check(self, context: str, function: str) -> None:
-        """Raises where there was nothing to swap, chosen or not."""
+        """Raises if no attention was called that could have been swapped."""
         if not self._asked:
             raise nothing_swapped(context, function)
 
 
 @contextmanager
 def renamed(before: AttentionFn, after: AttentionFn) -> Iterator[None]:
-    """While it lasts, ``dot_product_attention`` is ``after`` in each Python module where it is
-    ``before``: in the library's, and in those that imported the name from there."""
+    """A context in which ``dot_product_attention`` is ``after`` in every Python module where it was
+    ``before``: in the library, and in modules that imported the name from there."""
     _rename(before, after)
     try:
         yield
@@ -99,7 +99,7 @@ def renamed(before: AttentionFn, after: AttentionFn) -> Iterator[None]:
 
 def _rename(now: AttentionFn, then: AttentionFn) -> None:
     for module in list(sys.modules.values()):
-        # Past __getattr__, by which some modules load others.
+        # Not by getattr: some modules have a __getattr__ that imports other modules.
         names = object.__getattribute__(module, "__dict__") if module is not None else {}
         if names.get(_NAME) is now:
             names[_NAME] = then

@@ -1,4 +1,4 @@
-"""`KVCache`: keys and values of a decoder, with what PASA asks of them kept beside them."""
+"""`KVCache`: keys and values of a decoder, and what PASA needs to know of them."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Array = jax.Array
 class KVCache:
     """Keys and values of up to S tokens, made by `empty`, grown by `append`, read by `attend`.
 
-    A pytree: it goes through jit (donate it: `append` then writes in place), scan and vmap. Beside
-    keys and values it keeps the sums of their blocks and three maxima of each block, which `append`
-    brings up to date in O(tokens appended); so `attend` reads each key and value once, where
-    `pasa_jax.dot_product_attention` also asks all of them whether they are finite, how large and
-    how biased they are.
+    It is a pytree and works with jit, scan and vmap; if it is donated, `append` writes in place.
+    Beside keys and values it stores the sum and three maxima of each block of keys, which `append`
+    updates in O(tokens appended). So `attend` reads each key and value once, where
+    `pasa_jax.dot_product_attention` reads all of them a second time to find block means, largest
+    norms and numbers that are not finite.
 
     Letters as in `pasa_jax.dot_product_attention`; S is the most that fits.
 
@@ -44,7 +44,7 @@ class KVCache:
       key, value: [B, S, K, D], [B, S, K, E].
       length: [B] int32, tokens appended to each batch entry so far; more than S if they did not
         fit.
-      known: what is kept beside them, [B, K, …].
+      known: sums and maxima of the blocks, [B, K, …].
       schedule: tile sizes; a block of its ``block_kv`` keys has one sum.
     """
 
@@ -110,7 +110,7 @@ class KVCache:
         return self.key.shape[1]
 
     def append(self, key: Array, value: Array, *, lengths: ArrayLike | None = None) -> KVCache:
-        """This cache with more tokens: a prompt, or the next one.
+        """This cache with more tokens: those of a prompt, or the next one.
 
         Arguments:
           key, value: [B, T, K, D], [B, T, K, E] of the cache's type.
@@ -148,7 +148,7 @@ class KVCache:
         )
 
     def attend(self, query: Array, *, lengths: ArrayLike | None = None, **options: Any) -> Array:
-        """Attention of the last T tokens: each sees itself and what came before it.
+        """Attention of the last T tokens: each sees itself and all tokens before it.
 
         Arguments:
           query: [B, T, N, D] of the T tokens that were appended last, of the cache's type.
@@ -157,10 +157,10 @@ class KVCache:
             ``beta``, ``precision``, as in `pasa_jax.dot_product_attention`.
 
         Returns:
-          [B, T, N, E] of query's type, computed by the lax walk: what one causal call over all
-          tokens gives for these, to within the rounding of the stored scores (their blocks' means
-          hold other keys). NaN for a batch entry whose tokens did not fit, or that has fewer than
-          there are queries. There is no gradient.
+          [B, T, N, E] of query's type, computed by the lax walk. It equals what one causal call
+          over all tokens gives for the last T, within the rounding of stored scores: the block
+          means differ, as later keys are not in them yet. NaN for a batch entry whose tokens did
+          not fit, or that has fewer tokens than there are queries. There is no gradient.
 
         Raises:
           ValueError: a wrong shape or type, an unknown option, or (where lengths are known)

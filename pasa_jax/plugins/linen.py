@@ -24,7 +24,7 @@ from pasa_jax.plugins._adapter import (
 from pasa_jax.plugins._swap import Swap
 
 Array = jax.Array
-# Flax's own, also while a context gives its name to another.
+# Flax's own function, also inside a context that gives its name to another.
 NATIVE = linen.dot_product_attention
 
 
@@ -110,7 +110,7 @@ def _attention_fn(options: Options) -> Callable[..., Array]:
 def replaced(
     choose: Choose | None = None, *, missing_ok: bool = False, **options: Any
 ) -> Iterator[list[str]]:
-    """While it lasts, linen's attention is `attention_fn`.
+    """A context in which linen's attention is `attention_fn`.
 
     Linen makes its modules anew at each call, so there is nothing to change in a model. Instead,
     every `MultiHeadDotProductAttention` (and what derives from it) that is called within the

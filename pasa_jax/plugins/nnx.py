@@ -16,7 +16,7 @@ from pasa_jax.plugins._adapter import Choose, Options, attend, checked, lent, re
 from pasa_jax.plugins._swap import Swap
 
 Array = jax.Array
-# Flax's own, also while a context gives its name to another.
+# Flax's own function, also inside a context that gives its name to another.
 NATIVE = nnx.dot_product_attention
 
 
@@ -103,7 +103,7 @@ def _attention_fn(options: Options) -> Callable[..., Array]:
 def replaced(
     choose: Choose | None = None, *, missing_ok: bool = False, **options: Any
 ) -> Iterator[list[str]]:
-    """While it lasts, nnx's attention is `attention_fn`.
+    """A context in which nnx's attention is `attention_fn`.
 
     As `pasa_jax.plugins.linen.replaced`: every `flax.nnx.MultiHeadAttention` that is called within
     the context takes another ``attention_fn`` for that call, and so does every call of
@@ -142,10 +142,10 @@ def replaced(
 
 @contextmanager
 def _modules_swapped(swap: Swap) -> Iterator[None]:
-    """In the class: jit and scan run copies of a model's modules."""
+    """Replaces ``__call__`` in the class, since jit and scan run copies of a model's modules."""
     kind: Any = nnx.MultiHeadAttention
     before = kind.__call__
-    # Past an outer context, whose options would come after these.
+    # Not the method of an outer context, which would set its own attention again.
     original = getattr(before, "original", before)
 
     @wraps(before)

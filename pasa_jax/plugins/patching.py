@@ -1,4 +1,4 @@
-"""Attention swapped in what is already written: nnx models, and `jax.nn` itself."""
+"""Swaps the attention of existing code: of nnx models, and of `jax.nn` itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Array = jax.Array
 
 @dataclass
 class Patch:
-    """What `patch` changed; `restore`, or the end of a ``with`` block, puts it back.
+    """The changes of `patch`; `restore`, or the end of a ``with`` block, undoes them.
 
     Arguments:
       options: path of each changed module -> the options of its new attention.
@@ -33,7 +33,7 @@ class Patch:
     _changes: list[_Change] = field(repr=False)
 
     def restore(self) -> None:
-        """Gives every module the attention it had; a second time, nothing.
+        """Gives every module the attention that it had; a second call does nothing.
 
         Raises:
           ValueError: a module was given another attention since: undo that first.
@@ -140,13 +140,13 @@ def _from_mapping(chosen: Mapping[str, Mapping[str, Any]], paths: tuple[str, ...
     return lambda path, module: chosen.get(path)
 
 
-# What jax.nn's own arguments say for each call cannot be an option as well.
+# Arguments of jax.nn's function, which each call gives; they cannot be options as well.
 _OF_THE_CALL = ("scale", "local_window_size")
 
 
 @contextmanager
 def replace_jax_nn(*, missing_ok: bool = False, **options: Any) -> Iterator[None]:
-    """While it lasts, `jax.nn.dot_product_attention` is `pasa_jax.dot_product_attention`.
+    """A context in which `jax.nn.dot_product_attention` is `pasa_jax.dot_product_attention`.
 
     For code that calls it by that name, or one imported from there: flax.nnx's own attention
     (without dropout), keras on jax. Functions that jit has compiled before stay as they were. The

@@ -35,12 +35,12 @@ def run(directory, *options, text="text.txt"):
 def test_a_directory_and_a_text(directory):
     done = run(directory, "--tokens", "40", "--error-rows", "0")
     assert done.exit_code == 0, done.output
-    assert "4 of 8 heads overflow float16, in Block.attention (call 1)" in " ".join(
+    assert "4 of 8 heads overflow float16, in Block.attention[1] (call 1)" in " ".join(
         done.output.split()
     )
     report = json.loads((directory / "out" / "report.json").read_text())
     assert [call["shapes"][0] for call in report["calls"]] == [[1, 40, 4, 4]] * 2
-    assert [call["name"] for call in report["calls"]] == ["Block.attention"] * 2
+    assert [call["name"] for call in report["calls"]] == [f"Block.attention[{i}]" for i in range(2)]
     assert (directory / "out" / "report.html").stat().st_size > 10_000
 
 

@@ -8,11 +8,12 @@ import pytest
 from pasa_jax import Precision, dot_product_attention
 from pasa_jax.call.api import canonical
 from pasa_jax.diagnostics import inspect
-from pasa_jax.diagnostics._forms import DTYPES, FORMS, _exact, _sample
+from pasa_jax.diagnostics._forms import ATTENTIONS, DTYPES, FLOAT32_SCORES, _exact, _sample
 from pasa_jax.evidence.plain import float64_attention, plain_attention
 from tests.thin import some
 
 RNG = np.random.default_rng(1)
+FORMS = (FLOAT32_SCORES, *ATTENTIONS)
 
 
 def draw(length, heads, size, bias=0.0):
@@ -77,8 +78,10 @@ def test_overflow_is_nan_in_eager_code_alone():
 
 def test_the_cast_alone_may_be_too_much():
     report = report_of(4 * draw(96, 4, 32), draw(96, 2, 32, 300), draw(96, 2, 16))
-    assert report.calls[0].cast_costs("bfloat16").all()
-    assert "bfloat16: in 4 of 4 heads the cast of query, key and value costs" in report.advice[-1]
+    assert report.calls[0].cast_costs_much("bfloat16").all()
+    assert report.advice[-1].startswith(
+        "In 4 of 4 heads the cast of query, key and value to bfloat16 costs more than 1 % by itself"
+    )
 
 
 CASES = {

@@ -101,11 +101,31 @@ def test_vmap_gives_a_call_for_each_entry():
     assert found(jax.vmap(Model()), X[None].repeat(2, axis=0)) == [p for p in PATHS for _ in "12"]
 
 
-def test_scan():
+def test_layers_under_a_scan_are_numbered():
     report = inspect(Own(), Q, error_rows=0)
-    assert [c.name for c in report.calls] == ["Scanned"] * 3
+    assert [c.name for c in report.calls] == ["Scanned[0]", "Scanned[1]", "Scanned[2]"]
     sizes = [float(c.max_product.max()) for c in report.calls]
     assert sizes[0] == 0 < sizes[1]
+
+
+def test_a_scan_in_a_scan_and_backwards():
+    model = Own()
+
+    def step(x, _):
+        return model(x), None
+
+    names = [name for name, _ in found(lambda x: jax.lax.scan(step, x, None, 2), Q)]
+    assert names == [f"Scanned[{token}][{layer}]" for token in range(2) for layer in range(3)]
+
+    def own(x, gain):
+        return dot_product_attention(x * gain, x, x), None
+
+    def backwards(x):
+        return jax.lax.scan(own, x, jnp.arange(3.0), reverse=True)[0]
+
+    calls = inspect(backwards, Q, error_rows=0).calls
+    assert [call.name[-3:] for call in calls] == ["[2]", "[1]", "[0]"]
+    assert calls[-1].max_product.max() == 0
 
 
 def test_linen():
@@ -252,9 +272,10 @@ def test_layers_under_a_scan_of_linen_are_one_model():
     model = Scan()
     variables = model.init(jax.random.key(0), X)
     path = "layers.MultiHeadDotProductAttention_0"
-    assert set(names(model.apply, variables, X)) == {path}
+    layers = {f"{path}[0]", f"{path}[1]"}
+    assert set(names(model.apply, variables, X)) == layers
     gradient = jax.grad(lambda v: model.apply(v, X).sum())
-    assert set(names(gradient, variables)) == {path}
+    assert set(names(gradient, variables)) == layers
 
 
 def test_functions_are_named_by_line():
@@ -291,7 +312,10 @@ def test_a_layer_that_overflows_does_not_hide_those_behind_it():
     assert sorted(report.overflowing) == [(0, 0), (0, 1)]
     assert all(call.not_finite == (0, 0, 0) for call in report.calls)
     assert "2 of 4 heads overflow float16, in layers.0.attention (call 0):" in report.verdict
-    assert report.advice == ["flax.nnx: with pasa_jax.plugins.nnx.replaced(): model(…)"]
+    assert report.advice == [
+        "Run the model inside `with pasa_jax.plugins.nnx.replaced():`, which swaps the attention "
+        "of flax.nnx that these heads call for PASA's."
+    ]
 
 
 def test_a_patched_model_is_seen_as_well():

@@ -78,8 +78,8 @@ def test_bias_and_spread_by_head_and_channel():
     spread = np.repeat(keys.std(axis=1), 2, axis=1)
     np.testing.assert_allclose(call.key_spread, spread.mean(axis=0), rtol=1e-3)
     np.testing.assert_allclose(call.query_mean, Q.mean(axis=(0, 1)), atol=1e-5)
-    assert call.shifts_behind.all()
-    assert not look(Q, K, V).shifts_behind.any()
+    assert call.shifts_if_rounded.all()
+    assert not look(Q, K, V).shifts_if_rounded.any()
 
 
 @pytest.mark.parametrize("phase", [5, 95, 175])

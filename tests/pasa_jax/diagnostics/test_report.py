@@ -13,6 +13,7 @@ import pytest
 
 from pasa_jax import dot_product_attention
 from pasa_jax.diagnostics import Report, inspect
+from pasa_jax.diagnostics._tables import added
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 RNG = np.random.default_rng(0)
@@ -52,7 +53,11 @@ def test_the_verdict_names_what_overflows(report):
         report.verdict,
     )
     assert report.inaccurate("float16") == [(1, 1), (1, 3)]
-    assert report.advice[0].startswith("pasa_jax: pasa_jax.dot_product_attention was called")
+    assert report.advice[0] == (
+        "These heads call `pasa_jax.dot_product_attention`, which is safe as it is."
+    )
+    assert report.advice[0].replace("`", "") not in report.to_html()
+    assert "<li>These heads call <code>pasa_jax.dot_product_attention</code>" in report.to_html()
 
 
 def test_many_calls_that_overflow_are_counted(report):
@@ -84,6 +89,23 @@ def test_the_tables(report, capsys):
     assert "the 2 loudest of 3 calls" in printed
     assert "2 of 4" in printed
     assert re.search(r"eager +NaN", printed)
+
+
+def test_what_attention_adds_to_the_cast(report):
+    quiet, loud, _ = report.calls
+    errors = loud.errors["float16"]
+    expected = errors["mean"] / errors["float32 scores"]
+    np.testing.assert_allclose(loud.added("float16", "mean"), expected)
+    np.testing.assert_array_equal(np.isnan(loud.added("float16", "eager")), loud.overflows)
+    np.testing.assert_array_equal(loud.cast_cost("float16"), errors["float32 scores"])
+    # Sorted over the heads of all calls, NaN last.
+    every = added(report.calls, "float16", "eager")
+    assert len(every) == 10
+    assert np.isnan(every[-2:]).all()
+    assert (np.diff(every[:-2]) >= 0).all()
+    equal = {"float16": {form: np.zeros(4) for form in ("float32 scores", "none")}}
+    exact = dataclasses.replace(quiet, errors=equal)
+    np.testing.assert_array_equal(exact.added("float16", "none"), 1)
 
 
 # Run in the page: every image has pixels, sorting sorts, the box hides rows.
