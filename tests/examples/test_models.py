@@ -27,6 +27,7 @@ def test_qwen2_in_float16(capsys):
     assert "100.0%      nan" in capsys.readouterr().out
 
 
+@pytest.mark.full
 @needs_smollm2
 def test_inspect_smollm2(tmp_path, capsys):
     report = load("inspect_smollm2").main(tokens=48, error_rows=0, output=tmp_path)

@@ -66,7 +66,7 @@ CASES: dict[str, Case] = {
         {"bias": "11TS", "shift": "paper", "precision": HALF}, {"batch": 2, **_ODD}, full=True
     ),
     "soft cap": Case({"logits_soft_cap": 3.0}, _ODD, full=True),
-    "bfloat16": Case({"dtype": "bfloat16"}, _ODD),
+    "bfloat16": Case({"dtype": "bfloat16"}, _ODD, full=True),
     "8 query heads a key head": Case(
         {"is_causal": True}, {"heads": 8, "kv_heads": 1, "queries": 130, "keys": 300}, full=True
     ),

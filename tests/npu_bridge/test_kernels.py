@@ -68,6 +68,7 @@ def _exact(kernel: npu_bridge.Kernel, inputs: dict[str, Any]) -> np.ndarray:
     return np.asarray(emulation.expected(plain, wide)[0], np.float64)
 
 
+@pytest.mark.full
 @needs_compiler
 def test_every_order_of_the_pipes_gives_the_same_bytes(tmp_path: Path) -> None:
     case = CASES["lengths, log-sum-exp"]

@@ -24,7 +24,7 @@ def tiles(kernel, case=None):
     return schedule
 
 
-@pytest.mark.parametrize("name", some(CASES, 3))
+@pytest.mark.parametrize("name", some(CASES, 5, 2))
 def test_contract(kernel, name):
     case = CASES[name]
     options = {"implementation": kernel, "interpret": True, "schedule": tiles(kernel, case)}
@@ -68,6 +68,7 @@ def pair(kernel, arrays, **options):
     ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", some(["bfloat16", "float32"]))
 def test_equals_lax_within_one_rounding_of_the_output(kernel, dtype):
     """Not bit for bit: kernels take powers of two, and subtract the running maximum."""

@@ -19,6 +19,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.full
 def test_all_float16_paper_mode_reproduces_the_published_algorithm():
     names = ("paper 0.9375", "paper 0.9845")
     cases = [Case("uniform", *x) for x in PUBLISHED]

@@ -10,7 +10,7 @@ import pytest
 from pasa_jax import SHIFTS, dot_product_attention
 from pasa_jax.call.backends import BACKENDS
 from tests.cases import CASES, TILES, Case, exact
-from tests.thin import some, some_tuples
+from tests.thin import only, some, some_tuples
 
 # Error allowed relative to the size of the output: a few units of the type.
 BOUND = {"float32": 4e-6, "bfloat16": 2e-2, "float16": 2.5e-3}
@@ -40,7 +40,7 @@ def test_lax_in_float32(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), some_tuples(product(CASES, ["float16", "bfloat16"]), 5, 1)
+    ("name", "dtype"), some_tuples(product(CASES, ["float16", "bfloat16"]), 9, 1)
 )
 def test_lax_in_16_bits(name, dtype):
     check(CASES[name], dtype, BOUND[dtype], implementation="lax", schedule=TILES)
@@ -84,7 +84,9 @@ def test_paper_shift(name, precision):
     check(CASES[name], "float16", 2e-2, shift="paper", precision=precision, schedule=TILES)
 
 
-@pytest.mark.parametrize("shift", ["none", "mean", "reference", "auto"])
+@pytest.mark.parametrize(
+    "shift", only(["mean", "reference"], ["none", "mean", "reference", "auto"])
+)
 @pytest.mark.parametrize(
     "name", some(["biased", "causal", "window", "mask of keys", "sinks"], 3, 1)
 )

@@ -47,6 +47,7 @@ def divergences(model, tokens, bias, *names):
 
 @needs_smollm2
 class TestClaims:
+    @pytest.mark.full
     def test_auto_is_as_good_as_float32_scores(self, model, tokens):
         base, ours = divergences(
             model, tokens, None, "float16 inputs, float32 scores", "auto float16"

@@ -46,7 +46,10 @@ def explicit(q, k, v, kept, rate=0.3, bias=None, mask=None):
     return jnp.einsum("bnts,bsne->btne", p, v, precision="highest")
 
 
-@pytest.mark.parametrize(("implementation", "broadcast"), [("lax", True), ("reference", False)])
+@pytest.mark.parametrize(
+    ("implementation", "broadcast"),
+    [("lax", True), pytest.param("reference", False, marks=pytest.mark.full)],
+)
 def test_output_and_gradients_are_those_of_the_explicit_mask(implementation, broadcast):
     case = CASES["bias"]
     arrays = case.arrays("float32")

@@ -73,7 +73,7 @@ def float64_gradients(case, arrays):
         return jax.tree.map(np.asarray, jax.grad(loss)(operands))
 
 
-@pytest.mark.parametrize("name", some(NAMES, 2))
+@pytest.mark.parametrize("name", some(NAMES, 3))
 def test_float32_against_float64(name):
     case = CASES[name]
     arrays = case.arrays("float32")
@@ -169,6 +169,7 @@ class TestForwardMode:
             q, arrays["key"], arrays["value"], is_causal=True, implementation=implementation
         )
 
+    @pytest.mark.full
     def test_jvp_and_hessian(self):
         q = self.case.arrays("float32")["query"]
         tangent = jnp.ones_like(q)

@@ -107,6 +107,7 @@ def test_unbatched_statistics_lack_the_batch_axis():
     assert found.describe(0).startswith("max |score|")
 
 
+@pytest.mark.full
 def test_guard_exponent_is_zero_in_ordinary_data_and_not_beyond():
     arrays = CASES["full"].arrays("float16")
     _, found = collect(arrays, shift="mean")

@@ -42,6 +42,7 @@ def relative(out, exact):
     return rms(np.asarray(out, np.float64)[0, at] - exact) / rms(exact - mean)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", some(DTYPES))
 def test_they_are_the_public_functions(errors, dtype):
     exact = float64_attention(*BIASED, is_causal=True)

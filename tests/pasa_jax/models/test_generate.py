@@ -49,6 +49,7 @@ def test_the_cache_gives_what_reading_again_gives(model, free):
     assert found.tolist() == free.tolist()
 
 
+@pytest.mark.full
 def test_after_an_end_comes_nothing_else(model, free):
     ends = (int(free[0, 4]), int(free[1, 2]))
     found = np.asarray(model.generate(PROMPTS, 8, lengths=LENGTHS, eos=ends))
