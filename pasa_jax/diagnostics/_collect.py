@@ -122,6 +122,8 @@ class _Collector:
     def observe(self, operands: Operands, mask: Mask, plan: Plan) -> None:
         """Queues the call; a callback delivers its arrays, which vmap and grad hold as tracers."""
         who = caller()
+        if who is None:
+            return
 
         def take(operands: Operands, mask: Mask) -> None:
             arrays = jax.tree.map(np.asarray, (operands, mask))

@@ -70,9 +70,11 @@ class Caller:
         return place + "".join(f"[{step}]" for step in self.steps)
 
 
-def caller() -> Caller:
-    """The caller of the attention call that is on the stack."""
+def caller() -> Caller | None:
+    """The caller of the attention call that is on the stack; None where nothing is computed."""
     stack = _callers.frames()
+    if _callers.tried_by_linen(stack):
+        return None
     running = _callers.modules(stack)
     root = _root(running) if running else None
     return Caller(_callers.name(stack), _callers.scan_steps(stack), _via(stack), root)

@@ -60,6 +60,15 @@ def scan_steps(stack: list[FrameType]) -> tuple[int, ...]:
     return tuple(step for step in steps if isinstance(step, int))
 
 
+def tried_by_linen(stack: list[FrameType]) -> bool:
+    """Whether linen's scan traces its body beforehand, to see what does not depend on the step."""
+    return any(
+        frame.f_globals.get("__name__") == "flax.core.axes_scan"
+        and frame.f_locals.get("init_mode") is True
+        for frame in stack
+    )
+
+
 def _function(stack: list[FrameType]) -> str:
     for frame in stack:
         if not frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
