@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fuzz.defects import put_in
+
 ROOT = Path(__file__).parents[1]
 COPIED = ("pasa_jax", "pallas_kernels", "npu_bridge", "tests", "examples", "benchmarks")
 FILES = ("pyproject.toml", "conftest.py")
@@ -33,13 +35,6 @@ class Mutant:
     old: str
     new: str
     tests: tuple[str, ...]
-
-    def put_into(self, folder: Path) -> None:
-        path = folder / self.file
-        text = path.read_text(encoding="utf-8")
-        if text.count(self.old) != 1:
-            raise ValueError(f"{self.name}: stands {text.count(self.old)} times in {self.file}")
-        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
 
 
 MUTANTS = (
@@ -303,7 +298,7 @@ def failing_test(mutant: Mutant) -> tuple[str | None, float]:
             shutil.copytree(ROOT / part, folder / part, ignore=ignored)
         for file in FILES:
             shutil.copy(ROOT / file, folder)
-        mutant.put_into(folder)
+        put_in(folder / mutant.file, mutant.name, mutant.old, mutant.new)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         done = subprocess.run(
             [*command, *mutant.tests], cwd=folder, capture_output=True, text=True, check=False

@@ -63,7 +63,7 @@ def _item(products: Products, loop: Node) -> list[Node]:
     at = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {SUB * c.d}"
     to = products.memory.l1["query"].slot("querySlot")
     return [
-        Let("querySlot", "Mod(queryTurn, 2)"),
+        _query_slot(),
         WaitFlag("MTE1", "MTE2", "4 + querySlot"),
         matrix_in(to, c.globals["scaledQuery"].at(at), SUB, c.d, str(c.d)),
         SetFlag("MTE2", "MTE1", "4 + querySlot"),

@@ -210,11 +210,15 @@ def with_defect(defect: Defect, folder: Path) -> None:
     for part in ("pasa_jax", "tests/fuzz"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests" / "__init__.py").touch()
-    path = folder / "pasa_jax" / defect.file
-    text = path.read_text()
-    if text.count(defect.old) != 1:
-        raise ValueError(f"{defect.name}: its line stands {text.count(defect.old)} times in {path}")
-    path.write_text(text.replace(defect.old, defect.new))
+    put_in(folder / "pasa_jax" / defect.file, defect.name, defect.old, defect.new)
+
+
+def put_in(path: Path, name: str, old: str, new: str) -> None:
+    """Puts the defect ``name`` in: ``new`` for ``old``, which must stand once in the file."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise ValueError(f"{name}: its line stands {text.count(old)} times in {path}")
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def _child(folder: Path, number: int, only: int | None) -> dict:
