@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -47,6 +48,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     return None
 
 
+@partial(jax.jit, static_argnums=2)  # outside of `jax.jit`, one program for a call
 def attention(
     operands: Operands, mask: Mask, plan: Plan
 ) -> tuple[Float[Array, "B T N E"], Float[Array, "B T N"]]:

@@ -131,7 +131,13 @@ class KVCache:
         if _is_known(length) and int(jnp.max(length)) > self.max_length:
             allowed = f"hold tokens that fit beside the cache's: at most {self.max_length} in all"
             raise wrong("key", allowed, int(jnp.max(length)), "Make a longer cache.")
-        step = jnp.arange(tokens, dtype=jnp.int32)
+        return self._grown(key, value, added)
+
+    @jax.jit  # outside of a jitted step, one program
+    def _grown(self, key: Array, value: Array, added: Array) -> KVCache:
+        """The cache with the first ``added`` [B] tokens of key and value; those that do not fit are
+        not written."""
+        step = jnp.arange(key.shape[1], dtype=jnp.int32)
         new = step < added[:, None]  # [B, T]
         place = jnp.where(new, self.length[:, None] + step, self.max_length)
         rows = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
@@ -142,7 +148,7 @@ class KVCache:
         return KVCache(
             key=written(self.key, key),
             value=written(self.value, value),
-            length=length,
+            length=self.length + added,
             known=self._known_with(key, value, new, rows, place),
             schedule=self.schedule,
         )

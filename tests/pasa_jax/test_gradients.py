@@ -70,7 +70,7 @@ def float64_gradients(case, arrays):
             for k, v in arrays.items()
         }
         loss, operands = loss_of(case, wide, implementation="reference")
-        return jax.tree.map(np.asarray, jax.grad(loss)(operands))
+        return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(operands))
 
 
 @pytest.mark.parametrize("name", some(NAMES, 3))

@@ -16,7 +16,7 @@ BEHIND = replace(TILES, target="ascend_910b")
 
 
 def normal(i, shape, dtype="float32"):
-    return jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype)
+    return jnp.asarray(np.random.default_rng(i).standard_normal(shape, np.float32).astype(dtype))
 
 
 def wide(x):
