@@ -23,6 +23,7 @@ def test_sentence_embeddings(capsys):
     assert "Someone is having" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_video_diffusion_attention():
     example = load("video_diffusion_attention")
     # Flax's norms promote; so does optax.

@@ -54,6 +54,7 @@ class TestClaims:
         )
         assert ours <= 1.5 * base
 
+    @pytest.mark.full
     def test_biased_keys_break_plain_float16_and_not_auto(self, model, tokens):
         bias, heads = demo.choose_bias(model, tokens)
         assert len(heads) == demo.BIASED_HEADS

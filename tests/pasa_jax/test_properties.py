@@ -119,7 +119,7 @@ def examples(count):
     )
 
 
-@examples(20)
+@examples(12)
 @given(**EXAMPLES)
 def test_attention(**example):
     holds(**example)
