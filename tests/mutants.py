@@ -145,9 +145,9 @@ MUTANTS = (
     ),
     Mutant(
         "one row of padding is in use",
-        "pasa_jax/core/mask.py",
-        "seen & (rows < self.query_lengths)",
-        "seen & (rows <= self.query_lengths)",
+        "pasa_jax/core/walk.py",
+        "if lengths is None else row < lengths",
+        "if lengths is None else row <= lengths",
         ("tests/pasa_jax/test_contract.py",),
     ),
     Mutant(

@@ -117,7 +117,35 @@ def dot_product_attention(
     >>> bool(jnp.all(dot_product_attention(x, x, x, is_causal=True) == 300))
     True
     """
-    return compute(Arguments(**locals()))
+    return compute(
+        Arguments(
+            query=query,
+            key=key,
+            value=value,
+            bias=bias,
+            mask=mask,
+            scale=scale,
+            is_causal=is_causal,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            local_window_size=local_window_size,
+            implementation=implementation,
+            return_residual=return_residual,
+            causal_alignment=causal_alignment,
+            segment_ids=segment_ids,
+            logits_soft_cap=logits_soft_cap,
+            sinks=sinks,
+            shift=shift,
+            beta=beta,
+            precision=precision,
+            schedule=schedule,
+            return_statistics=return_statistics,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            dropout_broadcast=dropout_broadcast,
+            interpret=interpret,
+        )
+    )
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:

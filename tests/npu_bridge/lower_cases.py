@@ -133,6 +133,8 @@ for _dtype, _type in FLOATS.items():
     )
     def _(x: Any, y: Any, column: Any, row: Any, number: Any) -> dict[str, Any]:
         number = number.astype(x.dtype)
+        x = jnp.where(y > 1, number, x)  # equal to the numbers in places
+        x = jnp.where(y < -1, x.dtype.type(0.5), x)
         y = jnp.where(x > y, x, y)  # equal in places
         found = {}
         for op in (jnp.equal, jnp.not_equal, jnp.less, jnp.greater, jnp.less_equal):
