@@ -27,11 +27,11 @@ def main(tokens: int = 512, step: int = 3) -> dict[str, np.ndarray]:
     model, tokenizer = models.load("smollm2")
     ids = jnp.asarray([tokenizer.encode(inspect.getsource(argparse)).ids[:tokens]])
 
-    def keep(q: Any, k: Any, v: Any, layer: Any) -> Any:
+    def record(q: Any, k: Any, v: Any, layer: Any) -> Any:
         del layer
         return q, k, v
 
-    heads = jax.jit(lambda model: model.observe(ids, keep))(model)
+    heads = jax.jit(lambda model: model.observe(ids, record))(model)
 
     def attention() -> None:
         for layer in range(0, model.config.layers, step):
@@ -47,10 +47,10 @@ def main(tokens: int = 512, step: int = 3) -> dict[str, np.ndarray]:
     errors["auto"] = np.where(shifted, errors["mean"], errors["none"])
     best = np.minimum(errors["none"], errors["mean"])
     print(f"{len(best)} heads, of which auto shifts {shifted.sum()}; error over the better one's:")
-    for name, found in errors.items():
-        mean = np.exp(np.mean(np.log(found / best)))
-        print(f"{name:5} geometric mean {mean:.3f}, worst {np.max(found / best):.2f}")
-    return {name: found / best for name, found in errors.items()}
+    for name, error in errors.items():
+        mean = np.exp(np.mean(np.log(error / best)))
+        print(f"{name:5} geometric mean {mean:.3f}, worst {np.max(error / best):.2f}")
+    return {name: error / best for name, error in errors.items()}
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def main(
 ) -> None:
     """Compiles every call for every chip and type, and prints what came of it."""
     console = Console(width=240)
-    failures, found = [], []
+    failures, records = [], []
     with Compiler(limit=900) as compiler:
         for kind in ("tpu", "gpu"):
             known = [t for t in COMPILED if find_target(t).kind == kind]
@@ -147,7 +147,7 @@ def main(
                     report = compiled(compiler, options, dtype, t)
                     why = complaint(name, report)
                     cells.append(cell(report, why))
-                    found.append({"call": name, "dtype": dtype, **vars(report), "why": why})
+                    records.append({"call": name, "dtype": dtype, **vars(report), "why": why})
                     if why:
                         failures.append(f"{name}, {dtype}, {t}: {why}")
                         console.print(failures[-1], style="red")
@@ -163,12 +163,12 @@ def main(
         name: importlib.metadata.version(name)
         for name in ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
     }
-    console.print(f"{versions}: {len(failures)} of {len(found)} failed")
+    console.print(f"{versions}: {len(failures)} of {len(records)} failed")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         date = datetime.now(UTC).date().isoformat()
         output.write_text(
-            json.dumps({"date": date, "versions": versions, "cells": found}, indent=1)
+            json.dumps({"date": date, "versions": versions, "cells": records}, indent=1)
         )
     if failures:
         raise typer.Exit(1)

@@ -42,7 +42,7 @@ ROWS = 64  # whose error is measured
 CUDNN = "jax.nn cudnn"
 HALF = Precision(scores="float16", probabilities="float16", products="float16")
 
-Attend = Callable[[Any, Any, Any], Any]
+Attention = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -76,63 +76,63 @@ class Case:
         return [np.asarray(jnp.asarray(x, self.dtype).astype(jnp.float32)) for x in (q, k, v)]
 
 
-def contenders(case: Case) -> dict[str, Attend]:
+def contenders(case: Case) -> dict[str, Attention]:
     """What is installed and takes the case."""
 
-    def ours(**options: Any) -> Attend:
+    def ours(**options: Any) -> Attention:
         return jax.jit(
             lambda q, k, v: dot_product_attention(
                 q, k, v, is_causal=case.causal, implementation="pallas_gpu", **options
             )
         )
 
-    def jax_nn(implementation: Any) -> Attend:
+    def jax_nn(implementation: Any) -> Attention:
         return jax.jit(
             lambda q, k, v: jax.nn.dot_product_attention(
                 q, k, v, is_causal=case.causal, implementation=implementation
             )
         )
 
-    found = {"ours": ours()}
+    calls = {"ours": ours()}
     if case.dtype == "float16":
-        found["ours, float16 products, mean"] = ours(precision=HALF, shift="mean")
+        calls["ours, float16 products, mean"] = ours(precision=HALF, shift="mean")
         half = Precision(probabilities="float16", exponential="float16")
-        found["ours, float16 exponentials"] = ours(precision=half)
-    found[CUDNN] = jax_nn("cudnn")
+        calls["ours, float16 exponentials"] = ours(precision=half)
+    calls[CUDNN] = jax_nn("cudnn")
     if case.length <= 8192:  # it keeps all scores
-        found["jax.nn xla"] = jax_nn("xla")
-    found["jax's Pallas kernel"] = jax.jit(_stock(case))
+        calls["jax.nn xla"] = jax_nn("xla")
+    calls["jax's Pallas kernel"] = jax.jit(_stock(case))
     if importlib.util.find_spec("tokamax"):
         tokamax = importlib.import_module("tokamax")
-        found["tokamax"] = jax.jit(
+        calls["tokamax"] = jax.jit(
             lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=case.causal)
         )
     if importlib.util.find_spec("torch"):
-        found["torch SDPA"] = _torch(case)
-    return found
+        calls["torch SDPA"] = _torch(case)
+    return calls
 
 
-def _stock(case: Case) -> Attend:
+def _stock(case: Case) -> Attention:
     from jax.experimental.pallas.ops.gpu import attention
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         scale = 1 / math.sqrt(case.head_dim)
         return attention.mha(q, k, v, segment_ids=None, sm_scale=scale, causal=case.causal)
 
-    return attend
+    return forward
 
 
-def _torch(case: Case) -> Attend:
+def _torch(case: Case) -> Attention:
     torch = importlib.import_module("torch")
     functional = importlib.import_module("torch.nn.functional")
 
-    def attend(*arrays: jax.Array) -> Any:
+    def forward(*arrays: jax.Array) -> Any:
         q, k, v = (torch.utils.dlpack.from_dlpack(x).transpose(1, 2) for x in arrays)
-        found = functional.scaled_dot_product_attention(q, k, v, is_causal=case.causal)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=case.causal)
         torch.cuda.synchronize()
-        return jnp.asarray(found.transpose(1, 2).float().cpu().numpy())
+        return jnp.asarray(out.transpose(1, 2).float().cpu().numpy())
 
-    return attend
+    return forward
 
 
 def exact(case: Case, arrays: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
@@ -195,7 +195,7 @@ def main(
         typer.echo(f"this machine's first device is {device.device_kind}: a CUDA GPU is needed")
         raise typer.Exit(2)
     columns = ("S", "D", "type", "mask", "data", "contender", "µs", "TFLOP/s", "/ cuDNN", "error")
-    table, found = Table(*columns), []
+    table, records = Table(*columns), []
     for n, d, t, causal, data in product(
         length, head_dim, dtype, (False, True), ("normal", "biased")
     ):
@@ -203,7 +203,7 @@ def main(
         results = measure(case, rounds)
         cudnn = next((r.tflops for r in results if r.contender == CUDNN), None)
         for r in results:
-            found.append({**asdict(case), **asdict(r)})
+            records.append({**asdict(case), **asdict(r)})
             figures = [r.fails or "", "", "", ""]
             if r.seconds is not None and r.tflops is not None:
                 ratio = f"{r.tflops / cudnn:.2f}" if cudnn else ""
@@ -218,7 +218,7 @@ def main(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         head = {"date": datetime.now(UTC).date().isoformat(), "device": device.device_kind}
-        output.write_text(json.dumps({**head, "versions": versions, "results": found}, indent=1))
+        output.write_text(json.dumps({**head, "versions": versions, "results": records}, indent=1))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import json, sys, tilesim
 root = list(tilesim.__path__)[0]
 sys.path.insert(0, root)
 from api.operator_api.op_latency_predict import op_latency_predict
-found = {}
+latencies = {}
 for blocks in (1, 2, 4):
     tiles = {"t_s1c": 128, "t_s1v": 64, "t_d1": 128, "t_d2": 128, "t_dv": 128, "t_s2c": 128,
              "t_s2v": 128, "n_s2": blocks}
@@ -44,9 +44,9 @@ for blocks in (1, 2, 4):
         "extra_param": {"tuning_candidates": [tiles]}})
     said = said[0] if isinstance(said, tuple) else said
     parts = said["component_latency"]
-    found[128 * blocks] = {"total": said["latency"], "cube": parts["CUBE"],
-                           "fixpipe": parts["FIXPIPE"], "vector": parts["VEC"]}
-print("RESULT" + json.dumps(found))
+    latencies[128 * blocks] = {"total": said["latency"], "cube": parts["CUBE"],
+                               "fixpipe": parts["FIXPIPE"], "vector": parts["VEC"]}
+print("RESULT" + json.dumps(latencies))
 """
 
 
@@ -64,11 +64,11 @@ def ours(name: str, block: int) -> dict[str, float]:
     shift, precision = NAMED[name]
     schedule = Schedule(block_q=128, block_kv=block, target="ascend_910b")
     kernel = npu_bridge.kernel(shift=shift, precision=precision, schedule=schedule)
-    found = npu_bridge.cost(kernel, queries=4096, heads=1, items=None)
+    cost = npu_bridge.cost(kernel, queries=4096, heads=1, items=None)
     per_cycle = 1e6 / Rates().clock
     busy = {"cube": "AIC M", "fixpipe": "AIC FIX", "vector": "AIV V"}
-    parts = {name: found.busy[pipe] * per_cycle for name, pipe in busy.items()}
-    return {"total": found.seconds * 1e6, **parts}
+    parts = {name: cost.busy[pipe] * per_cycle for name, pipe in busy.items()}
+    return {"total": cost.seconds * 1e6, **parts}
 
 
 def main(
@@ -76,20 +76,20 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Also write every figure there.")] = None,
 ) -> None:
     """Prints microseconds of both models."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    microseconds: dict[str, dict[int, dict[str, float]]] = {}
     if model_python is not None:
-        found["Huawei's model, float32 hand-over"] = theirs(model_python)
+        microseconds["Huawei's model, float32 hand-over"] = theirs(model_python)
     for name in OURS:
-        found[f"ours: {name}"] = {block: ours(name, block) for block in BLOCKS}
+        microseconds[f"ours: {name}"] = {block: ours(name, block) for block in BLOCKS}
     table = Table("kernel", "keys a tile", "total", "cube", "fixpipe", "vector")
-    for name, blocks in found.items():
+    for name, blocks in microseconds.items():
         for block, parts in blocks.items():
             figures: list[Any] = [f"{parts[x]:.0f}" for x in ("total", "cube", "fixpipe", "vector")]
             table.add_row(name, str(block), *figures)
     Console(width=120).print(table)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(found, indent=1) + "\n")
+        output.write_text(json.dumps(microseconds, indent=1) + "\n")
 
 
 if __name__ == "__main__":

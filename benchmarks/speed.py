@@ -176,14 +176,14 @@ def inputs(case: Case) -> list[jax.Array]:
 
 def compiled(contender: str, case: Case, arrays: Sequence[jax.Array]) -> Repetition:
     """A compiled repetition that returns its seconds."""
-    attend = attention(contender, case.causal)
+    call = attention(contender, case.causal)
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> jax.Array:
-        return jnp.sum(attend(q, k, v) * cotangent)
+        return jnp.sum(call(q, k, v) * cotangent)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> jax.Array:
         del cotangent
-        return attend(q, k, v)
+        return call(q, k, v)
 
     function = jax.grad(total, argnums=(0, 1, 2)) if case.backward else forward
     run = jax.jit(function).lower(*arrays).compile()
@@ -327,16 +327,16 @@ def judged(record: Record, name: str) -> str:
 
 def table(records: Sequence[Record], title: str) -> Table:
     """One row a case: medians, ratios, targets."""
-    found = Table(title=title)
+    result = Table(title=title)
     for column in ("seq", "dtype", "mask", "pass", "auto is"):
-        found.add_column(column)
+        result.add_column(column)
     for column in (*(f"{c} ms" for c in (AUTO, NONE, JAX_NN, TORCH)), *RATIOS):
-        found.add_column(column, justify="right", no_wrap=True)
+        result.add_column(column, justify="right", no_wrap=True)
     for r in records:
         times = [written(r, contender) for contender in (AUTO, NONE, JAX_NN, TORCH)]
         ratios = [judged(r, name) for name in RATIOS]
-        found.add_row(*str(r.case).split(), r.shift, *times, *ratios)
-    return found
+        result.add_row(*str(r.case).split(), r.shift, *times, *ratios)
+    return result
 
 
 def show(console: Console, records: Sequence[Record], rounds: int) -> None:
@@ -360,15 +360,15 @@ def show(console: Console, records: Sequence[Record], rounds: int) -> None:
 
 def spread(words: Sequence[str], options: Sequence[str]) -> list[str]:
     """``--seq 2048 4096`` as ``--seq 2048 --seq 4096``, which is what click understands."""
-    found: list[str] = []
+    result: list[str] = []
     option = None  # the one of ``options`` that the words now belong to
     for word in words:
         if word.startswith("-"):
             option = word if word in options else None
-        elif option is not None and found[-1] != option:
-            found.append(option)
-        found.append(word)
-    return found
+        elif option is not None and result[-1] != option:
+            result.append(option)
+        result.append(word)
+    return result
 
 
 def main(
@@ -412,8 +412,8 @@ def run(
             records.append(measure(case, rounds, torch))
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
-            kept = {**about, "records": [r.as_json() for r in records]}
-            output.write_text(json.dumps(kept, indent=1) + "\n")
+            report = {**about, "records": [r.as_json() for r in records]}
+            output.write_text(json.dumps(report, indent=1) + "\n")
     show(console, records, rounds)
 
 

@@ -30,8 +30,8 @@ def prepare(case: dict[str, Any]) -> Callable[[], object]:
     )
 
     def forward() -> torch.Tensor:
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(q, k, v, is_causal=case["causal"])
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return attention(q, k, v, is_causal=case["causal"])
 
     if not case["backward"]:
         return torch.no_grad()(forward)

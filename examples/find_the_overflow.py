@@ -23,10 +23,10 @@ def main(length: int = 512, heads: int = 4, dim: int = 64) -> dict[str, np.ndarr
     key[:, :, loud] += 110
     query, key, value = (jnp.asarray(x, jnp.float16) for x in (query, key, value))
 
-    attend = jax.jit(
+    attention = jax.jit(
         lambda q, k, v: dot_product_attention(q, k, v, is_causal=True, return_statistics=True)
     )
-    ours, statistics = attend(query, key, value)
+    ours, statistics = attention(query, key, value)
     plain = plain_attention(query, key, value, scores="float16", prescaled=True, is_causal=True)
     exact = float64_attention(np.asarray(query), np.asarray(key), np.asarray(value), is_causal=True)
 

@@ -37,9 +37,9 @@ class EinsumAttention(nnx.Module):
         self.window = 256
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out(self.attend(rotary(self.q(x)), rotary(self.k(x)), self.v(x)))
+        return self.out(self.attention(rotary(self.q(x)), rotary(self.k(x)), self.v(x)))
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         batch, length, heads, size = q.shape
         q = q.reshape(batch, length, k.shape[2], -1, size)
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) * size**-0.5
@@ -54,7 +54,7 @@ class EinsumAttention(nnx.Module):
 class PasaAttention(EinsumAttention):
     """The same in one call: no repeated heads, no [T, S] mask, no score that overflows."""
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return dot_product_attention(
             q,
             k,
@@ -76,8 +76,10 @@ def main(length: int = 512, width: int = 128, bias: float = 110.0) -> dict[str, 
         for dtype in (jnp.float16, jnp.bfloat16):
             arrays = rotary(block.q(x)), rotary(block.k(x)), block.v(x)
             narrow = [array.astype(dtype) for array in arrays]
-            exact = EinsumAttention.attend(block, *(array.astype(jnp.float32) for array in narrow))
-            out = jax.jit(block.attend)(*narrow).astype(jnp.float32)
+            exact = EinsumAttention.attention(
+                block, *(array.astype(jnp.float32) for array in narrow)
+            )
+            out = jax.jit(block.attention)(*narrow).astype(jnp.float32)
             name = f"{kind.__name__} {jnp.dtype(dtype).name}"
             errors[name] = float(np.abs(out - exact).max() / np.abs(exact).max())
             print(f"{name:24} {errors[name]:.1e}")

@@ -68,11 +68,11 @@ def line(row: dict[str, Any]) -> str:
 
 def compared(true: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """The columns: against the first row, torch in float32."""
-    wide, found = (metrics.log_probabilities(jnp.asarray(x["logits"])) for x in (true, row))
+    true_log_p, log_p = (metrics.log_probabilities(jnp.asarray(x["logits"])) for x in (true, row))
     return {
         "nan": float(np.isnan(row["logits"]).mean()),
-        "divergence": metrics.divergence(wide, found),
-        "argmax": float(np.mean(jnp.argmax(wide, -1) == jnp.argmax(found, -1))),
+        "divergence": metrics.divergence(true_log_p, log_p),
+        "argmax": float(np.mean(jnp.argmax(true_log_p, -1) == jnp.argmax(log_p, -1))),
         "same": int(np.cumprod(true["greedy"] == row["greedy"]).sum()),
     }
 
@@ -119,8 +119,8 @@ def answers(
         ("bfloat16", "sdpa"),
     ):
         if dtype in ("float32", *dtypes):
-            found = in_torch(directory, dtype, attention, tokens, count)
-            yield f"torch {dtype}, {attention}", *found
+            answer = in_torch(directory, dtype, attention, tokens, count)
+            yield f"torch {dtype}, {attention}", *answer
     for dtype, name, attention in (
         ("float16", "Flax's attention", flax_attention),
         ("float16", "float32 scores", float32_scores),

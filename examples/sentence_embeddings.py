@@ -29,8 +29,8 @@ SENTENCES = (
 def padded(tokenizer: Any, sentences: Sequence[str]) -> tuple[jax.Array, jax.Array]:
     """Tokens [B, T], padded to the longest sentence, and their numbers [B]."""
     tokenizer.enable_padding()
-    found = tokenizer.encode_batch(list(sentences))
-    return jnp.array([x.ids for x in found]), jnp.array([sum(x.attention_mask) for x in found])
+    encoded = tokenizer.encode_batch(list(sentences))
+    return jnp.array([x.ids for x in encoded]), jnp.array([sum(x.attention_mask) for x in encoded])
 
 
 def main(sentences: Sequence[str] = SENTENCES) -> dict[str, np.ndarray]:

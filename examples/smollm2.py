@@ -28,14 +28,14 @@ def main(
     trained, tokenizer = models.load("smollm2")
     text = np.asarray([tokenizer.encode(inspect.getsource(argparse)).ids[:tokens]])
     prompt = np.asarray([tokenizer.encode("The capital of France is").ids])
-    found = {}
+    perplexities = {}
     for dtype in dtypes:
         model = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), trained)
         logits = jax.jit(Decoder.__call__)(model, text)
-        found[dtype] = metrics.perplexity(metrics.log_probabilities(logits), text)
+        perplexities[dtype] = metrics.perplexity(metrics.log_probabilities(logits), text)
         said = tokenizer.decode(model.generate(prompt, new_tokens)[0].tolist())
-        print(f"{dtype:9} perplexity {found[dtype]:.4f}  {said!r}")
-    return found
+        print(f"{dtype:9} perplexity {perplexities[dtype]:.4f}  {said!r}")
+    return perplexities
 
 
 if __name__ == "__main__":

@@ -203,15 +203,15 @@ def block_errors(
         x, context = (jnp.asarray(y, dtype) for y in (image, image_embedding))
         return (narrow(x, context, attention) - x).astype(jnp.float32)  # what the block adds
 
-    def difference(found: Array, true: Array) -> float:
-        return float(jnp.sqrt(jnp.mean((found - true) ** 2) / jnp.mean(true**2)))
+    def difference(out: Array, true: Array) -> float:
+        return float(jnp.sqrt(jnp.mean((out - true) ** 2) / jnp.mean(true**2)))
 
     true = run(partial(plain_attention, scores="float32", prescaled=True), "float32")
     floor = {dtype: run(WIDE, dtype) for dtype in ("float16", "bfloat16")}
     errors = {}
     for name, scheme in SCHEMES.items():
-        found = run(scheme.attention, scheme.dtype)
-        errors[name] = difference(found, true), difference(found, floor[scheme.dtype])
+        out = run(scheme.attention, scheme.dtype)
+        errors[name] = difference(out, true), difference(out, floor[scheme.dtype])
     return errors
 
 

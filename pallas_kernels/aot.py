@@ -73,7 +73,7 @@ def attention(
     def turned(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x, 1, 2) if head_major else x
 
-    def attend(q: Any, k: Any, v: Any, further: dict[str, Any]) -> Any:
+    def forward(q: Any, k: Any, v: Any, further: dict[str, Any]) -> Any:
         operands, all_keywords = map(turned, (q, k, v)), further | keywords | options
         if not repair:
             out, bad = _kernel_alone(kind, *operands, **all_keywords)
@@ -81,7 +81,7 @@ def attention(
         return turned(dot_product_attention(*operands, **all_keywords))
 
     def total(*args: Any) -> jax.Array:
-        return jnp.sum(attend(*args).astype(jnp.float32))
+        return jnp.sum(forward(*args).astype(jnp.float32))
 
     def operand(length: int, n: int) -> jax.ShapeDtypeStruct:
         shape = (batch, n, length, head_dim) if head_major else (batch, length, n, head_dim)
@@ -90,7 +90,7 @@ def attention(
     kv = (keys or queries, kv_heads or heads)
     args = (operand(queries, heads), operand(*kv), operand(*kv))
     further = {name: array(*x) for name, x in (arrays or {}).items()}
-    return jax.grad(total, (0, 1, 2)) if gradient else attend, (*args, further)
+    return jax.grad(total, (0, 1, 2)) if gradient else forward, (*args, further)
 
 
 def _kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, jax.Array]:

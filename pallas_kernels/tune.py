@@ -130,7 +130,7 @@ class Time:
         x = jax.random.normal(jax.random.key(0), (1, shape.length, HEADS, shape.head_dim))
         x = x.astype(jnp.dtype(shape.dtype))
 
-        def attend(x: jax.Array) -> jax.Array:
+        def forward(x: jax.Array) -> jax.Array:
             return dot_product_attention(
                 x,
                 x,
@@ -140,7 +140,7 @@ class Time:
                 implementation=f"pallas_{kind}",
             )
 
-        call = jax.jit(attend)
+        call = jax.jit(forward)
         try:
             call(x).block_until_ready()
         except jax.errors.JaxRuntimeError:  # more shared memory or registers than there are
@@ -191,7 +191,7 @@ def tune(target: str, output: Path = TUNED, only: str = "", say: Any = print) ->
         if math.isinf(costs[best]):
             say(f"{shape.name}: no schedule compiles")
             continue
-        found = Tuned(
+        tuned = Tuned(
             shape=shape.name,
             length=shape.length,
             head_dim=shape.head_dim,
@@ -200,7 +200,7 @@ def tune(target: str, output: Path = TUNED, only: str = "", say: Any = print) ->
             cost=round(costs[best]),
             schedule=vars(best),
         )
-        known[shape.name] = vars(found)
+        known[shape.name] = vars(tuned)
     cost.close()
     table = {
         "target": target,

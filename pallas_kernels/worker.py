@@ -151,9 +151,9 @@ def _read_tpu(dump: Path, target: str) -> dict[str, Any]:
     del target
     cycles = {}
     for path in (dump / "cycles").glob("*.textproto"):
-        found = re.search(r"estimated_cycles: (\d+)", path.read_text())
-        if found:
-            cycles[path.name.removesuffix("_static_llo_profile.textproto")] = int(found[1])
+        match = re.search(r"estimated_cycles: (\d+)", path.read_text())
+        if match:
+            cycles[path.name.removesuffix("_static_llo_profile.textproto")] = int(match[1])
     rows: list[list[int]] = []
     for path in (dump / "tpu").glob("*pasa_tpu*utilization.txt"):
         _, _, table = path.read_text().partition("UTILIZATION:\n")

@@ -156,10 +156,10 @@ def _measured(who: Caller, plan: Plan, operands: Operands, mask: Mask, rows: int
     if operands.query.dtype == np.float64:
         operands = jax.tree.map(lambda x: x.astype(np.float32), operands)
     operands, mask = jax.tree.map(jax.numpy.asarray, (operands, mask))
-    found = jax.tree.map(np.asarray, measure(operands, mask, plan))
-    loudest = int(found.products.max_product.max(axis=1).argmax())
+    measured = jax.tree.map(np.asarray, measure(operands, mask, plan))
+    loudest = int(measured.products.max_product.max(axis=1).argmax())
     errors = measure_errors(operands, mask, plan, loudest, rows) if rows else {}
-    return _call(who, plan, inputs, float(operands.scale), found, errors)
+    return _call(who, plan, inputs, float(operands.scale), measured, errors)
 
 
 def _call(
@@ -167,12 +167,12 @@ def _call(
     plan: Plan,
     inputs: tuple[Any, ...],
     scale: float,
-    found: Measured,
+    measured: Measured,
     errors: Any,
 ) -> Call:
     """Joins the batch entries: the largest of sizes, the mean of shares."""
-    products: Any = found.products  # NumPy's arrays by now
-    statistics: Any = found.statistics
+    products: Any = measured.products  # NumPy's arrays by now
+    statistics: Any = measured.statistics
     shift, reason = replace(plan, shift="auto").explain_shift()
     used = SHIFTS[int(statistics.shift.flat[0])]
     return Call(

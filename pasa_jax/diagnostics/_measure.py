@@ -108,8 +108,8 @@ def _head(walk: HeadWalk) -> Products:
 
     zero = jnp.zeros(groups, jnp.float32)
     bins = jnp.zeros((groups, len(PHASES)), jnp.float32)
-    found = walk.over_queries(query_tile, _Counts(zero, zero, zero, bins, zero))
-    return _summary(walk, found)
+    counts = walk.over_queries(query_tile, _Counts(zero, zero, zero, bins, zero))
+    return _summary(walk, counts)
 
 
 def _summary(walk: HeadWalk, counts: _Counts) -> Products:

@@ -84,9 +84,9 @@ def _via(stack: list[FrameType]) -> str:
     via = "pasa_jax"
     for frame in stack:
         module = frame.f_globals.get("__name__", "")
-        found = _VIA.get(module) or _VIA.get(f"{module}.{frame.f_code.co_name}")
-        if found:
-            via = found
+        library = _VIA.get(module) or _VIA.get(f"{module}.{frame.f_code.co_name}")
+        if library:
+            via = library
         elif module == "pasa_jax.plugins.patching" and via == "pasa_jax":
             via = "jax.nn"
     return via

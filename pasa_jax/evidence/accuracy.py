@@ -150,7 +150,7 @@ def schemes(dtype: str) -> dict[str, Scheme]:
     """Every scheme by name, for inputs of ``dtype``."""
     ours = partial(dot_product_attention, implementation="lax")
     statistics = Precision(scores=dtype, probabilities=dtype)
-    found: dict[str, Scheme] = {
+    by_name: dict[str, Scheme] = {
         "float32 scores": partial(ours, shift="none", precision="float32", schedule=TILES),
         "unscaled": partial(plain_attention, scores=dtype, prescaled=False),
         BASELINE: partial(plain_attention, scores=dtype, prescaled=True),
@@ -160,13 +160,13 @@ def schemes(dtype: str) -> dict[str, Scheme]:
         beta = optimal_beta(128, start)
         paper = partial(ours, shift="paper", beta=beta, schedule=TILES)
         if dtype == "float16":
-            found[f"paper {beta:.4f}"] = partial(paper, precision="paper")
-        found[f"paper {beta:.4f}, float32 statistics"] = partial(paper, precision=statistics)
+            by_name[f"paper {beta:.4f}"] = partial(paper, precision="paper")
+        by_name[f"paper {beta:.4f}, float32 statistics"] = partial(paper, precision=statistics)
     for shift in ("none", "mean", "mean_past", "reference", "auto"):
-        found[shift] = partial(ours, shift=shift, schedule=TILES)
+        by_name[shift] = partial(ours, shift=shift, schedule=TILES)
     for shift in ("mean", "reference", "auto"):
-        found[f"{shift}, rounded products"] = partial(ours, shift=shift, schedule=ROUNDED)
-    return found
+        by_name[f"{shift}, rounded products"] = partial(ours, shift=shift, schedule=ROUNDED)
+    return by_name
 
 
 @cache
@@ -186,8 +186,8 @@ class Error:
 
 def measure(out: Array, exact: NDArray[np.float64]) -> Error:
     """The errors of ``out`` against ``exact``, both [B, T, N, E]."""
-    found = np.asarray(out).astype(np.float64)
-    lost = float(np.mean(~np.isfinite(found)))
+    wide = np.asarray(out).astype(np.float64)
+    lost = float(np.mean(~np.isfinite(wide)))
 
     def relative(x: NDArray, y: NDArray) -> float:
         return float(np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))) if not lost else math.nan
@@ -195,7 +195,7 @@ def measure(out: Array, exact: NDArray[np.float64]) -> Error:
     def centre(x: NDArray) -> NDArray:
         return x - x.mean(axis=1, keepdims=True)
 
-    return Error(relative(found, exact), relative(centre(found), centre(exact)), lost)
+    return Error(relative(wide, exact), relative(centre(wide), centre(exact)), lost)
 
 
 def evaluate(
@@ -222,13 +222,13 @@ def evaluate(
 
 def ratios(records: list[Record], over: str = BASELINE) -> dict[str, dict[str, float]]:
     """Per scheme, its error over that of ``over``: geometric mean and worst case."""
-    found = {}
+    summaries = {}
     for name in records[0]["errors"]:
         quotients = [r["errors"][name]["plain"] / r["errors"][over]["plain"] for r in records]
         mean = float(np.exp(np.mean(np.log(quotients))))
         worst = max(quotients, key=lambda x: math.inf if math.isnan(x) else x)
-        found[name] = {"geometric mean": mean, "worst": worst}
-    return found
+        summaries[name] = {"geometric mean": mean, "worst": worst}
+    return summaries
 
 
 def worst_rows(heads: int = 4, seq: int = 1280) -> list[dict[str, Any]]:
@@ -297,8 +297,8 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
                 if kind == "centred" and part != "paper":
                     continue
                 yield _error_table(f"{part}, {dtype}: {kind} relative RMSE", records, kind)
-    for dtype, found in report["ratios"].items():
-        yield _ratio_table(dtype, found)
+    for dtype, by_scheme in report["ratios"].items():
+        yield _ratio_table(dtype, by_scheme)
 
 
 def _error_table(title: str, records: list[Record], kind: str) -> Table:
@@ -315,11 +315,11 @@ def _error_table(title: str, records: list[Record], kind: str) -> Table:
     return table
 
 
-def _ratio_table(dtype: str, found: dict[str, dict[str, float]]) -> Table:
+def _ratio_table(dtype: str, by_scheme: dict[str, dict[str, float]]) -> Table:
     table = Table("scheme", title=f"zero mean, {dtype}: error over that of {BASELINE!r}")
     for column in ("geometric mean", "worst"):
         table.add_column(column, justify="right")
-    for name, ratio in found.items():
+    for name, ratio in by_scheme.items():
         table.add_row(name, f"{ratio['geometric mean']:.3g}", f"{ratio['worst']:.3g}")
     return table
 

@@ -41,11 +41,11 @@ BIASED_HEADS = 3
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to compute attention: ``attend(query, key, value)`` on inputs of ``dtype``."""
+    """One way to compute attention: ``attention(query, key, value)`` on inputs of ``dtype``."""
 
     name: str
     dtype: str
-    attend: Callable[[Array, Array, Array], Array]
+    attention: Callable[[Array, Array, Array], Array]
 
 
 def schemes() -> Iterator[Scheme]:
@@ -72,7 +72,7 @@ def in_model(scheme: Scheme, bias: Array | None) -> AttentionFn:
     def attention(q: Array, k: Array, v: Array, layer: Array) -> Array:
         if bias is not None:
             k = k + bias[layer]
-        return scheme.attend(*(x.astype(scheme.dtype) for x in (q, k, v))).astype(jnp.float32)
+        return scheme.attention(*(x.astype(scheme.dtype) for x in (q, k, v))).astype(jnp.float32)
 
     return attention
 
@@ -121,13 +121,13 @@ def compare(
     """Perplexity and divergence from float32 of every scheme."""
     rows, true = [], None
     for scheme in schemes():
-        found = log_probabilities(model, tokens, in_model(scheme, bias))
-        true = found if true is None else true
+        log_p = log_probabilities(model, tokens, in_model(scheme, bias))
+        true = log_p if true is None else true
         rows.append(
             {
                 "scheme": scheme.name,
-                "perplexity": metrics.perplexity(found, tokens),
-                "divergence": metrics.divergence(true, found),
+                "perplexity": metrics.perplexity(log_p, tokens),
+                "divergence": metrics.divergence(true, log_p),
             }
         )
         progress()
@@ -141,12 +141,12 @@ def statistics(model: Decoder, tokens: Array, bias: Array | None) -> dict[str, n
         if bias is not None:
             k = k + bias[layer]
         half = (x.astype(jnp.float16) for x in (q, k, v))
-        _, found = dot_product_attention(*half, is_causal=True, return_statistics=True)
-        return found
+        _, statistics = dot_product_attention(*half, is_causal=True, return_statistics=True)
+        return statistics
 
-    found = jax.tree.map(lambda x: x[:, 0], observe(model, tokens, look))  # of the one text
-    unscaled = np.asarray(found.max_score) * math.sqrt(model.config.head_dim)
-    return {"unscaled": unscaled, "stored": np.asarray(found.max_stored)}
+    by_layer = jax.tree.map(lambda x: x[:, 0], observe(model, tokens, look))  # of the one text
+    unscaled = np.asarray(by_layer.max_score) * math.sqrt(model.config.head_dim)
+    return {"unscaled": unscaled, "stored": np.asarray(by_layer.max_stored)}
 
 
 def run(
@@ -161,8 +161,8 @@ def run(
     report["as trained"] = compare(model, ids, None, progress)
     report["biased"] = compare(model, ids, bias, progress)
     before, biased = statistics(model, ids, None), statistics(model, ids, bias)
-    for name, found in (("as trained", before), ("biased", biased)):
-        report[f"largest scores, {name}"] = {k: float(x.max()) for k, x in found.items()}
+    for name, scores in (("as trained", before), ("biased", biased)):
+        report[f"largest scores, {name}"] = {k: float(x.max()) for k, x in scores.items()}
     progress()
     report["benchmark"] = worst_rows()
     progress()
@@ -244,18 +244,18 @@ def plot(before: dict[str, np.ndarray], biased: dict[str, np.ndarray], path: Pat
 
     figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
     norm = LogNorm(0.1, 2 * LARGEST)
-    for row, (found, title) in zip(
+    for row, (scores, title) in zip(
         axes, ((before, "as trained"), (biased, "three heads biased")), strict=True
     ):
         for axis, name, what in (
             (row[0], "unscaled", "max |q·k|, plain storage"),
             (row[1], "stored", "largest score stored after the shift"),
         ):
-            image = axis.imshow(np.clip(found[name].T, 0.1, None), norm=norm, aspect="auto")
+            image = axis.imshow(np.clip(scores[name].T, 0.1, None), norm=norm, aspect="auto")
             axis.set(title=f"{title}: {what}", xlabel="layer", ylabel="query head")
         figure.colorbar(image, ax=list(row[:2]))
         for name, label in (("unscaled", "before"), ("stored", "after")):
-            row[2].plot(np.maximum(found[name].max(axis=1), 0.1), marker="o", label=label)
+            row[2].plot(np.maximum(scores[name].max(axis=1), 0.1), marker="o", label=label)
         row[2].axhline(LARGEST, color="red", linestyle="--", label="65504, float16's largest")
         row[2].set(title=f"{title}: largest of each layer", xlabel="layer", yscale="log")
         row[2].legend()

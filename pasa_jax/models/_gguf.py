@@ -90,16 +90,16 @@ def read(path: Path) -> Gguf:
     require("gguf", EXTRA)
     _files.regular(path, f"{path} is not there: a .gguf file is needed.")
     with inside(path):
-        found = _gguf_file.read(path)
-        fields = Fields(found.fields)
+        file = _gguf_file.read(path)
+        fields = Fields(file.fields)
         family = fields.text("general.architecture")
         if family not in FAMILIES:
             allowed = f"be a GGUF file of the architecture {' or '.join(map(repr, FAMILIES))}"
             raise wrong("path", allowed, brief(family))
-        config = _config(fields, family, tied="output.weight" not in found.tensors)
+        config = _config(fields, family, tied="output.weight" not in file.tensors)
         tensors = {
             _hf_name(name): _as_hf(name, tensor, config, family)
-            for name, tensor in found.tensors.items()
+            for name, tensor in file.tensors.items()
         }
         return Gguf(config, tensors, fields)
 
@@ -116,18 +116,18 @@ def tokenizer(path: Path, fields: Fields) -> Any:
         if kind not in ("smollm", "qwen2"):
             allowed = "be a file whose tokenizer.ggml.pre is 'smollm' or 'qwen2'"
             raise wrong("path", allowed, brief(kind))
-        found = _merging(fields)
+        bpe = _merging(fields)
         tokenizers = require("tokenizers", EXTRA)
         split = tokenizers.pre_tokenizers
         if kind == "qwen2":
-            found.normalizer = tokenizers.normalizers.NFC()
+            bpe.normalizer = tokenizers.normalizers.NFC()
             pieces = split.Split(tokenizers.Regex(_QWEN2_PIECES), behavior="isolated")
         else:
             pieces = split.Digits(individual_digits=True)
         in_bytes = split.ByteLevel(add_prefix_space=False, use_regex=kind != "qwen2")
-        found.pre_tokenizer = split.Sequence([pieces, in_bytes])
-        found.decoder = tokenizers.decoders.ByteLevel()
-        return found
+        bpe.pre_tokenizer = split.Sequence([pieces, in_bytes])
+        bpe.decoder = tokenizers.decoders.ByteLevel()
+        return bpe
 
 
 def _merging(fields: Fields) -> Any:
@@ -137,14 +137,14 @@ def _merging(fields: Fields) -> Any:
     merges = [tuple(merge.split(" ", 1)) for merge in fields.many("tokenizer.ggml.merges", str)]
     ids = {token: i for i, token in enumerate(tokens)}
     try:
-        found = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges))
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges))
     except Exception as error:  # that package raises no narrower one
         raise ValueError(f"`tokenizer.ggml.merges`: {error}") from error
     if fields.get("tokenizer.ggml.token_type") is not None:
         kinds = fields.many("tokenizer.ggml.token_type", int)
         control = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL]
-        found.add_special_tokens(control)
-    return found
+        bpe.add_special_tokens(control)
+    return bpe
 
 
 def _config(fields: Fields, family: str, tied: bool) -> DecoderConfig:

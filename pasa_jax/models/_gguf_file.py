@@ -86,13 +86,13 @@ def read(path: Path) -> File:
     data = np.memmap(path, mode="r")
     cursor = _Cursor(data.data)
     tensors, fields = _counts(cursor)
-    found = dict(_unique(_field(cursor) for _ in range(fields)))
+    values = dict(_unique(_field(cursor) for _ in range(fields)))
     infos = dict(_unique(_info(cursor) for _ in range(tensors)))
-    alignment = found.get("general.alignment", 32)
+    alignment = values.get("general.alignment", 32)
     if alignment not in [2**i for i in range(20)]:
         raise wrong("general.alignment", "be a power of two below a million", brief(alignment))
     start = -(-cursor.at // alignment) * alignment
-    return File(found, _placed(path, infos, start, len(data), alignment))
+    return File(values, _placed(path, infos, start, len(data), alignment))
 
 
 class _Cursor:

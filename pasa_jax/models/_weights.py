@@ -37,12 +37,12 @@ class Tensors:
         """The tensor ``name``, which must be floating and have ``shape``."""
         if name not in self._tensors:
             raise wrong(self._source, f"hold the tensor {name}", "none of that name")
-        found = self._tensors.pop(name)
-        if found.shape != shape:
-            raise wrong(self._source, f"hold {name} of shape {shape}", found.shape)
-        if not jnp.issubdtype(found.dtype, jnp.floating):
-            raise wrong(self._source, f"hold {name} of a floating type", found.dtype)
-        return found
+        tensor = self._tensors.pop(name)
+        if tensor.shape != shape:
+            raise wrong(self._source, f"hold {name} of shape {shape}", tensor.shape)
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise wrong(self._source, f"hold {name} of a floating type", tensor.dtype)
+        return tensor
 
     def parameter(self, name: str, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor ``name`` as flax holds it in ``leaf``: torch's matrices are [out, in], a

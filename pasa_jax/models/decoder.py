@@ -329,9 +329,9 @@ def load_gguf(path: str | Path, dtype: Any = "float32") -> Decoder:
     return from_gguf(_gguf.read(Path(path)), dtype)
 
 
-def from_gguf(found: _gguf.Gguf, dtype: Any = "float32") -> Decoder:
+def from_gguf(gguf: _gguf.Gguf, dtype: Any = "float32") -> Decoder:
     """The model of a file that was read; empties its tensors."""
-    return _assembled(found.config, found.tensors, dtype, "path")
+    return _assembled(gguf.config, gguf.tensors, dtype, "path")
 
 
 _TOP = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}

@@ -318,8 +318,8 @@ def load(directory: Path, dtype: DTypeLike = "float32") -> Encoder:
     read = read_config(directory)
     with inside(directory / "config.json"):
         config = EncoderConfig.from_hf(read)
-    found = {name: x for name, x in read_tensors(directory).items() if name not in _UNUSED}
-    tensors = Tensors(found, "directory")
+    weights = {name: x for name, x in read_tensors(directory).items() if name not in _UNUSED}
+    tensors = Tensors(weights, "directory")
 
     def value(path: str, like: Any) -> Array:
         module, _, leaf = path.rpartition(".")

@@ -46,7 +46,7 @@ def checked(options: dict[str, Any]) -> Options:
     return tuple(sorted(options.items()))
 
 
-def attend(
+def call_attention(
     query: Array,
     key: Array,
     value: Array,

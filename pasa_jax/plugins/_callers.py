@@ -38,10 +38,10 @@ def path(running: list[Any]) -> str:
         return "" if innermost.scope is None else ".".join(innermost.path)
     for outer in reversed(running):
         if isinstance(outer, nnx.Module) and outer is not innermost:
-            for found, module in nnx.iter_modules(outer):
+            for parts, module in nnx.iter_modules(outer):
                 if module is innermost:
                     copied = [] if outer is running[-1] else [type(outer).__name__]
-                    return ".".join([*copied, *map(str, found)])
+                    return ".".join([*copied, *map(str, parts)])
     return "" if innermost is running[-1] else type(innermost).__name__
 
 

@@ -193,8 +193,8 @@ class KVCache:
             allowed = "hold at most as many tokens as were appended, all of which fit"
             raise wrong("query", allowed, f"{query.shape[1]} beside {self.length.tolist()}")
         announce(call.operands, call.mask, call.plan)
-        found = run(_lax.forward, call.plan, "out", call.operands, call.mask, self.known)
-        return jnp.where(lost[:, None, None, None], jnp.full_like(found.out, jnp.nan), found.out)
+        result = run(_lax.forward, call.plan, "out", call.operands, call.mask, self.known)
+        return jnp.where(lost[:, None, None, None], jnp.full_like(result.out, jnp.nan), result.out)
 
     def _check_new(self, key: Array, value: Array) -> int:
         """The number of tokens in ``key`` and ``value``."""

@@ -14,7 +14,7 @@ from flax.linen.dtypes import promote_dtype
 from pasa_jax.plugins._adapter import (
     Choose,
     Options,
-    attend,
+    call_attention,
     check_softmax,
     checked,
     lent,
@@ -88,7 +88,7 @@ def _attention_fn(options: Options) -> Callable[..., Array]:
         refuse("attn_weights_value_einsum", attn_weights_value_einsum, way_out)
         check_softmax(force_fp32_for_softmax, dict(options))
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
-        return attend(
+        return call_attention(
             query,
             key,
             value,

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 
 from pasa_jax.plugins import _callers
-from pasa_jax.plugins._adapter import Choose, Options, attend, checked, lent, refuse_to_sow
+from pasa_jax.plugins._adapter import Choose, Options, call_attention, checked, lent, refuse_to_sow
 from pasa_jax.plugins._swap import Swap
 
 Array = jax.Array
@@ -81,7 +81,7 @@ def _attention_fn(options: Options) -> Callable[..., Array]:
     ) -> Array:
         refuse_to_sow(module)
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
-        return attend(
+        return call_attention(
             query,
             key,
             value,

@@ -118,12 +118,12 @@ def _attention_modules(model: Any) -> dict[str, Any]:
         raise wrong("model", "be a flax.nnx module", f"a linen {type(model).__name__}", way_out)
     if not isinstance(model, flax_nnx.Module):
         raise wrong("model", "be a flax.nnx module", f"a {type(model).__name__}")
-    found = {
+    modules = {
         ".".join(map(str, path)): module
         for path, module in flax_nnx.iter_modules(model)
         if isinstance(module, flax_nnx.MultiHeadAttention)
     }
-    if not found:
+    if not modules:
         way_out = (
             "What calls flax.nnx.dot_product_attention itself: `nnx.replaced`; jax.nn's: "
             "`replace_jax_nn`; what multiplies out its own scores: call "
@@ -131,7 +131,7 @@ def _attention_modules(model: Any) -> dict[str, Any]:
         )
         allowed = "hold a flax.nnx.MultiHeadAttention"
         raise wrong("model", allowed, f"a {type(model).__name__} without one", way_out)
-    return found
+    return modules
 
 
 def _from_mapping(chosen: Mapping[str, Mapping[str, Any]], paths: tuple[str, ...]) -> Choose:
