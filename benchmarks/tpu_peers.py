@@ -8,6 +8,7 @@ Nothing else about the kernels changes.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -169,21 +170,17 @@ def splash(
         return original(h, i, j, data, block, masked, next_i)
 
     def attention(q: Any, k: Any, v: Any) -> Any:
-        with mock.patch.object(kernel, "_next_nonzero", next_nonzero):
-            if kv_heads == 1:
-                k, v = k[:, 0], v[:, 0]
-            return jax.vmap(call)(_scaled(q, size), k, v)
+        if kv_heads == 1:
+            k, v = k[:, 0], v[:, 0]
+        return jax.vmap(call)(_scaled(q, size), k, v)
 
-    operands = _operands(array, length, size, kv_heads, head_major)
-    return _patched(_called(attention, head_major, gradient), kernel, next_nonzero), operands
+    program = _called(attention, head_major, gradient)
 
-
-def _patched(program: Callable[..., Any], kernel: Any, next_nonzero: Any) -> Callable[..., Any]:
-    def patched(*args: Any) -> Any:  # the backward pass is traced after the forward pass
+    def patched(*args: Any) -> Any:  # a backward pass is traced after the forward pass
         with mock.patch.object(kernel, "_next_nonzero", next_nonzero):
             return program(*args)
 
-    return patched
+    return patched, _operands(array, length, size, kv_heads, head_major)
 
 
 def _mask(masks: Any, length: int, causal: bool, window: int | None) -> Any:
@@ -232,11 +229,10 @@ def tokamax(
     Arguments:
       lp_scheduler: whether the compiler schedules by linear programming, as tokamax may ask it.
     """
-    from tokamax._src.ops.experimental.tpu.splash_attention import (
-        splash_attention_kernel as kernel,
+    folder = "tokamax._src.ops.experimental.tpu.splash_attention"
+    kernel, masks = (
+        importlib.import_module(f"{folder}.splash_attention_{name}") for name in ("kernel", "mask")
     )
-    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
-
     if gradient:
         raise ValueError("tokamax's backward pass is not made for the estimate here")
     bq, bkv, compute = blocks
