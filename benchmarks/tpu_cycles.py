@@ -1,4 +1,4 @@
-"""Cycles of the TPU kernel, as the TPU's compiler estimates them, beside other kernels at their best.
+"""Cycles of the TPU kernel by the TPU compiler's estimate, beside other kernels at their best.
 
     make cycles
     python benchmarks/tpu_cycles.py --chip tpu_v6e --case "2048 causal" --output out/tpu_cycles.json

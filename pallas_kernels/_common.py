@@ -27,7 +27,7 @@ Ref = Any
 _REPAIR_ROWS = 128  # of a tile
 
 
-def refusal(operands: Operands, mask: Mask, no_float64: str) -> str | None:
+def refusal(operands: Operands, mask: Mask, plan: Plan, no_float64: str) -> str | None:
     """None, or the reason why neither kernel can run the call.
 
     Arguments:
@@ -35,6 +35,8 @@ def refusal(operands: Operands, mask: Mask, no_float64: str) -> str | None:
     """
     if mask.dropout is not None:
         return "it has no dropout"
+    if plan.shift == "bound":
+        return "the shift 'bound' is on 'lax' alone"
     if str(operands.query.dtype) == "float64":
         return no_float64
     if 0 in operands.query.shape or 0 in operands.key.shape or 0 in operands.value.shape:

@@ -57,7 +57,9 @@ def adapt(plan: Plan) -> Plan:
 def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or the reason why the kernel cannot run the call."""
     schedule, precision = plan.schedule, plan.precision
-    reason = refusal(operands, mask, "it has no float64: the matrix units of most GPUs do not")
+    reason = refusal(
+        operands, mask, plan, "it has no float64: the matrix units of most GPUs do not"
+    )
     if reason is not None:
         return reason
     if plan.shift == "paper" or "float16" in (precision.statistics, precision.accumulator):

@@ -73,7 +73,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or the reason why the kernel cannot run the call."""
     precision = plan.precision
     stored = (precision.scores, precision.probabilities)
-    reason = refusal(operands, mask, "TPUs have no float64")
+    reason = refusal(operands, mask, plan, "TPUs have no float64")
     if reason is not None:
         return reason
     if "float16" in (*stored, precision.statistics, precision.accumulator):

@@ -77,8 +77,8 @@ def dot_product_attention(
         the keys of its own segment.
       logits_soft_cap: c > 0: scores become c·tanh(s/c) before bias and mask.
       sinks: [N] scores of one more key a head, with value 0: they only take up weight.
-      shift: ``"auto"``, ``"none"``, ``"paper"``, ``"mean"``, ``"mean_past"`` or
-        ``"reference"``; see `pasa_jax.shifts`. All but ``"none"`` and the setting ``"paper"`` of
+      shift: ``"auto"``, ``"none"``, ``"paper"``, ``"mean"``, ``"mean_past"``, ``"reference"`` or
+        ``"bound"``; see `pasa_jax.shifts`. All but ``"none"`` and the setting ``"paper"`` of
         ``precision`` promise finite outputs for finite inputs (the implementation of the name
         ``"reference"``: while scores fit float32).
       beta: β in (0, 1) of the shift ``"paper"``; default `optimal_beta` of the schedule's block.

@@ -88,7 +88,7 @@ class Call:
           ScheduleError: the schedule does not fit its target.
         """
         q, k, v = checks.query_key_value(given.query, given.key, given.value)
-        precision = checks.precision(given.precision, str(q.dtype))
+        precision = checks.precision(given.precision, str(q.dtype), given.shift)
         scale, number = checks.scale(given.scale, q)
         cap = given.logits_soft_cap
         plan = Plan(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,12 @@ def query_key_value(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Ar
     return q, k, v
 
 
-def precision(given: str | Precision | None, dtype: str) -> Precision:
-    if given is None:
+def precision(given: str | Precision | None, dtype: str, shift: str) -> Precision:
+    if given is None and shift == "bound":
+        # A weight may be 2^-100, which float16 does not hold.
+        narrow = "bfloat16" if dtype == "bfloat16" else wide_type(jnp.dtype(dtype)).name
+        resolved = replace(Precision.named(wide_type(jnp.dtype(dtype)).name), probabilities=narrow)
+    elif given is None:
         resolved = Precision.named(dtype)
     elif isinstance(given, Precision):
         resolved = given
@@ -75,7 +80,24 @@ def precision(given: str | Precision | None, dtype: str) -> Precision:
     if resolved.products == "float16" and dtype != "float16":
         allowed = 'have products="float32" for inputs that are not float16'
         raise wrong("precision", allowed, resolved, "Cast query, key and value to float16.")
+    if shift == "bound" and not _wide_enough(resolved):
+        allowed = (
+            "store all but the probabilities in float32, and those not in float16, for 'bound'"
+        )
+        way_out = "Its weights and scores are far from 1. Leave `precision` out."
+        raise wrong("precision", allowed, resolved, way_out)
     return resolved
+
+
+def _wide_enough(precision: Precision) -> bool:
+    """Whether weights of 2^-100, and scores as far below their reference, can be stored."""
+    wide = {precision.scores, precision.statistics, precision.accumulator}
+    return (
+        wide <= {"float32", "float64"}
+        and precision.products == "float32"
+        and precision.probabilities != "float16"
+        and precision.exponential in (None, "float32", "float64")
+    )
 
 
 def scale(given: ArrayLike | None, q: Array) -> tuple[Array, float | None]:
@@ -117,6 +139,9 @@ def schedule(given: Schedule | None, q: Array, k: Array, v: Array, is_causal: bo
 def shift(plan: Plan) -> None:
     """Raises unless the shift, β and the scale fit together."""
     check_choice("shift", plan.shift, ("auto", *SHIFTS))
+    if plan.shift == "bound" and plan.rounds_products:
+        seen = f"'bound' beside {plan.schedule.target}, which rounds products first"
+        raise wrong("shift", "be another than 'bound' where products are rounded", seen)
     if plan.shift != "paper":
         if plan.beta is not None:
             raise wrong("beta", "be None unless shift='paper'", plan.beta)

@@ -24,6 +24,8 @@ REASONS = (
     "the float32 product is seen before it is rounded",
     "rounded products, and the offset makes the scores that count larger",
     "rounded products, and shifting would not make the scores smaller",
+    "the bound on its scores is proved to be safe",
+    "the bound on its scores is too wide",
 )
 
 
@@ -40,6 +42,7 @@ class Statistics(NamedTuple):
     overflow_share: Array  # [B, N] share of scores that plain storage would have made non-finite
     key_bias: Array  # [B, N] norm of the keys' mean over the sequence
     key_spread: Array  # [B, N] root mean square distance of the keys from that mean
+    gap: Array  # [B, N] of `bound`: log2 of how far a row's bound may lie above its maximum; else 0
     resonance: Array  # [B, N] −1 to 1: the largest |score| over ‖q‖·‖k‖'s largest, signed
     shift: Array  # [B, N] int32: index into `pasa_jax.shifts.SHIFTS`
     reason: Array  # [B, N] int32: index into `REASONS`
@@ -151,6 +154,8 @@ def _summary(walk: HeadWalk, e: _Extremes) -> Statistics:
     mean = jnp.sum(k / count, axis=0)
     spread = jnp.sqrt(jnp.sum(tile.zero_unusable(jnp.square(k - mean) / count, usable)))
     shift, reason = _choice(plan, facts.chosen)
+    if facts.bound is not None:
+        reason = 5 if plan.storage is tile.Storage.BOUND else 6
     return Statistics(
         max_score=jnp.abs(peak),
         max_stored=e.stored,
@@ -159,6 +164,7 @@ def _summary(walk: HeadWalk, e: _Extremes) -> Statistics:
         overflow_share=e.lost / jnp.maximum(e.count, 1),
         key_bias=zero + jnp.linalg.norm(mean),
         key_spread=zero + spread,
+        gap=zero if facts.bound is None else facts.bound.gap.astype(jnp.float32),
         resonance=_share(peak, of_q + of_k + scale).astype(jnp.float32),
         shift=jnp.full(zero.shape, shift, jnp.int32),
         reason=jnp.full(zero.shape, reason, jnp.int32),

@@ -195,6 +195,22 @@ class Mask:
         index = jnp.arange(self.query_length, dtype=jnp.int32)
         return index < self.query_lengths[..., None]
 
+    def key_interval(self, rows: Array) -> tuple[Array, Array]:
+        """Of the shape of ``rows``: each row's keys [lo, hi) by lengths, causality and window."""
+        left, right = self._reach()
+        at = self.own_key(rows)
+        lo = jnp.zeros_like(rows) if left is None else jnp.maximum(at - left, 0)
+        hi = jnp.broadcast_to(jnp.asarray(self._valid_keys(), jnp.int32), rows.shape)
+        if right is not None:
+            hi = jnp.minimum(hi, at + right + 1)
+        if self.query_lengths is not None:
+            hi = jnp.where(rows < self.query_lengths, hi, 0)
+        return lo, hi
+
+    def own_key(self, rows: Array) -> Array:
+        """Of the shape of ``rows``: the position among the keys at which each row stands."""
+        return rows + self._offset()
+
     def _valid_keys(self) -> Index:
         return self.key_length if self.key_lengths is None else self.key_lengths
 

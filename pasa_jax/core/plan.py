@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import jax
@@ -63,6 +63,11 @@ class Plan:
         return Storage.BLOCK_MEAN if rounded else Storage.BENEATH_MAXIMUM
 
     @property
+    def unproved(self) -> Plan:
+        """The plan for heads whose bound is too wide: a running maximum, scores in float32."""
+        return replace(self, shift="auto")
+
+    @property
     def rounds_products(self) -> bool:
         """Whether q·k is rounded to 16 bits before anything can be taken off it: by the target, or
         because it is added up in float16 ("rounded products")."""
@@ -86,6 +91,8 @@ class Plan:
     def explain_shift(self) -> tuple[str, str]:
         """The shift, and the reason for it as a clause."""
         target, scores = self.schedule.target, self.precision.scores
+        if self.storage is Storage.BOUND:
+            return "bound or none", "each key head decides: bound where it is proved to be safe"
         if self.shift != "auto":
             return self.shift, "it was asked for"
         if self.storage is Storage.PLAIN:

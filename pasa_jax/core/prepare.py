@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pasa_jax.core.blocks import block_kappa, over_visited, per_block
+from pasa_jax.core.bound import Bound
 from pasa_jax.core.choice import shifting_helps
 from pasa_jax.core.guard import divides_values, gain_of_values, guard_of, guards, key_norms
 from pasa_jax.core.mask import Mask
@@ -34,6 +35,7 @@ class HeadFacts(NamedTuple):
     # [query tiles] powers of two, 1 in ordinary data, by which the values are multiplied for a tile
     # of queries, so that sums of them stay in range; None where they always do.
     value_gain: Array | None
+    bound: Bound | None = None  # for `Storage.BOUND`; the rest is then for heads without proof
 
 
 def prepare(

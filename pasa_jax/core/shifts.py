@@ -8,6 +8,8 @@ online softmax (docs/algorithm.md, section 2):
     mean        q·κ/α, κ the mean of the block's keys                              (eq. 7)
     mean_past   the same with κ from earlier keys alone, for causal masks          (eq. 8)
     reference   the row maximum of the float32 tile, before rounding               (eq. 9)
+    bound       a bound on the row maximum, known before the walk: scores stay in
+                float32, and partial results add                                   (eq. 21)
     auto        chooses, per key head where the choice depends on the data         (section 6)
 """
 
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from pasa_jax.core.errors import wrong
 
-SHIFTS = ("none", "paper", "mean", "mean_past", "reference")
+SHIFTS = ("none", "paper", "mean", "mean_past", "reference", "bound")
 
 # The paper's starting points 1 − 2⁻⁴, 1 − 2⁻⁵ and 1 − 2⁻⁶ for β.
 PAPER_STARTS = (1 - 2**-4, 1 - 2**-5, 1 - 2**-6)

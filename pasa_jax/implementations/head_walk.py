@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pasa_jax.core import tile
+from pasa_jax.core.bound import bound_of
 from pasa_jax.core.heads import heads_at_once, varying
 from pasa_jax.core.mask import Index, Mask, div, minimum, pick, slice_tile
 from pasa_jax.core.operands import Operands
@@ -43,6 +45,10 @@ class HeadWalk(Walk):
     def of(head: Operands, mask: Mask, plan: Plan, known: Known | None = None) -> HeadWalk:
         length, groups = head.query.shape[:2]
         block_q = max(1, min(plan.schedule.block_q // groups, length))
+        if plan.storage is tile.Storage.BOUND:
+            walk = HeadWalk.of(head, mask, plan.unproved)
+            arrays = (head.query, head.key, head.value, walk.facts.usable, head.bias, head.scale)
+            return replace(walk, facts=walk.facts._replace(bound=bound_of(*arrays, mask, plan)))
         if known is None:
             facts = prepare(head.query, head.key, head.value, head.scale, mask, plan, block_q)
         else:
@@ -57,6 +63,12 @@ class HeadWalk(Walk):
             head=head,
             facts=facts,
         )
+
+    def by_bound(self) -> HeadWalk:
+        """This walk with the bound as reference, which a proof says is safe."""
+        plan = replace(self.plan, shift="bound")
+        facts = self.facts._replace(guard=None, value_gain=None)
+        return replace(self, plan=plan, facts=facts, numerics=plan.numerics(len(self.head.key)))
 
     @property
     def query_tiles(self) -> int:
@@ -117,6 +129,10 @@ class HeadWalk(Walk):
         if self.mask.query_lengths is not None:
             q = tile.zero_unusable(q, self.in_use(start))
         query = tile.query_tile(q, self.plan.gain(self.head.scale), guard, self.numerics)
+        if self.numerics.storage is tile.Storage.BOUND:
+            assert self.facts.bound is not None
+            reference = self.rows(self.facts.bound.reference, start)
+            return query._replace(reference=reference * self.numerics.unit)
         if self.facts.value_gain is None:
             return query
         i = div(start + self.block_q - 1, self.block_q)
@@ -186,7 +202,11 @@ def over_heads(
     def one(b: Index, h: Index) -> tuple[Any, Array | None]:
         of_head = None if known is None else jax.tree.map(lambda x: pick(pick(x, b), h), known)
         walk = HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan, of_head)
-        return program(walk, b, h)
+        bound = walk.facts.bound
+        if bound is None:
+            return program(walk, b, h)
+        either = (lambda w: program(w.by_bound(), b, h), lambda w: program(w, b, h))
+        return lax.cond(bound.proved, *(partial(f, walk) for f in either))
 
     if plan.schedule.batch_heads:
         placed, d_bias = heads_at_once(one, batch, kv_heads)

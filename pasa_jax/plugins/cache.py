@@ -175,6 +175,9 @@ class KVCache:
         for name in options:
             if name not in _ATTEND:
                 raise wrong("options", f"be among {', '.join(_ATTEND)}", name)
+        if options.get("shift") == "bound":
+            way_out = "Its bounds would be read from all keys at every step."
+            raise wrong("shift", "be another than 'bound' in a cache", "'bound'", way_out)
         call = canonical(
             query,
             self.key,

@@ -7,7 +7,7 @@ Everything is computed from the exact scores; nothing of the implementation is i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -60,6 +60,10 @@ def arithmetic(x: Signature) -> Arithmetic:
         plain = Precision(scores=wide, probabilities=wide, statistics=wide, accumulator=wide)
         return Arithmetic(x.dtype, plain, ("none",), True, False)
     asked = x.static.get("precision", x.dtype)
+    if x.static.get("shift") == "bound":
+        asked = Precision.named(wide)
+        if x.dtype == "bfloat16":
+            asked = replace(asked, probabilities="bfloat16")
     p = Precision.named(asked) if isinstance(asked, str) else asked
     reach = x.schedule.target != "ascend_910b" and p.products != "float16"
     shift = x.static.get("shift", "auto")
@@ -230,6 +234,10 @@ class Model:
     def _none(self) -> np.ndarray:
         return self.add * self.size + (self.u_store + self._u_narrow()) * np.abs(self.plain)
 
+    def _bound(self) -> np.ndarray:
+        """A score lies up to 160·ln 2 below its reference, which is taken off unrounded."""
+        return self._none() + self.u_stat * (160 * np.log(2) + self.row_max(np.abs(self.plain)))
+
     def _u_narrow(self) -> float:
         """What a score loses where the statistics are narrower than float32."""
         return self.u_stat if self.a.precision.statistics == "float16" else 0.0
@@ -344,6 +352,7 @@ class Model:
         "mean_past": _mean_past,
         "reference": _reference,
         "paper": _paper,
+        "bound": _bound,
     }
 
     def _query_rounding(self) -> tuple[np.ndarray, np.ndarray]:

@@ -128,14 +128,18 @@ def _schedule(rng: Rng) -> Schedule:
 def _arithmetic(rng: Rng, dtype: str, schedule: Schedule) -> dict[str, Any]:
     """Implementation, shift and precision."""
     if dtype == "float64":
-        shift = str(rng.choice(["auto", "none", "mean", "mean_past", "reference"]))
+        shift = str(rng.choice(["auto", "none", "mean", "mean_past", "reference", "bound"]))
         schedule = replace(schedule, target="cpu")  # the others have no memory for it, or no unit
         return {"schedule": schedule, "shift": shift, "implementation": "lax"}
     if rng.random() < 0.06:
         return {"schedule": schedule, "implementation": "reference"}
     shifts = ["auto"] * 4 + ["none", "paper", "mean", "mean", "mean_past", "reference", "reference"]
     found: dict[str, Any] = {"schedule": schedule, "implementation": "lax"}
+    if schedule.target != "ascend_910b":
+        shifts += ["bound", "bound"]
     found["shift"] = str(rng.choice(shifts))
+    if found["shift"] == "bound":  # it has types of its own
+        return found
     if found["shift"] == "paper":
         found["beta"] = float(rng.choice([0.9375, 0.96875, 0.984497]))
     chance = rng.random()

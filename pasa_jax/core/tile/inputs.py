@@ -28,6 +28,7 @@ class QueryTile(NamedTuple):
     # What the scores are divided by until the soft cap, which brings them into range by itself;
     # ``guard`` is then None. None: 1.
     capped: Guard | None = None
+    reference: Array | None = None  # [R, 1] what `Storage.BOUND` takes off the scores
 
 
 class KeyTile(NamedTuple):

@@ -28,6 +28,7 @@ class Storage(Enum):
     PAST_MEAN = "mean_past"  # the same, κ the mean of the block before (eq. 8)
     BENEATH_MAXIMUM = "reference"  # the row maximum of the float32 tile (eq. 9)
     LAGGING = "reference, lagging"  # the row maximum of the tiles before, in the product (eq. 11)
+    BOUND = "bound"  # a bound on the row maximum, known before the walk (eq. 21)
 
     @property
     def shift(self) -> str:
@@ -124,7 +125,8 @@ class Numerics:
         nothing.
         """
         same = self.precision.exponential == self.precision.scores
-        wide = self.storage is Storage.BENEATH_MAXIMUM or self.subtracts_running_maximum
+        wide = self.storage in (Storage.BENEATH_MAXIMUM, Storage.BOUND)
+        wide = wide or self.subtracts_running_maximum
         narrow = same and not wide and self.logits_soft_cap is None
         return jnp.dtype(self.precision.scores) if narrow else self.statistics
 

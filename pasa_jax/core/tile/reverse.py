@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pasa_jax.core.tile.arrays import dot, tempered, undropped
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile
-from pasa_jax.core.tile.numerics import Numerics, lowest
+from pasa_jax.core.tile.numerics import Numerics, Storage, lowest
 from pasa_jax.core.tile.softmax import probabilities
 from pasa_jax.core.tile.stored import Scores
 
@@ -58,9 +58,10 @@ def gradients(
     seen = s.base != lowest(numerics.statistics)
     gap = jnp.where(seen, top - m, jnp.full_like(m, lowest(wide)))
     share = numerics.exp(tempered(gap, query.guard)) / jnp.where(l != 0, l, jnp.ones_like(l))
-    # The probability of the tile's largest score, at most 1. Where `paper` has moved m by far
-    # larger offsets, rounding may give more.
-    share = jnp.minimum(share, jnp.ones_like(share))
+    if numerics.storage is not Storage.BOUND:
+        # The probability of the tile's largest score, at most 1. Where `paper` has moved m by far
+        # larger offsets, rounding may give more.
+        share = jnp.minimum(share, jnp.ones_like(share))
     p = p * jnp.where(seen, share, jnp.zeros_like(share))
     # float16 may not hold the gradients, whose range depends on the loss: they stay in float32.
     operand = wide if q.dtype == jnp.float16 else q.dtype

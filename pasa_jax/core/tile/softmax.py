@@ -23,7 +23,10 @@ _LANES = 128  # of a vector, and columns of the narrowest matrix unit
 
 
 def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Float[Array, "R n"]:
-    """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1."""
+    """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1.
+
+    Of `Storage.BOUND` the reference takes the maximum's place, and P may be large or small.
+    """
     exponent = s.stored
     if query.guard is not None:  # the tile's own type may not hold 2^e
         exponent = tempered(exponent.astype(numerics.statistics), query.guard)
@@ -53,6 +56,8 @@ def update(
     p = probabilities(s, query, numerics)
     l_loc, pv = _sum_and_product(p, key.v, numerics, kept)
     pv = pv.astype(acc)
+    if numerics.storage is Storage.BOUND:  # partial results add
+        return State(s.base, state.l + l_loc, state.o + pv, state.f)
     if numerics.subtracts_running_maximum:  # a row without keys so far has the factor 0
         old = numerics.exp(tempered(state.m - s.base, query.guard))
         return State(s.base, old * state.l + l_loc, beside(old.astype(acc)) * state.o + pv, state.f)

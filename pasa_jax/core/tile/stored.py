@@ -22,7 +22,9 @@ class Scores(NamedTuple):
     """The scores of one tile: S = (stored + base) + inva·offset, per row."""
 
     stored: Array  # [R, n] S' minus its base, masked entries far below; statistics dtype
-    base: Array  # [R, 1] the row maximum of the visible S' (or the running one), or lowest
+    # [R, 1] the row maximum of the visible S' (or the running one), or lowest; the reference of
+    # `Storage.BOUND`
+    base: Array
     # [R, 1] what the shift took off (s̄' for `paper`, to be multiplied by inva), or None: 0
     offset: Array | None
     slope: Array | None = None  # [R, n] derivative of the soft cap
@@ -79,7 +81,7 @@ def scores(
     product = dot(query.q, key.k, (1, 1), numerics.accumulated)
     product = product.astype(numerics.product) * query.gain
     offset = None
-    if numerics.storage is Storage.BENEATH_MAXIMUM:  # rounded below, after the subtraction
+    if numerics.storage in (Storage.BENEATH_MAXIMUM, Storage.BOUND):  # rounded below, or not at all
         z = product.astype(stat)
     elif numerics.storage is Storage.LAGGING:
         plain = bias is None and numerics.logits_soft_cap is None
@@ -104,6 +106,10 @@ def scores(
     if mask is not None:
         z = jnp.where(mask, z, jnp.full_like(z, lowest(z.dtype)))
         slope = None if slope is None else jnp.where(mask, slope, jnp.zeros_like(slope))
+    if numerics.storage is Storage.BOUND:
+        assert query.reference is not None
+        stored = z - beside(query.reference)
+        return Scores(stored, query.reference, None, slope if with_slope else None, mask is None)
     base = numerics.over_row(jnp.max, z)
     if numerics.subtracts_running_maximum:
         base = jnp.maximum(base, state.m)

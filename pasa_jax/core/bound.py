@@ -1,0 +1,188 @@
+"""A bound on every row's scores, known before the tiles are walked (eq. 21, 22).
+
+A softmax needs any reference that keeps its exponentials in range, not the maximum. For a block of
+keys with mean κ, no key of which is further from κ than r, each score lies below q·κ/α + ‖q‖·r/α,
+and their maximum is at least their mean, q·κ/α. The largest upper bound over the blocks that a row
+sees is its reference m; the distance from there down to the largest lower bound is its gap, and a
+head is proved to be safe where no gap is too wide for float32. Then nothing has to be rescaled:
+sums of different tiles, devices or pages simply add.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pasa_jax.core.blocks import per_block
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.tile import shown_by, wide_type
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Float
+
+Array = jax.Array
+
+# log2 of what every weight is multiplied by (C of eq. 22): it halves the way down to nothing.
+_RAISED_LOG2 = 60
+# A row's sum of weights may be as small as 2^-100: what float32 drops is below 2^-26 of it.
+_LEAST_LOG2 = -100
+_MOST_LOG2 = 126  # of a sum
+_PRODUCT_LOG2 = 120  # of a score
+
+
+class Bound(NamedTuple):
+    """What is proved of one key head and its G query heads."""
+
+    reference: Array  # [T, G] m − C·ln 2, in natural units; 0 for a row that sees nothing
+    gap: Array  # [G] log2 of how far the largest weight of a row may lie below 2^C
+    proved: Array  # [] bool: whether every row of every query head stays in range
+
+
+class _Sight(NamedTuple):
+    """Which blocks a row sees, [T or 1, G or 1, blocks], by one condition or by several."""
+
+    some: Array  # False where it surely sees no key of the block
+    surely: Array  # True where it surely sees a usable key
+    whole: Array  # True where it surely sees every usable key of a block that has one
+
+    def beside(self, other: _Sight) -> _Sight:
+        """Where both conditions must hold."""
+        surely = (self.surely & other.whole) | (self.whole & other.surely)
+        return _Sight(self.some & other.some, surely, self.whole & other.whole)
+
+    @staticmethod
+    def of_keys(shown: Array, usable: Array, n: int) -> _Sight:
+        """By ``shown`` [T|1, G|1, S]."""
+        some = _over_blocks(shown & usable, n, jnp.any)
+        return _Sight(some, some, some & _over_blocks(shown | ~usable, n, jnp.all))
+
+
+def bound_of(
+    q: Float[Array, "T G D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S E"],
+    usable: Bool[Array, " S"],
+    bias: Float[Array, "#G #T #S"] | None,
+    scale: Float[Array, ""],
+    mask: Mask,
+    plan: Plan,
+) -> Bound:
+    """The bounds of one key head, from its block means: O(T·blocks·D) work."""
+    wide, n = wide_type(q.dtype), plan.schedule.block_kv
+    q, scale = q.astype(wide), scale.astype(wide)
+    k = jnp.where(usable[:, None], k, jnp.zeros_like(k)).astype(wide)
+    kappa, radius = _balls(k, usable, n)
+    # Products of D terms are formed with errors of up to D roundings: these, twice.
+    error = 2 * (q.shape[-1] + 4) * float(jnp.finfo(wide).eps)
+    size = _norm(kappa)
+    length = (_norm(q) * jnp.abs(scale))[..., None]  # [T, G, 1]
+    centre = jnp.einsum("tgd,bd->tgb", q, kappa, precision="highest") * scale
+    upper = centre + length * (radius + error * (size + radius))
+    mean = centre - length * (error * (size + radius))
+    lower = mean - length * radius
+    own = jnp.clip(mask.own_key(jnp.arange(len(q), dtype=jnp.int32)), 0, len(k) - 1)
+    of_own = jnp.einsum("tgd,td->tg", q, k[own], precision="highest") * scale
+    of_own = of_own - length[..., 0] * error * _norm(k[own])[:, None]
+    product = jnp.max(length * (size + radius), initial=0)
+    product = jnp.maximum(product, product / jnp.maximum(jnp.abs(scale), 1e-30))
+    if plan.logits_soft_cap is not None:
+        cap = wide.type(plan.logits_soft_cap)
+        upper, mean, lower, of_own = (cap * jnp.tanh(x / cap) for x in (upper, mean, lower, of_own))
+    sight = _sight(mask, usable, n)
+    sees_own = _sees_own(mask, usable, own)
+    if bias is not None:
+        bias = jnp.moveaxis(jnp.broadcast_to(bias, (*bias.shape[:2], len(k))), 1, 0)
+        shown = shown_by(bias)  # [T|1, G|1, S]
+        sight = sight.beside(_Sight.of_keys(shown, usable, n))
+        counts, bias = shown & usable, bias.astype(wide)
+        upper = upper + _over_blocks(jnp.where(counts, bias, -jnp.inf), n, jnp.max)
+        least = _over_blocks(jnp.where(counts, bias, jnp.inf), n, jnp.min)
+        mean, lower = mean + least, lower + least
+        sees_own = sees_own & _at(shown, own)
+        of_own = of_own + _at(bias, own)
+    m = jnp.max(jnp.where(sight.some, upper, -jnp.inf), axis=-1)
+    least = jnp.where(sight.whole, mean, jnp.where(sight.surely, lower, -jnp.inf))
+    least = jnp.maximum(jnp.max(least, axis=-1), jnp.where(sees_own, of_own, -jnp.inf))
+    some = jnp.any(sight.some, axis=-1) & (m != -jnp.inf)  # NaN is something
+    gaps = jnp.where(some, m - least, jnp.zeros_like(m)) / math.log(2)
+    gap = jnp.max(gaps, axis=0, initial=0)
+    reference = jnp.where(some, m - _RAISED_LOG2 * math.log(2), jnp.zeros_like(m))
+    proved = jnp.all(_in_range(gap, v, usable)) & (product < 2.0**_PRODUCT_LOG2)
+    return Bound(reference, gap, proved & jnp.all(jnp.isfinite(reference)))
+
+
+def _in_range(gap: Array, v: Float[Array, "S E"], usable: Array) -> Array:
+    """[G] bool: whether weights down to the gap, and their sums with values, stay in float32."""
+    top = jnp.max(jnp.where(usable[:, None], jnp.abs(v), jnp.zeros_like(v)), initial=0)
+    log2 = jnp.where(top > 0, jnp.log2(top.astype(gap.dtype)), 0)
+    keys = math.log2(max(1, len(v)))
+    small = gap <= _RAISED_LOG2 - _LEAST_LOG2 + jnp.minimum(log2, 0)
+    return small & (jnp.maximum(log2, 0) + _RAISED_LOG2 + keys <= _MOST_LOG2)
+
+
+def _balls(k: Array, usable: Array, n: int) -> tuple[Array, Array]:
+    """The mean [blocks, D] of each block's usable keys, and the largest distance from it."""
+    count = per_block(usable[:, None], n, lambda x, axis: jnp.sum(x, axis, dtype=k.dtype))
+    kappa = per_block(k, n, jnp.sum) / jnp.maximum(count, 1)
+    nearest = jnp.repeat(kappa, n, axis=0, total_repeat_length=len(kappa) * n)[: len(k)]
+    distance = jnp.where(usable, _norm(k - nearest), jnp.zeros((), k.dtype))
+    return kappa, per_block(distance, n, jnp.max)
+
+
+def _norm(x: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))
+
+
+def _sight(mask: Mask, usable: Array, n: int) -> _Sight:
+    """By lengths, causality, window, segments and array."""
+    rows = jnp.arange(mask.query_length, dtype=jnp.int32)[:, None, None]
+    keys = jnp.arange(mask.key_length, dtype=jnp.int32)
+    first = per_block(jnp.where(usable, keys, mask.key_length), n, jnp.min)
+    last = per_block(jnp.where(usable, keys, -1), n, jnp.max)
+    lo, hi = mask.key_interval(rows)
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(usable, dtype=jnp.int32)])
+    start = jnp.arange(len(first), dtype=jnp.int32) * n
+    stop = jnp.minimum(start + n, mask.key_length)
+    counted = before[jnp.clip(hi, start, stop)] - before[jnp.clip(lo, start, stop)]
+    some = counted > 0
+    sight = _Sight(some, some, some & (lo <= first) & (hi > last))
+    if mask.query_segments is not None and mask.key_segments is not None:
+        own = mask.query_segments[:, None, None]
+        info = jnp.iinfo(own.dtype)
+        least = per_block(jnp.where(usable, mask.key_segments, info.max), n, jnp.min)
+        most = per_block(jnp.where(usable, mask.key_segments, info.min), n, jnp.max)
+        all_own = (least == own) & (most == own)
+        sight = sight.beside(_Sight((least <= own) & (own <= most), all_own, all_own))
+    if mask.array is not None:
+        array = jnp.broadcast_to(mask.array, (*mask.array.shape[:2], mask.key_length))
+        sight = sight.beside(_Sight.of_keys(jnp.moveaxis(array, 1, 0), usable, n))
+    return sight
+
+
+def _sees_own(mask: Mask, usable: Array, own: Array) -> Array:
+    """[T, G or 1] bool: whether a row sees the key at which it stands."""
+    rows = jnp.arange(mask.query_length, dtype=jnp.int32)
+    lo, hi = mask.key_interval(rows)
+    place = mask.own_key(rows)
+    sees = ((place >= lo) & (place < hi) & usable[own])[:, None]
+    if mask.query_segments is not None and mask.key_segments is not None:
+        sees = sees & (mask.query_segments == mask.key_segments[own])[:, None]
+    if mask.array is not None:
+        array = jnp.broadcast_to(mask.array, (*mask.array.shape[:2], mask.key_length))
+        sees = sees & _at(jnp.moveaxis(array, 1, 0), own)
+    return sees
+
+
+def _at(x: Array, own: Array) -> Array:
+    """[T, G|1] of x [T|1, G|1, S]: the entry of each row's own key."""
+    x = jnp.broadcast_to(x, (len(own), *x.shape[1:]))
+    return jnp.take_along_axis(x, own[:, None, None], axis=2)[..., 0]
+
+
+def _over_blocks(x: Array, n: int, reduce: Any) -> Array:
+    """[T|1, G|1, S] -> [T|1, G|1, blocks]."""
+    return jnp.moveaxis(per_block(jnp.moveaxis(x, -1, 0), n, reduce), 0, -1)
