@@ -11,7 +11,8 @@ sums of different tiles, devices or pages simply add.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 
-# log2 of what every weight is multiplied by (C of eq. 22): it halves the way down to nothing.
+# C of eq. 22: every weight is multiplied by 2^60, so that float32's range above 1 is used as well.
 _RAISED_LOG2 = 60
 # A row's sum of weights may be as small as 2^-100: what float32 drops is below 2^-26 of it.
 _LEAST_LOG2 = -100
@@ -61,6 +62,18 @@ class _Sight(NamedTuple):
         return _Sight(some, some, some & _over_blocks(shown | ~usable, n, jnp.all))
 
 
+class _Rows(NamedTuple):
+    """Bounds on scores, [T, G, blocks] and, for the key at which a row stands, [T, G]."""
+
+    upper: Array  # no score of the block is above it
+    mean: Array  # the mean of the block's scores is not below it
+    lower: Array  # no score of the block is below it
+    own: Array  # the own key's score is not below it
+
+    def mapped(self, f: Callable[[Array], Array]) -> _Rows:
+        return _Rows(*map(f, self))
+
+
 def bound_of(
     q: Float[Array, "T G D"],
     k: Float[Array, "S D"],
@@ -72,47 +85,64 @@ def bound_of(
     plan: Plan,
 ) -> Bound:
     """The bounds of one key head, from its block means: O(T·blocks·D) work."""
-    wide, n = wide_type(q.dtype), plan.schedule.block_kv
-    q, scale = q.astype(wide), scale.astype(wide)
-    k = jnp.where(usable[:, None], k, jnp.zeros_like(k)).astype(wide)
-    kappa, radius = _balls(k, usable, n)
-    # Products of D terms are formed with errors of up to D roundings: these, twice.
-    error = 2 * (q.shape[-1] + 4) * float(jnp.finfo(wide).eps)
-    size = _norm(kappa)
-    length = (_norm(q) * jnp.abs(scale))[..., None]  # [T, G, 1]
-    centre = jnp.einsum("tgd,bd->tgb", q, kappa, precision="highest") * scale
-    upper = centre + length * (radius + error * (size + radius))
-    mean = centre - length * (error * (size + radius))
-    lower = mean - length * radius
+    n, valid = plan.schedule.block_kv, mask.row_valid()
+    if valid is not None:  # padding may hold anything
+        q = jnp.where(valid[:, None, None], q, jnp.zeros_like(q))
     own = jnp.clip(mask.own_key(jnp.arange(len(q), dtype=jnp.int32)), 0, len(k) - 1)
-    of_own = jnp.einsum("tgd,td->tg", q, k[own], precision="highest") * scale
-    of_own = of_own - length[..., 0] * error * _norm(k[own])[:, None]
-    product = jnp.max(length * (size + radius), initial=0)
-    product = jnp.maximum(product, product / jnp.maximum(jnp.abs(scale), 1e-30))
+    rows, largest = _of_products(q, k, usable, own, scale, n)
     if plan.logits_soft_cap is not None:
-        cap = wide.type(plan.logits_soft_cap)
-        upper, mean, lower, of_own = (cap * jnp.tanh(x / cap) for x in (upper, mean, lower, of_own))
-    sight = _sight(mask, usable, n)
-    sees_own = _sees_own(mask, usable, own)
+        cap = rows.own.dtype.type(plan.logits_soft_cap)
+        rows = rows.mapped(lambda x: cap * jnp.tanh(x / cap))
+    sight, sees_own = _sight(mask, usable, n), _sees_own(mask, usable, own)
     if bias is not None:
         bias = jnp.moveaxis(jnp.broadcast_to(bias, (*bias.shape[:2], len(k))), 1, 0)
         shown = shown_by(bias)  # [T|1, G|1, S]
         sight = sight.beside(_Sight.of_keys(shown, usable, n))
-        counts, bias = shown & usable, bias.astype(wide)
-        upper = upper + _over_blocks(jnp.where(counts, bias, -jnp.inf), n, jnp.max)
-        least = _over_blocks(jnp.where(counts, bias, jnp.inf), n, jnp.min)
-        mean, lower = mean + least, lower + least
         sees_own = sees_own & _at(shown, own)
-        of_own = of_own + _at(bias, own)
-    m = jnp.max(jnp.where(sight.some, upper, -jnp.inf), axis=-1)
-    least = jnp.where(sight.whole, mean, jnp.where(sight.surely, lower, -jnp.inf))
-    least = jnp.maximum(jnp.max(least, axis=-1), jnp.where(sees_own, of_own, -jnp.inf))
+        rows = _with_bias(rows, bias.astype(rows.own.dtype), shown & usable, own, n)
+    m = jnp.max(jnp.where(sight.some, rows.upper, -jnp.inf), axis=-1)
+    least = jnp.where(sight.whole, rows.mean, jnp.where(sight.surely, rows.lower, -jnp.inf))
+    least = jnp.maximum(jnp.max(least, axis=-1), jnp.where(sees_own, rows.own, -jnp.inf))
     some = jnp.any(sight.some, axis=-1) & (m != -jnp.inf)  # NaN is something
-    gaps = jnp.where(some, m - least, jnp.zeros_like(m)) / math.log(2)
-    gap = jnp.max(gaps, axis=0, initial=0)
-    reference = jnp.where(some, m - _RAISED_LOG2 * math.log(2), jnp.zeros_like(m))
-    proved = jnp.all(_in_range(gap, v, usable)) & (product < 2.0**_PRODUCT_LOG2)
+    zero = jnp.zeros_like(m)
+    gap = jnp.max(jnp.where(some, m - least, zero), axis=0, initial=0) / math.log(2)
+    reference = jnp.where(some, m - _RAISED_LOG2 * math.log(2), zero)
+    proved = jnp.all(_in_range(gap, v, usable)) & (largest < 2.0**_PRODUCT_LOG2)
     return Bound(reference, gap, proved & jnp.all(jnp.isfinite(reference)))
+
+
+def _of_products(
+    q: Array, k: Array, usable: Array, own: Array, scale: Array, n: int
+) -> tuple[_Rows, Array]:
+    """The bounds on q·k/α, and [] a bound on every product and score."""
+    wide = wide_type(q.dtype)
+    q, scale = q.astype(wide), scale.astype(wide)
+    k = jnp.where(usable[:, None], k, jnp.zeros_like(k)).astype(wide)
+    kappa, radius = _balls(k, usable, n)
+    # Sums of D products have errors of up to D roundings: these, twice.
+    error = 2 * (q.shape[-1] + 4) * float(jnp.finfo(wide).eps)
+    length = _norm(q)[..., None]  # [T, G, 1]
+    reach = _norm(kappa) + radius
+    largest = jnp.max(length * reach, initial=0) * jnp.maximum(jnp.abs(scale), 1)
+    length = length * jnp.abs(scale)
+    centre = jnp.einsum("tgd,bd->tgb", q, kappa, precision="highest") * scale
+    of_own = jnp.einsum("tgd,td->tg", q, k[own], precision="highest") * scale
+    rows = _Rows(
+        upper=centre + length * (radius + error * reach),
+        mean=centre - length * (error * reach),
+        lower=centre - length * (radius + error * reach),
+        own=of_own - length[..., 0] * error * _norm(k[own])[:, None],
+    )
+    return rows, largest
+
+
+def _with_bias(rows: _Rows, bias: Array, counts: Array, own: Array, n: int) -> _Rows:
+    """The bounds after ``bias`` [T|1, G|1, S], of the keys that ``counts`` [T|1, G|1, S] names."""
+    most = _over_blocks(jnp.where(counts, bias, -jnp.inf), n, jnp.max)
+    least = _over_blocks(jnp.where(counts, bias, jnp.inf), n, jnp.min)
+    return _Rows(
+        rows.upper + most, rows.mean + least, rows.lower + least, rows.own + _at(bias, own)
+    )
 
 
 def _in_range(gap: Array, v: Float[Array, "S E"], usable: Array) -> Array:
@@ -134,7 +164,10 @@ def _balls(k: Array, usable: Array, n: int) -> tuple[Array, Array]:
 
 
 def _norm(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))
+    """The Euclidean norm over the last axis, which no square leads out of its type."""
+    top = jnp.max(jnp.abs(x), axis=-1)
+    unit = jnp.where(top > 0, top, jnp.ones_like(top))
+    return top * jnp.sqrt(jnp.sum(jnp.square(x / unit[..., None]), axis=-1))
 
 
 def _sight(mask: Mask, usable: Array, n: int) -> _Sight:
@@ -183,6 +216,6 @@ def _at(x: Array, own: Array) -> Array:
     return jnp.take_along_axis(x, own[:, None, None], axis=2)[..., 0]
 
 
-def _over_blocks(x: Array, n: int, reduce: Any) -> Array:
+def _over_blocks(x: Array, n: int, reduce: Callable[[Array, int], Array]) -> Array:
     """[T|1, G|1, S] -> [T|1, G|1, blocks]."""
     return jnp.moveaxis(per_block(jnp.moveaxis(x, -1, 0), n, reduce), 0, -1)

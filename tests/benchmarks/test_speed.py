@@ -40,6 +40,7 @@ def worker(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_main_writes_every_sample(
     speed: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

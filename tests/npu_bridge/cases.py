@@ -34,7 +34,7 @@ _ODD = {"queries": 200, "keys": 600}
 CASES: dict[str, Case] = {
     "mean, causal": Case({"is_causal": True}, {"queries": 300, "keys": 300}, 512),
     "mean, float32 arithmetic": Case({"precision": HALF}, _ODD, full=True),
-    "reference, causal": Case({"shift": "reference", "is_causal": True}, _ODD),
+    "reference, causal": Case({"shift": "reference", "is_causal": True}, _ODD, full=True),
     "reference, lengths, log-sum-exp": Case(
         {"shift": "reference", "precision": HALF, "lengths": True, "return_lse": True},
         {"batch": 2, "queries": 300, "keys": 700},

@@ -117,8 +117,8 @@ WRONG = {
     "shift": (
         (Q, K, V),
         {"shift": "pasa"},
-        "`shift` must be one of 'auto', 'none', 'paper', 'mean', 'mean_past', 'reference'; "
-        "got 'pasa'.",
+        "`shift` must be one of 'auto', 'none', 'paper', 'mean', 'mean_past', 'reference', "
+        "'bound'; got 'pasa'.",
     ),
     "beta without paper": (
         (Q, K, V),

@@ -57,6 +57,7 @@ def test_they_are_the_public_functions(errors, dtype):
     np.testing.assert_allclose(errors[dtype]["eager"], relative(out, exact), rtol=0.3)
 
 
+@pytest.mark.full
 def test_the_shifts_repair_what_plain_storage_loses(errors):
     found = {form: errors["float16"][form].max() for form in FORMS}
     assert found["none"] > 5 * found["mean"]
