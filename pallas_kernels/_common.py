@@ -171,12 +171,17 @@ def repaired(
     if not plan.interpret:
         operands = operands._replace(query=_only_on(platform).bind(operands.query))
     result, bad = kernel(operands, mask, plan, wanted=wanted)
+    residuals = wanted == "residuals"
+    if residuals:
+        result = result._replace(by_lax=bad)
     # It is seldom run: it should compile fast and need little memory.
     schedule = replace(plan.schedule, block_q=_REPAIR_ROWS, unroll=1, batch_heads=False)
 
     def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:
         del carry
         guarded = _lax.forward(operands, mask, replace(plan, schedule=schedule), wanted=wanted)
+        if residuals:
+            guarded = guarded._replace(by_lax=jnp.ones_like(bad))
         return varying((jnp.zeros_like(bad), guarded), (operands, mask))
 
     # A loop, not a cond: under vmap a cond would always compute both sides.

@@ -38,6 +38,7 @@ from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import HeadFacts
+from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 Ref = Any
@@ -76,6 +77,14 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
 def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Result:
     """Attention of all heads; `repaired` says when the lax walk computes it again."""
     return repaired(kernel, operands, mask, plan, wanted, "cuda")
+
+
+def no_backward(operands: Operands, mask: Mask, plan: Plan) -> str | None:
+    """None, or the reason why the backward pass is left to the lax walk."""
+    return "it has none"
+
+
+backward = _lax.backward
 
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tuple[Result, Array]:

@@ -11,11 +11,13 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from pasa_jax.call.differentiation import Core, Forward, differentiable_attention
+from pasa_jax.call.differentiation import Backward, Core, differentiable_attention
 from pasa_jax.core.errors import BackendUnsupported, check_choice, wrong
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
@@ -77,7 +79,9 @@ class Lax(Backend):
     def run(
         self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
     ) -> Outputs:
-        return differentiable_attention(Core(_lax.forward, plan, lse), operands, mask)
+        return differentiable_attention(
+            Core(_lax.forward, _lax.backward, plan, lse), operands, mask
+        )
 
 
 @dataclass(frozen=True)
@@ -110,20 +114,51 @@ class Pallas(Backend):
     def run(
         self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
     ) -> Outputs:
-        elsewhere_lax = anywhere and not plan.interpret
-        forward = self._forward_or_lax if elsewhere_lax else self._module.forward
-        return differentiable_attention(Core(forward, plan, lse), operands, mask)
+        forward, backward = self._module.forward, self._module.backward
+        if self._module.no_backward(operands, mask, plan) is not None:
+            backward = _lax.backward
+        if anywhere and not plan.interpret:
+            forward, backward = self._forward_or_lax, partial(self._backward_or_lax, backward)
+        return differentiable_attention(Core(forward, backward, plan, lse), operands, mask)
 
     def _forward_or_lax(
         self, operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted
     ) -> Result:
         """The kernel where the program is compiled for ``platform``, the lax walk elsewhere."""
 
-        def bound(forward: Forward) -> Callable[[Operands, Mask], Result]:
-            return lambda operands, mask: forward(operands, mask, plan, wanted=wanted)
+        def kernel(operands: Operands, mask: Mask) -> Result:
+            return self._module.forward(operands, mask, plan, wanted=wanted)
 
-        kernel = {self.platform: bound(self._module.forward)}
-        return jax.lax.platform_dependent(operands, mask, **kernel, default=bound(_lax.forward))
+        def elsewhere(operands: Operands, mask: Mask) -> Result:
+            result = _lax.forward(operands, mask, plan, wanted=wanted)
+            return result._replace(by_lax=jnp.bool_(True)) if wanted == "residuals" else result
+
+        return self._where_compiled(kernel, elsewhere, operands, mask)
+
+    def _backward_or_lax(
+        self,
+        kernel: Backward,
+        operands: Operands,
+        mask: Mask,
+        plan: Plan,
+        result: Result,
+        d_out: Array,
+        d_lse: Array | None,
+    ) -> Operands:
+        """``kernel`` where the program is compiled for ``platform``, the lax walk elsewhere."""
+
+        def of(backward: Backward) -> Callable[..., Operands]:
+            return lambda operands, mask, *rest: backward(operands, mask, plan, *rest)
+
+        if kernel is _lax.backward:
+            return kernel(operands, mask, plan, result, d_out, d_lse)
+        choices = (of(kernel), of(_lax.backward))
+        return self._where_compiled(*choices, operands, mask, result, d_out, d_lse)
+
+    def _where_compiled(self, kernel: Any, elsewhere: Any, *arguments: Any) -> Any:
+        """``kernel`` in programs for ``platform``, ``elsewhere`` in others."""
+        choices = {self.platform: kernel}
+        return jax.lax.platform_dependent(*arguments, **choices, default=elsewhere)
 
     @property
     def _module(self) -> Any:

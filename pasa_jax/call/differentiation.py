@@ -1,4 +1,4 @@
-"""The differentiable core: any implementation's forward pass, the tile-by-tile backward pass."""
+"""The differentiable core: an implementation's forward pass and its backward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import jax
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
-from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 
@@ -22,17 +21,32 @@ class Forward(Protocol):
     def __call__(self, operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Result: ...
 
 
+class Backward(Protocol):
+    """A backward pass: the cotangents of the operands, from those of a result's out and lse."""
+
+    def __call__(
+        self,
+        operands: Operands,
+        mask: Mask,
+        plan: Plan,
+        result: Result,
+        d_out: Array,
+        d_lse: Array | None,
+    ) -> Operands: ...
+
+
 @dataclass(frozen=True)
 class Core:
     """The static part of a differentiable call.
 
     Arguments:
-      forward: the implementation's forward pass.
+      forward, backward: the implementation's passes.
       plan: adapted to that implementation.
       lse: whether the log-sum-exp is returned too.
     """
 
     forward: Forward
+    backward: Backward
     plan: Plan
     lse: bool
 
@@ -43,8 +57,7 @@ def differentiable_attention(
 ) -> tuple[Array, Array | None]:
     """Output [B, T, N, E] and log-sum-exp [B, T, N], both differentiable in reverse mode.
 
-    The backward pass recomputes the scores from O(T + S) residuals, whatever computed the
-    forward pass.
+    The backward pass recomputes the scores from O(T + S) residuals.
     """
     result = run(core.forward, core.plan, "lse" if core.lse else "out", operands, mask)
     return result.out, result.lse
@@ -80,13 +93,13 @@ def _backward(
 ) -> tuple[Operands, None]:
     operands, mask, result = residuals
     with jax.disable_jit(False):  # as in `run`
-        gradients = _compiled_backward(core.plan, operands, mask, result, *cotangents)
+        gradients = _compiled_backward(core, operands, mask, result, *cotangents)
     return jax.tree.map(_reduced, gradients, operands), None
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
-def _compiled_backward(plan: Plan, operands: Operands, mask: Mask, *rest: Any) -> Operands:
-    return _lax.backward(operands, mask, plan, *rest)
+def _compiled_backward(core: Core, operands: Operands, mask: Mask, *rest: Any) -> Operands:
+    return core.backward(operands, mask, core.plan, *rest)
 
 
 def _reduced(cotangent: Array, operand: Array) -> Array:

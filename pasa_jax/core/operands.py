@@ -60,6 +60,8 @@ class Result(NamedTuple):
     m: Any = None  # [B, T, N] in units of the guard
     l: Any = None  # noqa: E741  [B, T, N]
     remainder: Any = None  # [B, T, N, E]
+    # [] bool: whether the lax walk computed it, in place of a kernel or after one; None on lax.
+    by_lax: Any = None
 
     def only(self, wanted: Wanted) -> Result:
         """The parts that are ``wanted``."""

@@ -60,7 +60,7 @@ def backward(
         def of_head(x: Array) -> Array:
             return heads_of(x, b, h, groups)
 
-        residuals = Result(*map(of_head, result))
+        residuals = jax.tree.map(of_head, result._replace(by_lax=None))
         return _backward_head(
             walk, residuals, of_head(d_out), None if d_lse is None else of_head(d_lse)
         )
@@ -100,8 +100,7 @@ def _forward_head(walk: HeadWalk) -> Result:
             remainder=remainder,
         )
         which = walk.new(start, i)
-        pairs = zip(result, new, strict=True)
-        return Result(*(walk.put_rows(old, x, start, which) for old, x in pairs))
+        return jax.tree.map(lambda old, x: walk.put_rows(old, x, start, which), result, new)
 
     rows, wide = head.query.shape[:2], numerics.product
     out = jnp.zeros((*rows, value_size), out_type)
