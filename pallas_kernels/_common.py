@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from pasa_jax.core import tile
 from pasa_jax.core.errors import BackendUnsupported
 from pasa_jax.core.heads import heads_at_once, varying
 from pasa_jax.core.mask import Mask
@@ -35,8 +36,6 @@ def refusal(operands: Operands, mask: Mask, plan: Plan, no_float64: str) -> str 
     """
     if mask.dropout is not None:
         return "it has no dropout"
-    if plan.shift == "bound":
-        return "the shift 'bound' is on 'lax' alone"
     if str(operands.query.dtype) == "float64":
         return no_float64
     if 0 in operands.query.shape or 0 in operands.key.shape or 0 in operands.value.shape:
@@ -175,6 +174,8 @@ def repaired(
     if residuals:
         result = result._replace(by_lax=bad)
     # It is seldom run: it should compile fast and need little memory.
+    if plan.storage is tile.Storage.BOUND:
+        plan = plan.unproved
     schedule = replace(plan.schedule, block_q=_REPAIR_ROWS, unroll=1, batch_heads=False)
 
     def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:

@@ -42,15 +42,21 @@ class Specs:
       heads, groups: K and G.
       block_q: positions of a query tile: the whole of T, or a multiple of 128, the lanes in which
         row statistics leave the kernel.
+      tiles: query tiles of one program.
+      programs: of one head.
       block_kv, key_tiles: keys of a tile, and how many tiles a head has.
+      transposed: whether rows lie along lanes. The rows of each query head must then fill whole
+        vectors, or be the only ones.
     """
 
     heads: int
     groups: int
     block_q: int
     block_kv: int
-    query_tiles: int
+    tiles: int
+    programs: int
     key_tiles: int
+    transposed: bool
     bytes: int
 
     @staticmethod
@@ -59,9 +65,12 @@ class Specs:
         groups, e = heads // kv_heads, o.value.shape[3]
         block_q = -(-max(1, plan.schedule.block_q // groups) // LANES) * LANES
         block_q = length if length <= block_q else block_q
+        # On chips with the narrower matrix unit the two products cost more in this orientation.
+        wide_matrix = find_target(plan.schedule.target).matrix_columns > LANES
+        tiles = min(plan.schedule.tiles_per_program, -(-length // block_q))
         block_kv = plan.schedule.block_kv
         key_tiles = -(-mask.key_length // block_kv)
-        rows, keys = groups * block_q, key_tiles * block_kv
+        rows, keys = groups * block_q * tiles, key_tiles * block_kv
         item = o.query.dtype.itemsize
         wide = [_padded(rows, size) * item, _padded(keys, size) * item, _padded(keys, e) * item]
         wide += [_padded(rows, e) * 4]
@@ -69,17 +78,30 @@ class Specs:
             if x is not None:
                 r = rows if x.shape[2] > 1 else groups
                 wide.append(_padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
-        scores = plan.schedule.unroll * _padded(rows, block_kv) * (4 + 4)
-        state = 3 * _padded(rows, e) * 4 + 4 * _padded(rows, 1) * 4
+        tile_rows = groups * block_q
+        scores = plan.schedule.unroll * _padded(tile_rows, block_kv) * (4 + 4)
+        state = 3 * _padded(tile_rows, e) * 4 + 4 * _padded(tile_rows, 1) * 4
         return Specs(
             kv_heads,
             groups,
             block_q,
             block_kv,
-            -(-length // block_q),
+            tiles,
+            -(-length // (block_q * tiles)),
             key_tiles,
+            wide_matrix and (groups == 1 or block_q % LANES == 0),
             2 * sum(wide) + scores + state,  # blocks are double-buffered
         )
+
+    @property
+    def rows(self) -> int:
+        """Positions of one program."""
+        return self.block_q * self.tiles
+
+    @property
+    def query_tiles(self) -> int:
+        """Of one head; the last program's may begin beyond T."""
+        return self.programs * self.tiles
 
 
 def _padded(rows: int, columns: int) -> int:
@@ -97,10 +119,11 @@ class Inputs(NamedTuple):
     bias: Any = None  # [B|1, K|1, G|1, T|1, S|1]
     sinks: Any = None  # [N]
     array: Any = None  # [B|1, K|1, G|1, T|1, S|1] int8
-    query_segments: Any = None  # [B, T, 1]
-    key_segments: Any = None  # [B, 1, S]
+    query_segments: Any = None  # [B, T, 1]; transposed [B, 1, T]
+    key_segments: Any = None  # [B, 1, S]; transposed [B, S, 1]
     query_lengths: Any = None  # [B]
     key_lengths: Any = None  # [B]
+    todo: Any = None  # [B, K, query tiles] int32, 0 for tiles that are left out; None: all are done
 
 
 def block_specs(x: Inputs, specs: Specs) -> Inputs:
@@ -110,7 +133,7 @@ def block_specs(x: Inputs, specs: Specs) -> Inputs:
         if x is None:
             return None
         block = (1, 1, x.shape[2])
-        block += (specs.block_q if x.shape[3] > 1 else 1, keys if x.shape[4] > 1 else 1)
+        block += (specs.rows if x.shape[3] > 1 else 1, keys if x.shape[4] > 1 else 1)
         several = [int(n > 1) for n in x.shape]
         return pl.BlockSpec(
             block,
@@ -120,11 +143,17 @@ def block_specs(x: Inputs, specs: Specs) -> Inputs:
     def only(x: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
         return None if x is None else spec
 
+    if specs.transposed:
+        query_segments = pl.BlockSpec((1, 1, specs.rows), lambda b, h, i: (b, 0, i))
+        key_segments = pl.BlockSpec((1, keys, 1), lambda b, h, i: (b, 0, 0))
+    else:
+        query_segments = pl.BlockSpec((1, specs.rows, 1), lambda b, h, i: (b, i, 0))
+        key_segments = pl.BlockSpec((1, 1, keys), lambda b, h, i: (b, 0, 0))
     scalars = partial(only, spec=pl.BlockSpec(memory_space=pltpu.SMEM))
 
     return Inputs(
         query=pl.BlockSpec(
-            (1, 1, specs.groups, specs.block_q, x.query.shape[-1]), lambda b, h, i: (b, h, 0, i, 0)
+            (1, 1, specs.groups, specs.rows, x.query.shape[-1]), lambda b, h, i: (b, h, 0, i, 0)
         ),
         key=pl.BlockSpec((1, 1, keys, x.key.shape[-1]), lambda b, h, i: (b, h, 0, 0)),
         value=pl.BlockSpec((1, 1, keys, x.value.shape[-1]), lambda b, h, i: (b, h, 0, 0)),
@@ -135,22 +164,30 @@ def block_specs(x: Inputs, specs: Specs) -> Inputs:
         bias=broadcast(x.bias),
         sinks=scalars(x.sinks),
         array=broadcast(x.array),
-        query_segments=only(
-            x.query_segments, pl.BlockSpec((1, specs.block_q, 1), lambda b, h, i: (b, i, 0))
-        ),
-        key_segments=only(x.key_segments, pl.BlockSpec((1, 1, keys), lambda b, h, i: (b, 0, 0))),
+        query_segments=only(x.query_segments, query_segments),
+        key_segments=only(x.key_segments, key_segments),
         query_lengths=scalars(x.query_lengths),
         key_lengths=scalars(x.key_lengths),
+        todo=scalars(x.todo),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefWalk(Walk):
-    """One program: its tiles are read out of refs. The last key tile may reach beyond the keys."""
+    """One query tile of a program: its tiles are read out of refs.
+
+    The last key tile may reach beyond the keys, and the last query tile beyond the queries.
+
+    Arguments:
+      offset: where the query tile starts in the program's block, if that holds several.
+      largest_key: ref [1, D], the largest magnitude in each channel of the keys that `key` gave;
+        None where nobody asks for it.
+    """
 
     refs: Inputs
     head: Index
-    largest_key: Ref  # [1, D] the largest magnitude in each channel of the keys that `key` gave
+    offset: int | None
+    largest_key: Ref | None
 
     def key_start(self, j: Index) -> Index:
         return j * self.block_kv
@@ -160,13 +197,13 @@ class RefWalk(Walk):
         single = self.mask.key_length <= self.block_kv
         return slice(None) if single else pl.ds(self.key_start(j), self.block_kv)
 
-    def static_starts(self, query_tiles: int) -> list[int] | None:
-        """Where each query tile starts, if each gets a body of its own, with its key tiles static.
+    def static_starts(self) -> list[int] | None:
+        """Where each query tile starts, if each gets code of its own, with its key tiles static.
 
-        None: all query tiles share one body, because they visit the same key tiles, or because so
-        many bodies would take too long to compile.
+        None: all programs share their code, because query tiles visit the same key tiles, or
+        because so much code would take too long to compile.
         """
-        starts = [i * self.block_q for i in range(query_tiles)]
+        starts = list(range(0, self.mask.query_length, self.block_q))
         ranges = [self.key_range(start) for start in starts]
         if not all(isinstance(x, int) for r in ranges for x in r) or len(set(ranges)) == 1:
             return None
@@ -174,22 +211,41 @@ class RefWalk(Walk):
         return starts if scores <= _STRAIGHT_SCORES else None
 
     def query(self, start: Index) -> tile.QueryTile:
-        q = from_bits(self.refs.query[0, 0])
+        q = from_bits(self.refs.query[0, 0, :, self.rows_at])
         q = q.reshape(-1, q.shape[-1])
-        if self.mask.query_lengths is not None:
-            q = tile.zero_unusable(q, self.in_use(start))
+        beyond = self.mask.query_length % self.block_q != 0
+        if beyond or self.mask.query_lengths is not None:
+            row = self._position_column(start)
+            q = tile.zero_unusable(q, row < self.mask.valid_queries())
         scale = self.refs.scale[0].astype(self.numerics.product)
         return tile.query_tile(q, scale, None, self.numerics)
 
+    @property
+    def rows_at(self) -> slice:
+        """The rows of the query tile in the program's block."""
+        if self.offset is None:
+            return slice(None)
+        return slice(self.offset, self.offset + self.block_q)
+
+    def _position_column(self, start: Index) -> Array:
+        """[R, 1] query position of each row, however tiles lie."""
+        shape = (self.groups, self.block_q, 1)
+        return start + lax.broadcasted_iota(jnp.int32, shape, 1).reshape(-1, 1)
+
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         assert value_gain is None  # the lax walk repairs calls that would need one
-        at = self.keys_at(j)
-        k, v = (from_bits(x[0, 0, at]) for x in (self.refs.key, self.refs.value))
+        k, v = self.raw_keys(j)
         kappa = None if self.refs.kappa is None else from_bits(self.refs.kappa[0, 0, j])
         usable = self._usable(j)
-        in_use = k if usable is None else tile.zero_unusable(k, usable)
-        self.largest_key[...] = jnp.maximum(self.largest_key[...], self.largest(in_use))
+        if self.largest_key is not None:
+            in_use = k if usable is None else tile.zero_unusable(k, usable)
+            self.largest_key[...] = jnp.maximum(self.largest_key[...], self.largest(in_use))
         return tile.key_tile(k, v, usable, self.numerics, kappa=kappa)
+
+    def raw_keys(self, j: Index) -> tuple[Array, Array]:
+        """[n, D] and [n, E] keys and values of tile j as they are."""
+        at = self.keys_at(j)
+        return from_bits(self.refs.key[0, 0, at]), from_bits(self.refs.value[0, 0, at])
 
     def _usable(self, j: Index) -> Array | None:
         """[n, 1] bool: False beyond the last key; None where no tile reaches beyond it."""
@@ -202,12 +258,14 @@ class RefWalk(Walk):
         """[1, D] the largest magnitude in each channel of x [L, D]."""
         if str(x.dtype) not in find_target(self.plan.schedule.target).vector_types:
             x = x.astype(jnp.float32)
-        return jnp.max(jnp.abs(x), axis=0, keepdims=True).astype(jnp.float32)
+        most, least = (f(x, axis=0, keepdims=True) for f in (jnp.max, jnp.min))
+        return jnp.maximum(most.astype(jnp.float32), -least.astype(jnp.float32))
 
     def in_range(self, query: tile.QueryTile) -> Array:
         """[1, 1] bool: whether no product with the keys seen so far, shifted or not, and no sum in
         it can have left float32.
         """
+        assert self.largest_key is not None
         products = self.largest(query.q) * self.largest_key[...]
         bound = jnp.sum(products * jnp.maximum(jnp.abs(query.gain), 1), axis=1, keepdims=True)
         return bound < _LARGEST_PRODUCT
@@ -218,30 +276,41 @@ class RefWalk(Walk):
     def array(self, start: Index, j: Index) -> Array | None:
         seen = None
         if self.refs.query_segments is not None:
-            q = self.refs.query_segments[0]
-            k = self.refs.key_segments[0, :, self.keys_at(j)]
-            seen = self._rows(jnp.broadcast_to((q == k)[None], self._shape))
+            seen = self._same_segment(j)
         if self.refs.array is not None:
-            array = self._tile_of(self.refs.array, j).astype(jnp.int32) != 0
+            array = self._tile_of(self.refs.array, j) != 0
             seen = array if seen is None else seen & array
         return seen
+
+    def _same_segment(self, j: Index) -> Array:
+        if self.transposed:
+            q = self.refs.query_segments[0, :, self.rows_at]
+            seen = self.refs.key_segments[0, self.keys_at(j)] == q
+            return seen if self.groups == 1 else jnp.tile(seen, (1, self.groups))
+        q = self.refs.query_segments[0, self.rows_at]
+        k = self.refs.key_segments[0, :, self.keys_at(j)]
+        return self._rows(jnp.broadcast_to((q == k)[None], self._shape))
 
     def sinks(self) -> Array | None:
         if self.refs.sinks is None:
             return None
         first = self.head * self.groups
-        shape = (self.block_q, 1)
+        shape, axis = ((1, self.block_q), 1) if self.transposed else ((self.block_q, 1), 0)
         columns = [jnp.full(shape, self.refs.sinks[first + g]) for g in range(self.groups)]
-        return jnp.concatenate(columns) if len(columns) > 1 else columns[0]
+        return jnp.concatenate(columns, axis=axis) if len(columns) > 1 else columns[0]
 
     @property
     def _shape(self) -> tuple[int, int, int]:
         return self.groups, self.block_q, self.block_kv
 
     def _tile_of(self, ref: Ref, j: Index) -> Array:
-        """[R, n] of a block [1, 1, G|1, block_q|1, S|1]."""
-        x = ref[0, 0, :, :, self.keys_at(j)] if ref.shape[-1] > 1 else ref[0, 0]
-        return self._rows(jnp.broadcast_to(x, self._shape))
+        """[R, n], or [n, R], of a block [1, 1, G|1, block_q|1, S|1]; integers as int32."""
+        rows = self.rows_at if ref.shape[3] > 1 else slice(None)
+        x = ref[0, 0, :, rows, self.keys_at(j) if ref.shape[4] > 1 else slice(None)]
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(jnp.int32)
+        tile = self._rows(jnp.broadcast_to(x, self._shape))
+        return tile.T if self.transposed else tile
 
     def _rows(self, x: Array) -> Array:
         return x.reshape(-1, x.shape[-1])

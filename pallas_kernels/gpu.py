@@ -63,6 +63,8 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     )
     if reason is not None:
         return reason
+    if plan.shift == "bound":
+        return "the shift 'bound' is on 'lax' and 'pallas_tpu' alone"
     if plan.shift == "paper" or "float16" in (precision.statistics, precision.accumulator):
         return "it keeps float32 statistics, and does not mix keys by the matrix of 'paper'"
     if plan.storage is tile.Storage.LAGGING:
@@ -101,7 +103,7 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tup
     dialect = replace(plan.dialect, contracts=False, flat=True, exp2=exp2)
     kernel_plan = replace(plan, dialect=dialect)
     (b, t, n, _), e = operands.query.shape, operands.value.shape[-1]
-    out_type = operands.query.dtype
+    out_type = plan.output(operands.query.dtype)
     shape = shape_maker(operands, mask)
     rows = specs.padded(t, "rows")
     out, column = shape((b, t, n, e), out_type), shape((b, t, n), jnp.float32)

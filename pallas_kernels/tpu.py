@@ -9,12 +9,14 @@ again. In ordinary data the only cost is to find the largest key.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -29,8 +31,10 @@ from pallas_kernels._common import (
     without_arrays,
 )
 from pallas_kernels._float16 import to_bits
+from pallas_kernels._tpu_reference import Blocks
 from pallas_kernels._tpu_walk import LANES, Inputs, RefWalk, Specs, block_specs
 from pasa_jax.core import tile
+from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
@@ -40,6 +44,9 @@ from pasa_jax.implementations import lax as _lax
 Array = jax.Array
 Ref = Any
 
+
+# The flag of a query tile whose weights did not stay in range of a fixed reference.
+_AGAIN = 1.0
 
 # The share of VMEM that a program may use. XLA has arrays of its own in the rest. The compiler is
 # given no more than the call needs, and some for registers that do not fit.
@@ -60,12 +67,13 @@ def adapt(plan: Plan) -> Plan:
         plan = replace(
             plan, precision=replace(precision, scores="float32", probabilities=probabilities)
         )
+    narrow_sums = plan.precision.probabilities == "bfloat16"
     narrow = plan.precision.scores == "bfloat16" and "bfloat16" in target.vector_types
     dialect = tile.Dialect(
         base_two=True,
         exponential="bfloat16" if narrow else None,
         running_maximum=True,
-        matrix_columns=target.matrix_columns if plan.precision.probabilities == "bfloat16" else 0,
+        matrix_columns=target.matrix_columns if narrow_sums else 0,
     )
     return replace(plan, dialect=dialect)
 
@@ -98,7 +106,7 @@ def _vmem(plan: Plan) -> int:
 
 def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Result:
     """Attention of all heads; `repaired` says when the lax walk computes it again."""
-    return repaired(kernel, operands, mask, plan, wanted, "tpu")
+    return repaired(_kernels, operands, mask, plan, wanted, "tpu")
 
 
 def no_backward(operands: Operands, mask: Mask, plan: Plan) -> str | None:
@@ -110,12 +118,68 @@ backward = _lax.backward
 
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tuple[Result, Array]:
-    """The kernel's own result, and [] bool: whether something in it is not finite."""
+    """The kernel's own result, and [] bool: whether something in it is not finite or not proved."""
+    result, flags = _call(operands, mask, plan, wanted)
+    return result, jnp.any(flags != 0)
+
+
+def _kernels(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tuple[Result, Array]:
+    """The result of the kernel, in which query tiles without a proof are computed by a second one,
+    and [] bool: whether something in it is not finite.
+    """
+    result, flags = _call(operands, mask, plan, wanted)
+    if plan.storage is tile.Storage.BOUND:
+        result, flags = _rest(operands, mask, plan, wanted, result, flags)
+    return result, jnp.any(jnp.isnan(flags))
+
+
+def _rest(
+    operands: Operands, mask: Mask, plan: Plan, wanted: Wanted, result: Result, flags: Array
+) -> tuple[Result, Array]:
+    """``result`` and flags with the query tiles computed anew that are not proved."""
+    plan = plan.unproved
+    plan = replace(plan, schedule=replace(plan.schedule, tiles_per_program=1))
+    specs = Specs.of(operands, mask, plan)
+    todo = (flags == _AGAIN)[:, :, : specs.query_tiles]
+    # [B, T, N]
+    rows = jnp.repeat(todo, specs.block_q, axis=2)[:, :, : mask.query_length]
+    rows = jnp.swapaxes(jnp.repeat(rows, specs.groups, axis=1), 1, 2)
+
+    def compute(carry: tuple[Array, Result, Array]) -> tuple[Array, Result, Array]:
+        _, old, old_flags = carry
+        new, new_flags = _call(operands, mask, plan, wanted, todo)
+
+        def chosen(new: Array, old: Array) -> Array:
+            return jnp.where(rows if new.ndim == 3 else rows[..., None], new, old)
+
+        flags = jnp.where(todo, new_flags, old_flags)
+        done = (jnp.zeros_like(carry[0]), jax.tree.map(chosen, new, old), flags)
+        return varying(done, (operands, mask))
+
+    # A loop, not a cond: under vmap a cond would always compute both sides.
+    flags = flags[:, :, : specs.query_tiles]
+    start = varying((jnp.any(todo), result, flags), (operands, mask))
+    _, result, flags = lax.while_loop(lambda carry: carry[0], compute, start)
+    return result, flags
+
+
+def _call(
+    operands: Operands, mask: Mask, plan: Plan, wanted: Wanted, todo: Array | None = None
+) -> tuple[Result, Array]:
+    """The kernel's result, and a flag for each query tile [B, K, tiles]: 0 where all is right, NaN
+    where something is not finite or not certain, `_AGAIN`.
+
+    Arguments:
+      todo: [B, K, tiles] bool, the tiles to compute; the others hold anything. None: all.
+    """
     specs = Specs.of(operands, mask, plan)
     inputs = _inputs(operands, mask, plan, specs)
+    if todo is not None:
+        inputs = inputs._replace(todo=todo.astype(jnp.int32))
     # Mosaic never contracts. XLA, which runs the repair and the gradient, may.
-    kernel_plan = replace(plan, dialect=replace(plan.dialect, contracts=False))
-    out_type = operands.query.dtype
+    dialect = replace(plan.dialect, contracts=False, transposed=specs.transposed)
+    kernel_plan = replace(plan, dialect=dialect)
+    out_type = plan.output(operands.query.dtype)
     half = out_type == jnp.float16
     kernel_type = jnp.dtype(jnp.float32) if half else out_type
     (b, t), e = operands.query.shape[:2], operands.value.shape[-1]
@@ -124,27 +188,29 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tup
     out = shape((*heads, t, e), kernel_type)
     column = shape((*heads, 1, t), jnp.float32)
     flag = shape((b, specs.heads, specs.query_tiles, 1, LANES), jnp.float32)
-    out_block = pl.BlockSpec(
-        (1, 1, specs.groups, specs.block_q, e), lambda b, h, i: (b, h, 0, i, 0)
-    )
+    out_block = pl.BlockSpec((1, 1, specs.groups, specs.rows, e), lambda b, h, i: (b, h, 0, i, 0))
     column_block = pl.BlockSpec(
-        (1, 1, specs.groups, 1, specs.block_q), lambda b, h, i: (b, h, 0, 0, i)
+        (1, 1, specs.groups, 1, specs.rows), lambda b, h, i: (b, h, 0, 0, i)
     )
-    flag_block = pl.BlockSpec((1, 1, 1, 1, LANES), lambda b, h, i: (b, h, i, 0, 0))
-
+    flag_block = pl.BlockSpec((1, 1, specs.tiles, 1, LANES), lambda b, h, i: (b, h, i, 0, 0))
+    by_bound = plan.storage is tile.Storage.BOUND
+    size = operands.key.shape[-1]
+    scratch = Blocks.scratch(specs, size) if by_bound else [pltpu.VMEM((1, size), jnp.float32)]
+    # What the first program of a head finds out is for the others: they follow it on its core.
+    last_axis = "arbitrary" if by_bound and specs.programs > 1 else "parallel"
     call = pl.pallas_call(
         partial(
             _kernel, mask=without_arrays(mask), plan=kernel_plan, specs=specs, out_type=out_type
         ),
-        grid=(b, specs.heads, specs.query_tiles),
+        grid=(b, specs.heads, specs.programs),
         in_specs=(block_specs(inputs, specs),),
         out_specs=Outputs.of(
             wanted, out_block, flag_block, column_block, None if half else out_block
         ),
         out_shape=Outputs.of(wanted, out, flag, column, None if half else out),
-        scratch_shapes=[pltpu.VMEM((1, operands.key.shape[-1]), jnp.float32)],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel"),
+            dimension_semantics=("parallel", "parallel", last_axis),
             vmem_limit_bytes=min(_vmem(plan), specs.bytes + specs.bytes // 4 + 8 * MIB),
         ),
         interpret=pltpu.InterpretParams() if plan.interpret else False,
@@ -163,15 +229,16 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tup
     if half:
         out, remainder = tile.rounded(out, out_type, clip=plan.promises_finite)
     result = Result(out, statistics(outs.lse), statistics(outs.m), statistics(outs.l), remainder)
-    return result.only(wanted), jnp.any(jnp.isnan(outs.flag))
+    return result.only(wanted), outs.flag[:, :, :, 0, 0]
 
 
 def _kernel(
     refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, specs: Specs, out_type: jnp.dtype
 ) -> None:
     b, h, i = (pl.program_id(axis) for axis in range(3))
-    *out_refs, largest_key = rest
-    outs = Outputs(*out_refs)
+    by_bound = plan.storage is tile.Storage.BOUND
+    count = 2 if by_bound else 1
+    outs, scratch = Outputs(*rest[:-count]), rest[-count:]
 
     mask = bound(mask, refs.query_lengths, refs.key_lengths, b)
     walk = RefWalk(
@@ -183,35 +250,109 @@ def _kernel(
         value_size=refs.value.shape[-1],
         refs=refs,
         head=h,
-        largest_key=largest_key,
+        offset=None,
+        largest_key=None if by_bound else scratch[0],
     )
-    starts = walk.static_starts(specs.query_tiles)
+    blocks = Blocks(*scratch) if by_bound else None
+    program = Program(walk, blocks, outs, out_type)
+    if blocks is not None:
+        _where(i == 0, specs.programs, lambda: blocks.fill(walk, specs.key_tiles))
+    starts = walk.static_starts()
     if starts is None:
-        _query_tile(walk, i * specs.block_q, outs, out_type)
-    for c, start in enumerate(starts or ()):
-        pl.when(i == c)(partial(_query_tile, walk, start, outs, out_type))
+        program.run([i * specs.rows + t * specs.block_q for t in range(specs.tiles)])
+        return
+    for c in range(specs.programs):
+        mine = starts[c * specs.tiles : (c + 1) * specs.tiles]
+        _where(i == c, specs.programs, partial(program.run, mine))
 
 
-def _query_tile(walk: RefWalk, start: Index, outs: Outputs, out_type: jnp.dtype) -> None:
-    walk.largest_key[...] = jnp.zeros_like(walk.largest_key)
-    query = walk.query(start)
-    state, _ = walk.absorb(start, query, walk.begin())
-    done = walk.close(start, query, state)
-    # 0, or NaN where something in the tile is not finite or a product may have left float32. (A sum
-    # passes NaN on; a maximum need not.)
-    zero = jnp.sum(jnp.sum(done.out * 0, axis=0, keepdims=True), axis=1, keepdims=True)
-    zero = zero + jnp.where(walk.in_range(query), 0.0, jnp.nan)
-    outs.flag[0, 0, 0] = jnp.broadcast_to(zero, (1, LANES))
+def _where(condition: Array, programs: int, body: Callable[[], None]) -> None:
+    """``body`` in the programs of a head that meet ``condition``, or in its only one."""
+    body() if programs == 1 else pl.when(condition)(body)
 
-    out, remainder = done.out, done.out
-    if out_type != jnp.float16:  # float16 is rounded outside of the kernel
-        out, remainder = walk.rounded(out, out_type)
-    for ref, x in ((outs.out, out), (outs.remainder, remainder)):
-        if ref is not None:
-            ref[0, 0] = x.reshape(walk.groups, walk.block_q, -1)
-    for ref, x in ((outs.lse, done.lse), (outs.m, done.m), (outs.l, done.l)):
-        if ref is not None:
-            ref[0, 0] = x.reshape(walk.groups, 1, walk.block_q)
+
+@dataclass(frozen=True)
+class Program:
+    """One program: its query tiles, one after the other."""
+
+    walk: RefWalk
+    blocks: Blocks | None
+    outs: Outputs
+    out_type: jnp.dtype
+
+    def run(self, starts: Sequence[Index]) -> None:
+        """Computes the query tiles that start at ``starts``."""
+        flags, todo = self.outs.flag, self.walk.refs.todo
+        tiles = flags.shape[2]
+        flags[...] = jnp.zeros_like(flags)
+        for t, start in enumerate(starts):
+            offset = None if tiles == 1 else t * self.walk.block_q
+            tile_of = partial(self._query_tile, replace(self.walk, offset=offset), start, t)
+            needed = None
+            if todo is not None:
+                b, h, i = (pl.program_id(axis) for axis in range(3))
+                needed = todo[b, h, i * tiles + t] != 0
+            elif not isinstance(start, int) and self.walk.mask.query_length % (
+                tiles * self.walk.block_q
+            ):
+                needed = start < self.walk.mask.query_length
+            tile_of() if needed is None else pl.when(needed)(tile_of)
+
+    def _query_tile(self, walk: RefWalk, start: Index, t: int) -> None:
+        if walk.largest_key is not None:
+            walk.largest_key[...] = jnp.zeros_like(walk.largest_key)
+        query = walk.query(start)
+        if self.blocks is not None:
+            query = self.blocks.refer(walk, start, query)
+        state, _ = walk.absorb(start, query, walk.begin())
+        done = walk.close(start, query, state)
+        self._flag(walk, start, t, query, done.out, state.l)
+        out = done.out.T if walk.transposed else done.out
+        remainder = out
+        if self.out_type != jnp.float16:  # float16 is rounded outside of the kernel
+            out, remainder = walk.rounded(out, self.out_type)
+        for ref, x in ((self.outs.out, out), (self.outs.remainder, remainder)):
+            if ref is not None:
+                ref[0, 0, :, walk.rows_at] = x.reshape(walk.groups, walk.block_q, -1)
+        for ref, x in ((self.outs.lse, done.lse), (self.outs.m, done.m), (self.outs.l, done.l)):
+            if ref is not None:
+                _store_column(ref, x, walk)
+
+    def _flag(
+        self,
+        walk: RefWalk,
+        start: Index,
+        t: int,
+        query: tile.QueryTile,
+        out: Array,
+        l: Array,  # noqa: E741
+    ) -> None:
+        """NaN where something in the tile is not finite or a product may have left float32. (A sum
+        passes NaN on; a maximum need not.)
+
+        Arguments:
+          l: the row sums, without sinks.
+        """
+        zero = out * 0
+        length = walk.mask.query_length
+        if length % walk.block_q:  # rows beyond hold anything
+            zero = jnp.where(walk.positions(start) < length, zero, jnp.zeros_like(zero))
+        flag = jnp.sum(jnp.sum(zero, axis=0, keepdims=True), axis=1, keepdims=True)
+        if self.blocks is None:
+            flag = flag + jnp.where(walk.in_range(query), 0.0, jnp.nan)
+        else:
+            fine = self.blocks.in_range(walk, start, l) & (flag == 0)
+            flag = jnp.where(fine, flag, _AGAIN)
+        self.outs.flag[0, 0, t] = jnp.broadcast_to(flag, (1, LANES))
+
+
+def _store_column(ref: Ref, x: Array, walk: RefWalk) -> None:
+    """Writes one number per row to a block [1, 1, G, 1, rows]."""
+    if not walk.transposed:
+        ref[0, 0, :, :, walk.rows_at] = x.reshape(walk.groups, 1, walk.block_q)
+        return
+    for g in range(walk.groups):
+        ref[0, 0, g, :, walk.rows_at] = x[:, g * walk.block_q : (g + 1) * walk.block_q]
 
 
 def _grouped(x: Array, heads: int) -> Array:
@@ -227,6 +368,9 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         split = (1, 1) if x.shape[1] == 1 else (specs.heads, specs.groups)
         return x.reshape(x.shape[0], *split, *x.shape[2:])
 
+    def along(x: Array | None, axis: int) -> Array | None:
+        return None if x is None else jnp.expand_dims(x, axis)
+
     return Inputs(
         query=to_bits(_grouped(o.query, specs.heads)),
         key=to_bits(jnp.swapaxes(o.key, 1, 2)),
@@ -236,8 +380,8 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         bias=per_head(narrowed(o.bias)),
         sinks=narrowed(o.sinks),
         array=per_head(None if mask.array is None else mask.array.astype(jnp.int8)),
-        query_segments=None if mask.query_segments is None else mask.query_segments[..., None],
-        key_segments=None if mask.key_segments is None else mask.key_segments[:, None],
+        query_segments=along(mask.query_segments, 1 if specs.transposed else 2),
+        key_segments=along(mask.key_segments, 2 if specs.transposed else 1),
         query_lengths=mask.query_lengths,
         key_lengths=mask.key_lengths,
     )

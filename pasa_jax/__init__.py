@@ -1,7 +1,8 @@
 """Attention in 16-bit arithmetic that cannot overflow and loses no accuracy, for JAX."""
 
-from pasa_jax.call.api import dot_product_attention, explain
+from pasa_jax.call.api import dot_product_attention, explain, partial_attention
 from pasa_jax.call.explanation import Explanation
+from pasa_jax.call.partial import Partial, merge
 from pasa_jax.call.statistics import REASONS, Statistics
 from pasa_jax.core.errors import BackendUnsupported, ScheduleError
 from pasa_jax.core.mask import Mask
@@ -19,6 +20,7 @@ __all__ = [
     "BackendUnsupported",
     "Explanation",
     "Mask",
+    "Partial",
     "Precision",
     "Schedule",
     "ScheduleError",
@@ -26,5 +28,7 @@ __all__ = [
     "Target",
     "dot_product_attention",
     "explain",
+    "merge",
     "optimal_beta",
+    "partial_attention",
 ]

@@ -1,4 +1,4 @@
-"""The public functions: `dot_product_attention` and `explain`."""
+"""The public functions: `dot_product_attention`, `partial_attention` and `explain`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pasa_jax.call.arguments import Arguments, Call, SegmentIds
 from pasa_jax.call.backends import Implementation
 from pasa_jax.call.compute import compute
 from pasa_jax.call.explanation import Explanation, explained
+from pasa_jax.call.partial import Partial, partial_result
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 
@@ -161,6 +162,29 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     'reference'
     """
     return explained(_bound(*args, **kwargs))
+
+
+def partial_attention(*args: Any, reference: ArrayLike | None = None, **kwargs: Any) -> Partial:
+    """Attention over some of the keys, not normalised: parts of it add up over tiles, pages, chips.
+
+    Arguments: those of `dot_product_attention`, sinks, ``return_residual`` and
+    ``return_statistics`` excepted; and
+
+      reference: m of the result, broadcastable to [B, T, N], in units of scores. Parts with the
+        same reference add without `merge`. It should be within about 80 of each row's log-sum-exp,
+        or the sums leave float32. None: the log-sum-exp of each row.
+
+    Raises: what `dot_product_attention` raises.
+
+    >>> import jax.numpy as jnp
+    >>> from pasa_jax import merge
+    >>> q, k = jnp.ones((1, 1, 1, 4)), jnp.ones((1, 6, 1, 4))
+    >>> parts = [partial_attention(q, k[:, i], k[:, i]) for i in (slice(0, 2), slice(2, 6))]
+    >>> out, lse = merge(*parts).output()
+    >>> bool(jnp.allclose(out, dot_product_attention(q, k, k)))
+    True
+    """
+    return partial_result(_bound(*args, **kwargs), reference)
 
 
 def canonical(*args: Any, **kwargs: Any) -> Call:

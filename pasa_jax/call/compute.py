@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,9 +22,14 @@ from pasa_jax.core.tile import lowest, wide_type
 Array = jax.Array
 
 
-def compute(arguments: Arguments) -> Any:
-    """What `dot_product_attention` returns."""
+def compute(arguments: Arguments, *, wide_output: bool = False) -> Any:
+    """What `dot_product_attention` returns.
+
+    Arguments:
+      wide_output: as in `Plan`.
+    """
     call = Call.of(arguments)
+    call = replace(call, plan=replace(call.plan, wide_output=wide_output))
     implementation = arguments.implementation
     chosen = choose(implementation, call.operands, call.mask, call.plan)
     asked = (arguments.return_residual, arguments.return_statistics)
@@ -71,7 +77,7 @@ def _of_nothing(o: Operands, plan: Plan, lse: bool, stats: bool) -> _Results:
     if o.sinks is not None:
         of_rows = jnp.broadcast_to(o.sinks.astype(wide), rows)
     return _Results(
-        out=jnp.zeros((*rows, o.value.shape[-1]), o.query.dtype),
+        out=jnp.zeros((*rows, o.value.shape[-1]), plan.output(o.query.dtype)),
         lse=of_rows.astype(wide) if lse else None,
         statistics=statistics.of_nothing(o, plan) if stats else None,
     )

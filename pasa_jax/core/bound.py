@@ -1,11 +1,10 @@
-"""A bound on every row's scores, known before the tiles are walked (eq. 21, 22).
+"""A bound on every row's scores of one head, known before the tiles are walked (eq. 21, 22).
 
-A softmax needs any reference that keeps its exponentials in range, not the maximum. For a block of
-keys with mean κ, no key of which is further from κ than r, each score lies below q·κ/α + ‖q‖·r/α,
-and their maximum is at least their mean, q·κ/α. The largest upper bound over the blocks that a row
-sees is its reference m; the distance from there down to the largest lower bound is its gap, and a
-head is proved to be safe where no gap is too wide for float32. Then nothing has to be rescaled:
-sums of different tiles, devices or pages simply add.
+A softmax needs any reference that keeps its exponentials in range, not the maximum. The largest
+upper bound over the blocks that a row sees (`tile.row_bounds`) is its reference m; the distance
+from there down to the largest lower bound is its gap, and a head is proved to be safe where no gap
+is too wide for float32. Then nothing has to be rescaled: sums of different tiles, devices or pages
+simply add.
 """
 
 from __future__ import annotations
@@ -17,22 +16,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pasa_jax.core import tile
 from pasa_jax.core.blocks import per_block
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.tile import shown_by, wide_type
+from pasa_jax.core.tile import RowBounds, Sight, shown_by
 
 if TYPE_CHECKING:
     from pasa_jax.core.shapes import Bool, Float
 
 Array = jax.Array
-
-# C of eq. 22: every weight is multiplied by 2^60, so that float32's range above 1 is used as well.
-_RAISED_LOG2 = 60
-# A row's sum of weights may be as small as 2^-100: what float32 drops is below 2^-26 of it.
-_LEAST_LOG2 = -100
-_MOST_LOG2 = 126  # of a sum
-_PRODUCT_LOG2 = 120  # of a score
 
 
 class Bound(NamedTuple):
@@ -43,35 +36,10 @@ class Bound(NamedTuple):
     proved: Array  # [] bool: whether every row of every query head stays in range
 
 
-class _Sight(NamedTuple):
-    """Which blocks a row sees, [T or 1, G or 1, blocks], by one condition or by several."""
-
-    some: Array  # False where it surely sees no key of the block
-    surely: Array  # True where it surely sees a usable key
-    whole: Array  # True where it surely sees every usable key of a block that has one
-
-    def beside(self, other: _Sight) -> _Sight:
-        """Where both conditions must hold."""
-        surely = (self.surely & other.whole) | (self.whole & other.surely)
-        return _Sight(self.some & other.some, surely, self.whole & other.whole)
-
-    @staticmethod
-    def of_keys(shown: Array, usable: Array, n: int) -> _Sight:
-        """By ``shown`` [T|1, G|1, S]."""
-        some = _over_blocks(shown & usable, n, jnp.any)
-        return _Sight(some, some, some & _over_blocks(shown | ~usable, n, jnp.all))
-
-
-class _Rows(NamedTuple):
-    """Bounds on scores, [T, G, blocks] and, for the key at which a row stands, [T, G]."""
-
-    upper: Array  # no score of the block is above it
-    mean: Array  # the mean of the block's scores is not below it
-    lower: Array  # no score of the block is below it
-    own: Array  # the own key's score is not below it
-
-    def mapped(self, f: Callable[[Array], Array]) -> _Rows:
-        return _Rows(*map(f, self))
+def _sight_of_keys(shown: Array, usable: Array, n: int) -> Sight:
+    """By ``shown`` [T|1, G|1, S]."""
+    some = _over_blocks(shown & usable, n, jnp.any)
+    return Sight(some, some, some & _over_blocks(shown | ~usable, n, jnp.all))
 
 
 def bound_of(
@@ -89,33 +57,38 @@ def bound_of(
     if valid is not None:  # padding may hold anything
         q = jnp.where(valid[:, None, None], q, jnp.zeros_like(q))
     own = jnp.clip(mask.own_key(jnp.arange(len(q), dtype=jnp.int32)), 0, len(k) - 1)
-    rows, largest = _of_products(q, k, usable, own, scale, n)
+    rows, of_own, largest = _of_products(q, k, usable, own, scale, n)
     if plan.logits_soft_cap is not None:
-        cap = rows.own.dtype.type(plan.logits_soft_cap)
+        cap = of_own.dtype.type(plan.logits_soft_cap)
         rows = rows.mapped(lambda x: cap * jnp.tanh(x / cap))
+        of_own = cap * jnp.tanh(of_own / cap)
     sight, sees_own = _sight(mask, usable, n), _sees_own(mask, usable, own)
     if bias is not None:
         bias = jnp.moveaxis(jnp.broadcast_to(bias, (*bias.shape[:2], len(k))), 1, 0)
         shown = shown_by(bias)  # [T|1, G|1, S]
-        sight = sight.beside(_Sight.of_keys(shown, usable, n))
+        sight = sight.beside(_sight_of_keys(shown, usable, n))
         sees_own = sees_own & _at(shown, own)
-        rows = _with_bias(rows, bias.astype(rows.own.dtype), shown & usable, own, n)
-    m = jnp.max(jnp.where(sight.some, rows.upper, -jnp.inf), axis=-1)
-    least = jnp.where(sight.whole, rows.mean, jnp.where(sight.surely, rows.lower, -jnp.inf))
-    least = jnp.maximum(jnp.max(least, axis=-1), jnp.where(sees_own, rows.own, -jnp.inf))
-    some = jnp.any(sight.some, axis=-1) & (m != -jnp.inf)  # NaN is something
-    zero = jnp.zeros_like(m)
-    gap = jnp.max(jnp.where(some, m - least, zero), axis=0, initial=0) / math.log(2)
-    reference = jnp.where(some, m - _RAISED_LOG2 * math.log(2), zero)
-    proved = jnp.all(_in_range(gap, v, usable)) & (largest < 2.0**_PRODUCT_LOG2)
+        bias = bias.astype(of_own.dtype)
+        rows, of_own = _with_bias(rows, bias, shown & usable, n), of_own + _at(bias, own)
+    of_own = jnp.where(sees_own, of_own, -jnp.inf)
+    reference, gap = tile.reference(rows, sight, of_own, _over_last_axis, math.log(2))
+    gap = jnp.max(gap, axis=0, initial=0)
+    top = jnp.max(jnp.where(usable[:, None], jnp.abs(v), jnp.zeros_like(v)), initial=0)
+    proved = jnp.all(tile.in_range(gap, top, len(v))) & (largest < tile.LARGEST_PRODUCT)
     return Bound(reference, gap, proved & jnp.all(jnp.isfinite(reference)))
+
+
+def _over_last_axis(reduce: Callable[..., Array], x: Array) -> Array:
+    return reduce(x, axis=-1)
 
 
 def _of_products(
     q: Array, k: Array, usable: Array, own: Array, scale: Array, n: int
-) -> tuple[_Rows, Array]:
-    """The bounds on q·k/α, and [] a bound on every product and score."""
-    wide = wide_type(q.dtype)
+) -> tuple[RowBounds, Array, Array]:
+    """The bounds on q·k/α [T, G, blocks], a lower one for the own key [T, G], and [] a bound on
+    every product and score.
+    """
+    wide = tile.wide_type(q.dtype)
     q, scale = q.astype(wide), scale.astype(wide)
     k = jnp.where(usable[:, None], k, jnp.zeros_like(k)).astype(wide)
     kappa, radius = _balls(k, usable, n)
@@ -127,31 +100,15 @@ def _of_products(
     length = length * jnp.abs(scale)
     centre = jnp.einsum("tgd,bd->tgb", q, kappa, precision="highest") * scale
     of_own = jnp.einsum("tgd,td->tg", q, k[own], precision="highest") * scale
-    rows = _Rows(
-        upper=centre + length * (radius + error * reach),
-        mean=centre - length * (error * reach),
-        lower=centre - length * (radius + error * reach),
-        own=of_own - length[..., 0] * error * _norm(k[own])[:, None],
-    )
-    return rows, largest
+    of_own = of_own - length[..., 0] * error * _norm(k[own])[:, None]
+    return tile.row_bounds(centre, length, radius, reach, error), of_own, largest
 
 
-def _with_bias(rows: _Rows, bias: Array, counts: Array, own: Array, n: int) -> _Rows:
+def _with_bias(rows: RowBounds, bias: Array, counts: Array, n: int) -> RowBounds:
     """The bounds after ``bias`` [T|1, G|1, S], of the keys that ``counts`` [T|1, G|1, S] names."""
     most = _over_blocks(jnp.where(counts, bias, -jnp.inf), n, jnp.max)
     least = _over_blocks(jnp.where(counts, bias, jnp.inf), n, jnp.min)
-    return _Rows(
-        rows.upper + most, rows.mean + least, rows.lower + least, rows.own + _at(bias, own)
-    )
-
-
-def _in_range(gap: Array, v: Float[Array, "S E"], usable: Array) -> Array:
-    """[G] bool: whether weights down to the gap, and their sums with values, stay in float32."""
-    top = jnp.max(jnp.where(usable[:, None], jnp.abs(v), jnp.zeros_like(v)), initial=0)
-    log2 = jnp.where(top > 0, jnp.log2(top.astype(gap.dtype)), 0)
-    keys = math.log2(max(1, len(v)))
-    small = gap <= _RAISED_LOG2 - _LEAST_LOG2 + jnp.minimum(log2, 0)
-    return small & (jnp.maximum(log2, 0) + _RAISED_LOG2 + keys <= _MOST_LOG2)
+    return RowBounds(rows.upper + most, rows.mean + least, rows.lower + least)
 
 
 def _balls(k: Array, usable: Array, n: int) -> tuple[Array, Array]:
@@ -170,7 +127,7 @@ def _norm(x: Array) -> Array:
     return top * jnp.sqrt(jnp.sum(jnp.square(x / unit[..., None]), axis=-1))
 
 
-def _sight(mask: Mask, usable: Array, n: int) -> _Sight:
+def _sight(mask: Mask, usable: Array, n: int) -> Sight:
     """By lengths, causality, window, segments and array."""
     rows = jnp.arange(mask.query_length, dtype=jnp.int32)[:, None, None]
     keys = jnp.arange(mask.key_length, dtype=jnp.int32)
@@ -182,17 +139,17 @@ def _sight(mask: Mask, usable: Array, n: int) -> _Sight:
     stop = jnp.minimum(start + n, mask.key_length)
     counted = before[jnp.clip(hi, start, stop)] - before[jnp.clip(lo, start, stop)]
     some = counted > 0
-    sight = _Sight(some, some, some & (lo <= first) & (hi > last))
+    sight = Sight(some, some, some & (lo <= first) & (hi > last))
     if mask.query_segments is not None and mask.key_segments is not None:
         own = mask.query_segments[:, None, None]
         info = jnp.iinfo(own.dtype)
         least = per_block(jnp.where(usable, mask.key_segments, info.max), n, jnp.min)
         most = per_block(jnp.where(usable, mask.key_segments, info.min), n, jnp.max)
         all_own = (least == own) & (most == own)
-        sight = sight.beside(_Sight((least <= own) & (own <= most), all_own, all_own))
+        sight = sight.beside(Sight((least <= own) & (own <= most), all_own, all_own))
     if mask.array is not None:
         array = jnp.broadcast_to(mask.array, (*mask.array.shape[:2], mask.key_length))
-        sight = sight.beside(_Sight.of_keys(jnp.moveaxis(array, 1, 0), usable, n))
+        sight = sight.beside(_sight_of_keys(jnp.moveaxis(array, 1, 0), usable, n))
     return sight
 
 

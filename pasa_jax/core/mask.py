@@ -108,10 +108,10 @@ class Mask:
 
         Segments and arrays do not narrow it: a walker tests the mask of each such tile.
         """
-        keys = self._valid_keys()
+        keys = self.valid_keys()
         lo, hi, full_lo, full_hi = 0, keys, 0, keys
         left, right = self._reach()
-        place = self._offset()
+        place = self.offset()
         if left is not None:
             lo = maximum(0, start + place - left)
             full_lo = maximum(0, stop - 1 + place - left)
@@ -145,19 +145,23 @@ class Mask:
     # What a partial tile shows.
 
     def visible(self, rows: Array, columns: Array) -> Array:
-        """[R, n] bool of lengths, causality and window, at the positions [R, 1] and [1, n]."""
+        """Bool of lengths, causality and window, of a tile of ``columns.size`` keys.
+
+        Arguments:
+          rows, columns: positions, [R, 1] and [1, n] for [R, n], or [1, R] and [n, 1] for [n, R].
+        """
         seen = jnp.ones((1, 1), bool)
-        if self.key_lengths is not None or self.key_length % columns.shape[1]:
-            seen = columns < self._valid_keys()
+        if self.key_lengths is not None or self.key_length % columns.size:
+            seen = columns < self.valid_keys()
         left, right = self._reach()
-        at = rows + self._offset()
+        at = rows + self.offset()
         if left is not None:
             seen = seen & (columns >= at - left)
         if right is not None:
             seen = seen & (columns <= at + right)
         if self.query_lengths is not None:
             seen = seen & (rows < self.query_lengths)
-        return jnp.broadcast_to(seen, (rows.shape[0], columns.shape[1]))
+        return jnp.broadcast_to(seen, jnp.broadcast_shapes(rows.shape, columns.shape))
 
     def tile_array(
         self, row_start: Index, rows: int, key_start: Index, keys: int, groups: int
@@ -177,9 +181,9 @@ class Mask:
 
     def visible_keys(self) -> Array:
         """[S] bool: False for keys that no query sees, by lengths, causality, window and array."""
-        place, (left, right) = self._offset(), self._reach()
+        place, (left, right) = self.offset(), self._reach()
         index = jnp.arange(self.key_length, dtype=jnp.int32)
-        seen = index < self._valid_keys()
+        seen = index < self.valid_keys()
         if right is not None:
             seen = seen & (index < self.query_length + place + right)
         if left is not None:
@@ -200,7 +204,7 @@ class Mask:
         left, right = self._reach()
         at = self.own_key(rows)
         lo = jnp.zeros_like(rows) if left is None else jnp.maximum(at - left, 0)
-        hi = jnp.broadcast_to(jnp.asarray(self._valid_keys(), jnp.int32), rows.shape)
+        hi = jnp.broadcast_to(jnp.asarray(self.valid_keys(), jnp.int32), rows.shape)
         if right is not None:
             hi = jnp.minimum(hi, at + right + 1)
         if self.query_lengths is not None:
@@ -209,17 +213,21 @@ class Mask:
 
     def own_key(self, rows: Array) -> Array:
         """Of the shape of ``rows``: the position among the keys at which each row stands."""
-        return rows + self._offset()
+        return rows + self.offset()
 
-    def _valid_keys(self) -> Index:
+    def valid_keys(self) -> Index:
+        """How many keys there are, by the lengths."""
         return self.key_length if self.key_lengths is None else self.key_lengths
 
-    def _offset(self) -> Index:
+    def valid_queries(self) -> Index:
+        """How many queries there are, by the lengths."""
+        return self.query_length if self.query_lengths is None else self.query_lengths
+
+    def offset(self) -> Index:
         """The key position of query 0."""
         if self.causal_alignment == "top_left":
             return 0
-        queries = self.query_length if self.query_lengths is None else self.query_lengths
-        return self._valid_keys() - queries
+        return self.valid_keys() - self.valid_queries()
 
     def _reach(self) -> tuple[int | None, int | None]:
         left, right = self.window if self.window is not None else (None, None)

@@ -13,7 +13,7 @@ from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.shifts import PaperBlocks, paper_blocks
 from pasa_jax.core.target import find_target
-from pasa_jax.core.tile import Dialect, Numerics, Storage
+from pasa_jax.core.tile import Dialect, Numerics, Storage, wide_type
 
 Array = jax.Array
 
@@ -35,6 +35,7 @@ class Plan:
       dialect: the forms that suit the implementation's machine.
       dropout_rate: the share of the weights that dropout drops.
       guarded: whether the implementation keeps scores in range (eq. 12).
+      wide_output: whether the output is float32 (float64 for float64) instead of the inputs' type.
       interpret: whether a Pallas kernel is run step by step, on any device.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     dialect: Dialect = field(default_factory=Dialect)
     dropout_rate: float = 0.0
     guarded: bool = True
+    wide_output: bool = False
     interpret: bool = False
 
     @cached_property
@@ -82,6 +84,10 @@ class Plan:
         """
         narrow = (self.precision.statistics, self.precision.accumulator)
         return self.guarded and self.shift != "none" and "float16" not in narrow
+
+    def output(self, dtype: jnp.dtype) -> jnp.dtype:
+        """The type of the output for inputs of ``dtype``."""
+        return wide_type(dtype) if self.wide_output else jnp.dtype(dtype)
 
     @property
     def chooses_per_head(self) -> bool:

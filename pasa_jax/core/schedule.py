@@ -32,6 +32,8 @@ class Schedule:
         products of one with the softmax of another.
       batch_heads: walk all heads at once (accelerators) or one after another (CPU: a head's
         tiles then stay in the cache).
+      tiles_per_program: query tiles that one program of a TPU kernel computes, so that the compiler
+        may overlap the end of one with the start of the next.
       warps, stages: of one program on a GPU: threads by 32, and tiles that are loaded ahead.
       target: name of the chip whose arithmetic is followed; see `pasa_jax.target.TARGETS`.
     """
@@ -39,13 +41,14 @@ class Schedule:
     block_q: int = 512
     block_kv: int = 512
     unroll: int = 1
+    tiles_per_program: int = 1
     batch_heads: bool = False
     warps: int = 4
     stages: int = 2
     target: str = "cpu"
 
     def __post_init__(self) -> None:
-        for field in ("block_q", "block_kv", "unroll", "warps", "stages"):
+        for field in ("block_q", "block_kv", "unroll", "tiles_per_program", "warps", "stages"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise wrong(f"schedule.{field}", "be a positive int", repr(value))

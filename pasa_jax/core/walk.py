@@ -92,8 +92,15 @@ class Walk(ABC):
     def block_kv(self) -> int:
         return self.plan.schedule.block_kv
 
+    @property
+    def transposed(self) -> bool:
+        return self.numerics.dialect.transposed
+
     def positions(self, start: Index) -> Int[Array, "R 1"]:
-        """[R, 1] query position of each row."""
+        """[R, 1] query position of each row; [1, R] where tiles are transposed."""
+        if self.transposed:
+            row = lax.broadcasted_iota(jnp.int32, (1, self.block_q), 1)
+            return start + (row if self.groups == 1 else jnp.tile(row, (1, self.groups)))
         shape = (self.groups, self.block_q, 1)
         return start + lax.broadcasted_iota(jnp.int32, shape, 1).reshape(-1, 1)
 
@@ -103,9 +110,13 @@ class Walk(ABC):
         return jnp.ones_like(row, bool) if lengths is None else row < lengths
 
     def seen(self, start: Index, j: Index) -> Bool[Array, "R n"]:
-        """[R, n] bool: the mask of one tile; False for keys that belong to another tile."""
+        """[R, n] bool: the mask of one tile; False for keys that belong to another tile.
+
+        [n, R] where tiles are transposed, as are bias, array and segments.
+        """
         n = self.block_kv
-        columns = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (1, n), 1)
+        shape, axis = ((n, 1), 0) if self.transposed else ((1, n), 1)
+        columns = self.key_start(j) + lax.broadcasted_iota(jnp.int32, shape, axis)
         seen = self.mask.visible(self.positions(start), columns)
         if self.mask.key_length % n:
             seen = seen & (columns >= j * n)

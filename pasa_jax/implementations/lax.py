@@ -84,7 +84,7 @@ def _sum_to(x: Array, axis: int, like: Array) -> Array:
 
 def _forward_head(walk: HeadWalk) -> Result:
     numerics, head = walk.numerics, walk.head
-    value_size, out_type = head.value.shape[1], head.value.dtype
+    value_size, out_type = head.value.shape[1], walk.plan.output(head.value.dtype)
 
     def query_tile(i: Array, result: Result) -> Result:
         start = walk.query_start(i)

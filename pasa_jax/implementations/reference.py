@@ -101,9 +101,10 @@ def attention(
         out = jnp.where(valid[..., None, None], out, jnp.zeros_like(out))
         logs = jnp.where(valid[..., None], logs, lowest(wide))
     # Rounding may lead a mean of values out of their type; the gradient is that of the mean.
-    largest = float(jnp.finfo(operands.query.dtype).max)
+    out_type = plan.output(operands.query.dtype)
+    largest = float(jnp.finfo(out_type).max)
     out = out + jax.lax.stop_gradient(jnp.clip(out, -largest, largest) - out)
-    return out.astype(operands.query.dtype), logs
+    return out.astype(out_type), logs
 
 
 def _seen(mask: Mask, batch: int, heads: int) -> Bool[Array, "B N T S"]:

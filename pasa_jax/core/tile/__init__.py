@@ -10,6 +10,17 @@ ordinary data. The exponent is multiplied by 2^e again, so m and every offset ar
 """
 
 from pasa_jax.core.tile.arrays import Guard, shown_by, zero_unusable
+from pasa_jax.core.tile.bounds import (
+    LARGEST_PRODUCT,
+    RAISED_LOG2,
+    RowBounds,
+    Sight,
+    fixed_reference,
+    in_range,
+    in_range_by_sum,
+    reference,
+    row_bounds,
+)
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile, key_tile, mean_key, query_tile
 from pasa_jax.core.tile.numerics import Dialect, Numerics, Storage, lowest, wide_type
 from pasa_jax.core.tile.reverse import TileGradients, gradients
@@ -27,18 +38,25 @@ from pasa_jax.core.tile.state import (
 from pasa_jax.core.tile.stored import Scores, plain_scores, scores
 
 __all__ = [
+    "LARGEST_PRODUCT",
+    "RAISED_LOG2",
     "Dialect",
     "Guard",
     "KeyTile",
     "Numerics",
     "QueryTile",
+    "RowBounds",
     "Scores",
+    "Sight",
     "State",
     "Storage",
     "TileGradients",
     "add_sink",
     "finish",
+    "fixed_reference",
     "gradients",
+    "in_range",
+    "in_range_by_sum",
     "initial_state",
     "key_tile",
     "lowest",
@@ -47,7 +65,9 @@ __all__ = [
     "plain_scores",
     "probabilities",
     "query_tile",
+    "reference",
     "rounded",
+    "row_bounds",
     "running_maximum",
     "scores",
     "settle",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax.core.tile.numerics import lowest
+from pasa_jax.core.tile.numerics import Numerics, lowest
 
 if TYPE_CHECKING:
     from pasa_jax.core.shapes import Bool, BoolColumn, Column, Float, Shaped
@@ -64,6 +64,23 @@ def dot(
     # float32 operands are multiplied in float32 (some chips would use fewer bits by default).
     precision = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
+
+
+def query_key(
+    q: Float[Array, "R D"], k: Float[Array, "n D"], dtype: jnp.dtype, numerics: Numerics
+) -> Float[Array, "rows columns"]:
+    """q·k [R, n] with accumulator ``dtype``; [n, R] where tiles are transposed."""
+    pair = (k, q) if numerics.dialect.transposed else (q, k)
+    return dot(*pair, (1, 1), dtype)
+
+
+def weigh(
+    p: Float[Array, "rows columns"], v: Float[Array, "n E"], dtype: jnp.dtype, numerics: Numerics
+) -> Float[Array, "m p"]:
+    """P·V [R, E] with accumulator ``dtype``; [E, R] where tiles are transposed."""
+    if numerics.dialect.transposed:
+        return dot(v, p, (0, 0), dtype)
+    return dot(p, v, (1, 0), dtype)
 
 
 def zero_unusable(x: Shaped[Array, "n d"], usable: Bool[Array, "n 1"]) -> Shaped[Array, "n d"]:

@@ -57,6 +57,8 @@ class Dialect:
       running_maximum: store scores minus the running maximum instead of their tile's maximum,
         where nothing is added back after rounding. What the tile adds then needs no rescaling.
       contracts: the compiler may compute product·gain − maximum with a single rounding.
+      transposed: tiles are [n, R], columns [1, R] and outputs [E, R]: rows lie along the lanes of
+        vectors, where a reduction over keys costs no shuffles.
       flat: columns have shape [R], for a compiler that would hold [R, 1] as a whole tile.
       narrow_sums: guard against infinite sums of values that a row does not see, and keep m at
         `lowest` until a row sees a key, where the statistics are float16. (Costs a select over a
@@ -70,6 +72,7 @@ class Dialect:
     sum_columns: int = 0
     running_maximum: bool = False
     contracts: bool = True
+    transposed: bool = False
     flat: bool = False
     narrow_sums: bool = True
 
@@ -141,7 +144,14 @@ class Numerics:
 
     def over_row(self, reduce: Callable[..., Array], x: Array) -> Array:
         """The column that ``reduce`` makes of x [R, n]."""
-        return reduce(x, axis=1, keepdims=not self.dialect.flat)
+        axis = 0 if self.dialect.transposed else 1
+        return reduce(x, axis=axis, keepdims=not self.dialect.flat)
+
+    def column_shape(self, rows: int) -> tuple[int, ...]:
+        """The shape of one number per row."""
+        if self.dialect.transposed:
+            return (1, rows)
+        return (rows,) if self.dialect.flat else (rows, 1)
 
     @property
     def subtracts_running_maximum(self) -> bool:

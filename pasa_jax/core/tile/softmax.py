@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from pasa_jax.core.tile.arrays import beside, dot, tempered, undropped
+from pasa_jax.core.tile.arrays import beside, dot, tempered, undropped, weigh
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile
 from pasa_jax.core.tile.numerics import Numerics, Storage, lowest
 from pasa_jax.core.tile.state import State
@@ -123,12 +123,16 @@ def _sum_and_product(
         ones = jnp.ones((v.shape[0], numerics.dialect.sum_columns), p.dtype)
         l_loc = numerics.over_row(jnp.max, dot(p, ones, (1, 0), numerics.product))  # all equal
         l_loc = l_loc.astype(numerics.statistics)
-        return l_loc, dot(undropped(p, kept), v, (1, 0), numerics.accumulated)
+        return l_loc, weigh(undropped(p, kept), v, numerics.accumulated, numerics)
     size = v.shape[1]
+    if numerics.dialect.transposed and numerics.dialect.matrix_columns:
+        ones = jnp.ones((v.shape[0], 16), v.dtype)
+        both = weigh(p, jnp.concatenate([v, ones], axis=1), numerics.product, numerics)
+        return both[size : size + 1].astype(numerics.statistics), both[:size]
     idle = -size % numerics.dialect.matrix_columns if numerics.dialect.matrix_columns else 0
     if idle == 0 or kept is not None:
         l_loc = numerics.over_row(jnp.sum, p.astype(numerics.statistics))
-        return l_loc, dot(undropped(p, kept), v, (1, 0), numerics.accumulated)
+        return l_loc, weigh(undropped(p, kept), v, numerics.accumulated, numerics)
     # As few columns of ones as fill whole vectors.
     ones = jnp.ones((v.shape[0], -size % _LANES or _LANES), v.dtype)
     both = dot(p, jnp.concatenate([v, ones], axis=1), (1, 0), numerics.product)

@@ -28,11 +28,12 @@ class State(NamedTuple):
 def initial_state(rows: int, value_size: int, numerics: Numerics) -> State:
     """The state before any key (eq. 10)."""
     stat = numerics.statistics
-    column = (rows,) if numerics.dialect.flat else (rows, 1)
+    column = numerics.column_shape(rows)
+    out = (value_size, rows) if numerics.dialect.transposed else (rows, value_size)
     return State(
         m=jnp.full(column, lowest(stat), stat),
         l=jnp.zeros(column, stat),
-        o=jnp.zeros((rows, value_size), jnp.dtype(numerics.precision.accumulator)),
+        o=jnp.zeros(out, jnp.dtype(numerics.precision.accumulator)),
         f=jnp.zeros(column, stat),
     )
 

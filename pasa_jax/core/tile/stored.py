@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pasa_jax.core.tile.arrays import Guard, beside, divided, dot, shown_by, tempered
+from pasa_jax.core.tile.arrays import Guard, beside, divided, dot, query_key, shown_by, tempered
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile
 from pasa_jax.core.tile.numerics import Numerics, Storage, lowest
 from pasa_jax.core.tile.state import State
@@ -78,7 +78,7 @@ def scores(
         mask = shown if mask is None else mask & shown
         bias = divided(bias.astype(stat) * stat.type(numerics.unit), query.guard)
     narrow = numerics.tile if bias is None and query.rest is None else stat
-    product = dot(query.q, key.k, (1, 1), numerics.accumulated)
+    product = query_key(query.q, key.k, numerics.accumulated, numerics)
     product = product.astype(numerics.product) * query.gain
     offset = None
     if numerics.storage in (Storage.BENEATH_MAXIMUM, Storage.BOUND):  # rounded below, or not at all
@@ -133,7 +133,7 @@ def scores(
 def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Column:
     """c = q·κ/α, [R, 1], the offset of `mean` (eq. 7), like one more column of the product."""
     assert key.kappa is not None
-    product = dot(query.q, key.kappa, (1, 1), numerics.product) * query.gain
+    product = query_key(query.q, key.kappa, numerics.product, numerics) * query.gain
     product = product if query.rest is None else product * query.rest
     if len(key.kappa) > 1:  # equal rows, see `key_tile`
         product = numerics.over_row(jnp.max, product)

@@ -1,0 +1,98 @@
+"""A fixed reference for each row of the TPU kernel, from the means of its head's blocks.
+
+The first program of a head finds the means and leaves them in scratch. The reference is the largest
+product with the mean of a block that the row sees, raised a little. Nothing is proved beforehand:
+the row's sum says afterwards whether its weights stayed in range (`tile.in_range_by_sum`), and a
+query tile in which one did not is computed again with a running maximum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._tpu_walk import LANES, RefWalk, Specs
+from pasa_jax.core import tile
+from pasa_jax.core.mask import Index
+from pasa_jax.core.tile.arrays import dot, query_key
+
+Array = jax.Array
+Ref = Any
+
+_FLOAT = jnp.dtype("float32")
+_ROWS = 16  # of a matrix operand that holds a single row; no vector of 16-bit numbers is shorter
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What the first program of a head leaves in scratch for all of them.
+
+    Arguments:
+      kappa: ref [blocks, D] of the type of `from_bits`, the means; blocks fill whole vectors.
+      value: ref [1, 128] float32, equal along the lanes: the largest magnitude in the values.
+    """
+
+    kappa: Ref
+    value: Ref
+
+    @staticmethod
+    def scratch(specs: Specs, head_size: int) -> list[Any]:
+        rows = -(-specs.key_tiles // _ROWS) * _ROWS
+        return [pltpu.VMEM((rows, head_size), _FLOAT), pltpu.VMEM((1, LANES), _FLOAT)]
+
+    def fill(self, walk: RefWalk, tiles: int) -> None:
+        """Looks at all keys and values of the head."""
+        self.kappa[...] = jnp.zeros_like(self.kappa)
+        self.value[...] = jnp.zeros_like(self.value)
+
+        def look(j: Index, carry: int) -> int:
+            self._look(walk, j)
+            return carry
+
+        if tiles <= walk.plan.schedule.unroll:
+            for j in range(tiles):
+                look(j, 0)
+        else:
+            lax.fori_loop(0, tiles, look, 0)
+
+    def _look(self, walk: RefWalk, j: Index) -> None:
+        k, v = walk.raw_keys(j)
+        n, valid = walk.block_kv, walk.mask.valid_keys()
+        count: Any = float(n)
+        if not isinstance(valid, int) or valid % n:
+            row = walk.key_start(j) + lax.broadcasted_iota(jnp.int32, (n, 1), 0)
+            k, v = tile.zero_unusable(k, row < valid), tile.zero_unusable(v, row < valid)
+            count = jnp.clip(jnp.int32(valid) - walk.key_start(j), 1, n).astype(_FLOAT)
+        ones = jnp.ones((_ROWS, n), k.dtype)
+        self.kappa[pl.ds(j, 1)] = dot(ones, k, (1, 0), _FLOAT)[:1] / count
+        largest = jnp.max(walk.largest(v), axis=1, keepdims=True)
+        self.value[...] = jnp.maximum(self.value[...], largest)
+
+    def refer(self, walk: RefWalk, start: Index, query: tile.QueryTile) -> tile.QueryTile:
+        """``query`` with its reference."""
+        numerics, n = walk.numerics, walk.block_kv
+        kappa = self.kappa[...].astype(query.q.dtype)
+        centre = query_key(query.q, kappa, _FLOAT, numerics) * query.gain
+        if numerics.logits_soft_cap is not None:
+            cap = jnp.float32(numerics.logits_soft_cap * numerics.unit)
+            centre = cap * jnp.tanh(centre / cap)
+        axis = 0 if walk.transposed else 1
+        first = lax.broadcasted_iota(jnp.int32, centre.shape, axis) * n
+        lo, hi = walk.mask.key_interval(walk.positions(start))
+        seen = (first < hi) & (first + n > lo)
+        reference = tile.fixed_reference(centre, seen, numerics)
+        return query._replace(reference=reference)
+
+    def in_range(self, walk: RefWalk, start: Index, l: Array) -> Array:  # noqa: E741
+        """[1, 1] bool: whether the weights of all rows stayed in range, by their sums l."""
+        lo, hi = walk.mask.key_interval(walk.positions(start))
+        sees_nothing = (hi <= lo) | (walk.positions(start) >= walk.mask.query_length)
+        fine = tile.in_range_by_sum(l, self.value[:, :1]) | sees_nothing
+        fine = jnp.min(fine.astype(_FLOAT), axis=0, keepdims=True)
+        return jnp.min(fine, axis=1, keepdims=True) > 0
