@@ -1,9 +1,10 @@
-"""A fixed reference for each row of the TPU kernel, from the means of its head's blocks.
+"""The means of a head's blocks in the TPU kernel, and the fixed references that come from them.
 
-The first program of a head finds the means and leaves them in scratch. The reference is the largest
-product with the mean of a block that the row sees, raised a little. Nothing is proved beforehand:
-the row's sum says afterwards whether its weights stayed in range (`tile.in_range_by_sum`), and a
-query tile in which one did not is computed again with a running maximum.
+The first program of a head finds the means and leaves them in scratch. The reference of a row is
+the largest product with the mean of a block that it sees, raised a little. Nothing is proved
+beforehand: the row's sum says afterwards whether its weights stayed in range
+(`tile.in_range_by_sum`), and a query tile in which one did not is computed again with a running
+maximum.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._tpu_walk import LANES, RefWalk, Specs
+from pallas_kernels._tpu_walk import LANES, MATRIX_ROWS, RefWalk, Specs
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index
 from pasa_jax.core.tile.arrays import dot, query_key
@@ -26,7 +27,6 @@ Array = jax.Array
 Ref = Any
 
 _FLOAT = jnp.dtype("float32")
-_ROWS = 16  # of a matrix operand that holds a single row; no vector of 16-bit numbers is shorter
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Blocks:
     """What the first program of a head leaves in scratch for all of them.
 
     Arguments:
-      kappa: ref [blocks, D] of the type of `from_bits`, the means; blocks fill whole vectors.
+      kappa: ref [blocks, D] float32, κ of each block, and zeros that fill whole vectors.
       value: ref [1, 128] float32, equal along the lanes: the largest magnitude in the values.
     """
 
@@ -43,7 +43,7 @@ class Blocks:
 
     @staticmethod
     def scratch(specs: Specs, head_size: int) -> list[Any]:
-        rows = -(-specs.key_tiles // _ROWS) * _ROWS
+        rows = -(-(specs.key_tiles + 1) // MATRIX_ROWS) * MATRIX_ROWS
         return [pltpu.VMEM((rows, head_size), _FLOAT), pltpu.VMEM((1, LANES), _FLOAT)]
 
     def fill(self, walk: RefWalk, tiles: int) -> None:
@@ -69,10 +69,25 @@ class Blocks:
             row = walk.key_start(j) + lax.broadcasted_iota(jnp.int32, (n, 1), 0)
             k, v = tile.zero_unusable(k, row < valid), tile.zero_unusable(v, row < valid)
             count = jnp.clip(jnp.int32(valid) - walk.key_start(j), 1, n).astype(_FLOAT)
-        ones = jnp.ones((_ROWS, n), k.dtype)
-        self.kappa[pl.ds(j, 1)] = dot(ones, k, (1, 0), _FLOAT)[:1] / count
+        ones = jnp.ones((MATRIX_ROWS, n), k.dtype)
+        kappa = dot(ones, k, (1, 0), _FLOAT)[:1] / count
+        if walk.numerics.storage is tile.Storage.PAST_MEAN:
+            self._shift(j, k, kappa)
+            return
+        self.kappa[pl.ds(j, 1)] = kappa
+        if walk.numerics.storage is not tile.Storage.BOUND:
+            return
         largest = jnp.max(walk.largest(v), axis=1, keepdims=True)
         self.value[...] = jnp.maximum(self.value[...], largest)
+
+    def _shift(self, j: Index, k: Array, kappa: Array) -> None:
+        """κ of the block after tile j is the mean of this one; of the first, the first key."""
+
+        def first() -> None:
+            self.kappa[:1] = k[:1].astype(_FLOAT)
+
+        first() if isinstance(j, int) and j == 0 else pl.when(j == 0)(first)
+        self.kappa[pl.ds(j + 1, 1)] = kappa
 
     def refer(self, walk: RefWalk, start: Index, query: tile.QueryTile) -> tile.QueryTile:
         """``query`` with its reference."""

@@ -24,6 +24,8 @@ Array = jax.Array
 Ref = Any
 
 LANES = 128
+# Rows of a matrix operand that holds a single row: no vector of 16-bit numbers is shorter.
+MATRIX_ROWS = 16
 
 
 # How many scores the straight-line bodies of one kernel may compute: they cost compile time.
@@ -115,7 +117,6 @@ class Inputs(NamedTuple):
     key: Any  # [B, K, S, D]
     value: Any  # [B, K, S, E]
     scale: Any  # [1]
-    kappa: Any = None  # [B, K, tiles, 16, D], rows equal
     bias: Any = None  # [B|1, K|1, G|1, T|1, S|1]
     sinks: Any = None  # [N]
     array: Any = None  # [B|1, K|1, G|1, T|1, S|1] int8
@@ -158,9 +159,6 @@ def block_specs(x: Inputs, specs: Specs) -> Inputs:
         key=pl.BlockSpec((1, 1, keys, x.key.shape[-1]), lambda b, h, i: (b, h, 0, 0)),
         value=pl.BlockSpec((1, 1, keys, x.value.shape[-1]), lambda b, h, i: (b, h, 0, 0)),
         scale=scalars(x.scale),
-        kappa=None
-        if x.kappa is None
-        else pl.BlockSpec((1, 1, *x.kappa.shape[2:]), lambda b, h, i: (b, h, 0, 0, 0)),
         bias=broadcast(x.bias),
         sinks=scalars(x.sinks),
         array=broadcast(x.array),
@@ -182,12 +180,14 @@ class RefWalk(Walk):
       offset: where the query tile starts in the program's block, if that holds several.
       largest_key: ref [1, D], the largest magnitude in each channel of the keys that `key` gave;
         None where nobody asks for it.
+      kappa: ref [blocks, D] float32, κ of every key tile, or None.
     """
 
     refs: Inputs
     head: Index
     offset: int | None
     largest_key: Ref | None
+    kappa: Ref | None
 
     def key_start(self, j: Index) -> Index:
         return j * self.block_kv
@@ -235,7 +235,11 @@ class RefWalk(Walk):
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         assert value_gain is None  # the lax walk repairs calls that would need one
         k, v = self.raw_keys(j)
-        kappa = None if self.refs.kappa is None else from_bits(self.refs.kappa[0, 0, j])
+        kappa = None
+        if self.numerics.storage.uses_kappa:
+            assert self.kappa is not None
+            rows = (MATRIX_ROWS, k.shape[1])
+            kappa = jnp.broadcast_to(self.kappa[pl.ds(j, 1)].astype(k.dtype), rows)
         usable = self._usable(j)
         if self.largest_key is not None:
             in_use = k if usable is None else tile.zero_unusable(k, usable)

@@ -24,7 +24,6 @@ from pallas_kernels._common import (
     Outputs,
     bound,
     narrowed,
-    of_heads,
     refusal,
     repaired,
     shape_maker,
@@ -193,11 +192,11 @@ def _call(
         (1, 1, specs.groups, 1, specs.rows), lambda b, h, i: (b, h, 0, 0, i)
     )
     flag_block = pl.BlockSpec((1, 1, specs.tiles, 1, LANES), lambda b, h, i: (b, h, i, 0, 0))
-    by_bound = plan.storage is tile.Storage.BOUND
     size = operands.key.shape[-1]
-    scratch = Blocks.scratch(specs, size) if by_bound else [pltpu.VMEM((1, size), jnp.float32)]
+    scratch = [pltpu.VMEM((1, size), jnp.float32)]
+    scratch += Blocks.scratch(specs, size) if _needs_blocks(plan) else []
     # What the first program of a head finds out is for the others: they follow it on its core.
-    last_axis = "arbitrary" if by_bound and specs.programs > 1 else "parallel"
+    last_axis = "arbitrary" if _needs_blocks(plan) and specs.programs > 1 else "parallel"
     call = pl.pallas_call(
         partial(
             _kernel, mask=without_arrays(mask), plan=kernel_plan, specs=specs, out_type=out_type
@@ -237,8 +236,9 @@ def _kernel(
 ) -> None:
     b, h, i = (pl.program_id(axis) for axis in range(3))
     by_bound = plan.storage is tile.Storage.BOUND
-    count = 2 if by_bound else 1
-    outs, scratch = Outputs(*rest[:-count]), rest[-count:]
+    count = 3 if _needs_blocks(plan) else 1
+    outs, (largest_key, *scratch) = Outputs(*rest[:-count]), rest[-count:]
+    blocks = Blocks(*scratch) if scratch else None
 
     mask = bound(mask, refs.query_lengths, refs.key_lengths, b)
     walk = RefWalk(
@@ -251,10 +251,10 @@ def _kernel(
         refs=refs,
         head=h,
         offset=None,
-        largest_key=None if by_bound else scratch[0],
+        largest_key=None if by_bound else largest_key,
+        kappa=None if blocks is None else blocks.kappa,
     )
-    blocks = Blocks(*scratch) if by_bound else None
-    program = Program(walk, blocks, outs, out_type)
+    program = Program(walk, blocks if by_bound else None, outs, out_type)
     if blocks is not None:
         _where(i == 0, specs.programs, lambda: blocks.fill(walk, specs.key_tiles))
     starts = walk.static_starts()
@@ -271,9 +271,18 @@ def _where(condition: Array, programs: int, body: Callable[[], None]) -> None:
     body() if programs == 1 else pl.when(condition)(body)
 
 
+def _needs_blocks(plan: Plan) -> bool:
+    """Whether something is to be known of each block before the tiles are walked."""
+    return plan.storage.uses_kappa or plan.storage is tile.Storage.BOUND
+
+
 @dataclass(frozen=True)
 class Program:
-    """One program: its query tiles, one after the other."""
+    """One program: its query tiles, one after the other.
+
+    Arguments:
+      blocks: where the rows' references come from; None: there is a running maximum.
+    """
 
     walk: RefWalk
     blocks: Blocks | None
@@ -376,7 +385,6 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         key=to_bits(jnp.swapaxes(o.key, 1, 2)),
         value=to_bits(jnp.swapaxes(o.value, 1, 2)),
         scale=o.scale.astype(jnp.float32).reshape(1),
-        kappa=_kappa(o, mask, plan, specs) if plan.storage.uses_kappa else None,
         bias=per_head(narrowed(o.bias)),
         sinks=narrowed(o.sinks),
         array=per_head(None if mask.array is None else mask.array.astype(jnp.int8)),
@@ -385,9 +393,3 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         query_lengths=mask.query_lengths,
         key_lengths=mask.key_lengths,
     )
-
-
-def _kappa(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Array:
-    """[B, K, tiles, 16, D] κ of every key tile, in as many equal rows as a matrix unit needs."""
-    kappa = of_heads(o, mask, plan, specs.block_q, lambda _, facts: facts.kappa)
-    return to_bits(jnp.repeat(kappa[:, :, :, None], 16, axis=3))
