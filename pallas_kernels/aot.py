@@ -76,8 +76,8 @@ def attention(
     def forward(q: Any, k: Any, v: Any, further: dict[str, Any]) -> Any:
         operands, all_keywords = map(turned, (q, k, v)), further | keywords | options
         if not repair:
-            out, bad = _kernel_alone(kind, *operands, **all_keywords)
-            return turned(out), bad
+            out, others = _kernel_alone(kind, *operands, **all_keywords)
+            return turned(out), others
         return turned(dot_product_attention(*operands, **all_keywords))
 
     def total(*args: Any) -> jax.Array:
@@ -93,13 +93,14 @@ def attention(
     return jax.grad(total, (0, 1, 2)) if gradient else forward, (*args, further)
 
 
-def _kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, jax.Array]:
-    """The kernel's own output, and whether the lax walk would have to repair it."""
+def _kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, Any]:
+    """The kernel's own output; its log-sum-exp, and whether something would have to repair it."""
     call = canonical(*args, **keywords)
     chosen = choose(keywords["implementation"], call.operands, call.mask, call.plan)
     module = importlib.import_module(f"pallas_kernels.{kind}")
-    result, bad = module.kernel(call.operands, call.mask, chosen.plan, wanted="out")
-    return call.unbatch(result.out), bad
+    wanted = "lse" if keywords.get("return_residual") else "out"
+    result, bad = module.kernel(call.operands, call.mask, chosen.plan, wanted=wanted)
+    return call.unbatch(result.out), (result.lse, bad)
 
 
 class Compiler:

@@ -55,19 +55,22 @@ _VMEM_SHARE = 0.75
 def adapt(plan: Plan) -> Plan:
     """``plan`` adapted to a TPU.
 
-    Mosaic has no float16, and chips before v6e do not compute in bfloat16: unless the caller named
-    a precision, scores are then stored in float32. (A named one is never changed; `supports`
-    refuses it.)
+    `auto` takes fixed references, scores in float32, unless the caller named a precision. (A named
+    one is never changed; `supports` refuses what Mosaic does not have: float16, and arithmetic in
+    bfloat16 on chips before v6e.)
     """
     target = find_target(plan.schedule.target)
-    precision = plan.precision
-    if not plan.explicit_precision and precision.scores not in target.vector_types:
-        probabilities = "float32" if precision.scores == "float16" else precision.probabilities
-        plan = replace(
-            plan, precision=replace(precision, scores="float32", probabilities=probabilities)
-        )
-    narrow_sums = plan.precision.probabilities == "bfloat16"
+    if not plan.explicit_precision:
+        precision = plan.precision
+        if plan.shift == "auto":
+            plan = replace(plan, shift="bound")
+        if plan.shift == "bound" or precision.scores not in target.vector_types:
+            narrow = precision.probabilities == "bfloat16"
+            probabilities = "bfloat16" if narrow else "float32"
+            precision = replace(precision, scores="float32", probabilities=probabilities)
+        plan = replace(plan, precision=precision)
     narrow = plan.precision.scores == "bfloat16" and "bfloat16" in target.vector_types
+    narrow_sums = plan.precision.probabilities == "bfloat16"
     dialect = tile.Dialect(
         base_two=True,
         exponential="bfloat16" if narrow else None,
@@ -113,7 +116,12 @@ def no_backward(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     return "it has none"
 
 
-backward = _lax.backward
+def backward(
+    operands: Operands, mask: Mask, plan: Plan, result: Result, d_out: Array, d_lse: Array | None
+) -> Operands:
+    """The cotangents of the operands, by the lax walk."""
+    plan = plan.unproved if plan.storage is tile.Storage.BOUND else plan
+    return _lax.backward(operands, mask, plan, result, d_out, d_lse)
 
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tuple[Result, Array]:

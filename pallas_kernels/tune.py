@@ -27,23 +27,32 @@ from pasa_jax.core.target import find_target, target_of_device
 
 HEADS = 8
 _BLOCKS = {
-    "tpu": ((2048, 512), (1024, 1024), (1024, 512), (512, 1024), (512, 512)),
+    "tpu": ((2048, 1024), (2048, 512), (1024, 1024), (1024, 512), (512, 1024), (512, 512)),
     "gpu": ((128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (64, 32)),
 }
 _WARPS = ((4, 2), (4, 3), (8, 2), (8, 3))  # and stages
 _ROUNDS = 20
 _SPELT_OUT = 8 * 1024 * 1024  # scores of the tiles of one step: more takes minutes to compile
+_PROGRAM_ROWS = 2048  # of several query tiles
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A named problem: B = 1, 8 heads, S = T."""
+    """A named problem: B = 1, 8 heads, S = T; a window is causal."""
 
     name: str
     length: int
     head_dim: int
     dtype: str
     is_causal: bool
+    window: int | None = None
+
+    @property
+    def mask(self) -> dict[str, Any]:
+        """Its keywords of the public function."""
+        if self.window is None:
+            return {"is_causal": self.is_causal}
+        return {"is_causal": self.is_causal, "local_window_size": (self.window, 0)}
 
 
 def shapes(kind: str) -> tuple[Shape, ...]:
@@ -51,11 +60,13 @@ def shapes(kind: str) -> tuple[Shape, ...]:
     types = ("bfloat16", "float32") if kind == "tpu" else ("float16", "bfloat16")
     sizes = [(types[0], 128, n) for n in (1024, 2048, 4096)]
     sizes += [(types[0], 64, 2048), (types[1], 128, 2048)]
-    return tuple(
+    plain = tuple(
         Shape(f"{dtype}, D={d}, S={n}, {'causal' if causal else 'full'}", n, d, dtype, causal)
         for dtype, d, n in sizes
         for causal in (False, True)
     )
+    windows = (Shape(f"{types[0]}, D=128, S=8192, window 1024", 8192, 128, types[0], True, 1024),)
+    return plain + windows if kind == "tpu" else plain
 
 
 def candidates(target: str, shape: Shape) -> Iterator[Schedule]:
@@ -73,7 +84,11 @@ def candidates(target: str, shape: Shape) -> Iterator[Schedule]:
         )
         if kind == "tpu":
             unroll = _SPELT_OUT // (one.block_q * one.block_kv)
-            several = [replace(one, unroll=max(1, min(unroll, shape.length // one.block_kv)))]
+            one = replace(one, unroll=max(1, min(unroll, shape.length // one.block_kv)))
+            several = [one]
+            tiles = min(_PROGRAM_ROWS, shape.length) // one.block_q
+            if tiles > 1:
+                several.append(replace(one, tiles_per_program=tiles))
         else:
             several = [replace(one, warps=warps, stages=stages) for warps, stages in _WARPS]
         for schedule in several:
@@ -105,10 +120,10 @@ class Estimate:
             queries=shape.length,
             head_dim=shape.head_dim,
             dtype=shape.dtype,
-            is_causal=shape.is_causal,
             schedule=vars(schedule),
             head_major=True,
             repair=False,
+            **shape.mask,
         )
         return report.total_cycles or math.inf
 
@@ -135,9 +150,9 @@ class Time:
                 x,
                 x,
                 x,
-                is_causal=shape.is_causal,
                 schedule=schedule,
                 implementation=f"pallas_{kind}",
+                **shape.mask,
             )
 
         call = jax.jit(forward)
@@ -199,6 +214,7 @@ def tune(target: str, output: Path = TUNED, only: str = "", say: Any = print) ->
             is_causal=shape.is_causal,
             cost=round(costs[best]),
             schedule=vars(best),
+            window=shape.window,
         )
         known[shape.name] = vars(tuned)
     cost.close()

@@ -91,11 +91,12 @@ class Call:
         precision = checks.precision(given.precision, str(q.dtype), given.shift)
         scale, number = checks.scale(given.scale, q)
         cap = given.logits_soft_cap
+        causal, reach = flag("is_causal", given.is_causal), window(given.local_window_size)
         plan = Plan(
             shift=given.shift,
             precision=precision,
             logits_soft_cap=None if cap is None else checks.soft_cap(cap),
-            schedule=checks.schedule(given.schedule, q, k, v, flag("is_causal", given.is_causal)),
+            schedule=checks.schedule(given.schedule, q, k, v, causal, reach),
             interpret=flag("interpret", given.interpret),
             beta=given.beta,
             scale=number,
@@ -118,9 +119,9 @@ class Call:
         mask = Mask(
             query_length=q.shape[1],
             key_length=k.shape[1],
-            is_causal=bool(given.is_causal),
+            is_causal=causal,
             causal_alignment=given.causal_alignment,
-            window=window(given.local_window_size),
+            window=reach,
             query_lengths=checks.lengths("query_seq_lengths", given.query_seq_lengths, q),
             key_lengths=checks.lengths("key_value_seq_lengths", given.key_value_seq_lengths, k),
             query_segments=ids[0],

@@ -121,12 +121,21 @@ def _is_number_type(dtype: jnp.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def schedule(given: Schedule | None, q: Array, k: Array, v: Array, is_causal: bool) -> Schedule:
+def schedule(
+    given: Schedule | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+) -> Schedule:
     if given is None:
         device = jax.devices()[0]
         target = target_of_device(device.platform, device.device_kind)
         sizes = {"head_dim": q.shape[3], "value_head_dim": v.shape[3], "dtype": str(q.dtype)}
         sizes |= {"length": k.shape[1], "is_causal": is_causal}
+        if window is not None and window[0] < k.shape[1]:
+            sizes["window"] = window[0]
         given = Schedule.for_target(target, **sizes)
     elif isinstance(given, Schedule):
         given.check(head_dim=q.shape[3], value_head_dim=v.shape[3], dtype=str(q.dtype))

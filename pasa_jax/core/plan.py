@@ -98,7 +98,10 @@ class Plan:
         """The shift, and the reason for it as a clause."""
         target, scores = self.schedule.target, self.precision.scores
         if self.storage is Storage.BOUND:
-            return "bound or none", "each key head decides: bound where it is proved to be safe"
+            rule = "each key head decides: bound where it is proved to be safe"
+            if find_target(target).kind == "tpu":
+                rule = "each query tile decides: bound where its row sums prove that it was safe"
+            return "bound or none", rule
         if self.shift != "auto":
             return self.shift, "it was asked for"
         if self.storage is Storage.PLAIN:

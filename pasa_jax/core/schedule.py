@@ -63,6 +63,7 @@ class Schedule:
         dtype: Any = "float32",
         length: int | None = None,
         is_causal: bool = False,
+        window: int | None = None,
     ) -> Schedule:
         """The schedule tuned for the most similar problem, if there is a table for ``target``;
         else the largest of the default tiles that fits its memories.
@@ -72,6 +73,7 @@ class Schedule:
           dtype: of queries, keys and values: "float16", "bfloat16", "float32" or "float64", or
             what NumPy or JAX have for it (``q.dtype``, ``jnp.bfloat16``).
           length: the number of keys; None: 2048.
+          window: the keys that a query sees of those before it, where a window limits them.
 
         >>> Schedule.for_target("ascend_910b", dtype="float16").block_kv
         512
@@ -94,9 +96,11 @@ class Schedule:
         ]
 
         def unlike(x: Tuned) -> tuple[float, ...]:
-            sizes = (x.head_dim / head_dim, x.length / (length or 2048))
-            of_head, of_length = (abs(math.log2(ratio)) for ratio in sizes)
-            return (x.dtype != dtype, x.is_causal != is_causal, of_head + of_length)
+            windows = (x.window or x.length, window or length or 2048)
+            sizes = ((x.head_dim, head_dim), (x.length, length or 2048), windows)
+            ratios = (abs(math.log2(max(1, a) / max(1, b))) for a, b in sizes)
+            limited = (x.window is None) != (window is None)
+            return (x.dtype != dtype, x.is_causal != is_causal, limited, sum(ratios))
 
         tuned = sorted(tuned_for(target.name), key=unlike)
         for schedule in [*(Schedule(**x.schedule) for x in tuned[:1]), *defaults]:
@@ -187,6 +191,7 @@ class Tuned:
       shape: the problem's name.
       cost: cycles or microseconds, as the table says.
       schedule: the fields of a `Schedule`.
+      window: as in `Schedule.for_target`.
     """
 
     shape: str
@@ -196,6 +201,7 @@ class Tuned:
     is_causal: bool
     cost: int
     schedule: dict[str, Any]
+    window: int | None = None
 
 
 @lru_cache
