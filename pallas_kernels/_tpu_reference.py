@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._tpu_walk import LANES, MATRIX_ROWS, RefWalk, Specs
 from pasa_jax.core import tile
-from pasa_jax.core.mask import Index
+from pasa_jax.core.mask import Index, minimum
 from pasa_jax.core.tile.arrays import dot, query_key
 
 Array = jax.Array
@@ -42,20 +41,23 @@ class Blocks:
     value: Ref
 
     @staticmethod
-    def scratch(specs: Specs, head_size: int) -> list[Any]:
+    def shapes(specs: Specs, head_size: int) -> dict[str, tuple[int, int]]:
         rows = -(-(specs.key_tiles + 1) // MATRIX_ROWS) * MATRIX_ROWS
-        return [pltpu.VMEM((rows, head_size), _FLOAT), pltpu.VMEM((1, LANES), _FLOAT)]
+        return {"kappa": (rows, head_size), "value": (1, LANES)}
 
-    def fill(self, walk: RefWalk, tiles: int) -> None:
-        """Looks at all keys and values of the head."""
-        self.kappa[...] = jnp.zeros_like(self.kappa)
-        self.value[...] = jnp.zeros_like(self.value)
+    def fill(self, walk: RefWalk, specs: Specs) -> None:
+        """Looks at all keys and values of the head, or of the chunk."""
+        if specs.chunks == 1:
+            self.kappa[...] = jnp.zeros_like(self.kappa)
+            self.value[...] = jnp.zeros_like(self.value)
+        first = walk.chunk * specs.chunk_tiles
+        tiles = minimum(specs.chunk_tiles, specs.key_tiles - first)
 
         def look(j: Index, carry: int) -> int:
-            self._look(walk, j)
+            self._look(walk, first + j)
             return carry
 
-        if tiles <= walk.plan.schedule.unroll:
+        if isinstance(tiles, int) and tiles <= walk.plan.schedule.unroll:
             for j in range(tiles):
                 look(j, 0)
         else:
@@ -86,7 +88,7 @@ class Blocks:
         def first() -> None:
             self.kappa[:1] = k[:1].astype(_FLOAT)
 
-        first() if isinstance(j, int) and j == 0 else pl.when(j == 0)(first)
+        pl.when(j == 0)(first)
         self.kappa[pl.ds(j + 1, 1)] = kappa
 
     def refer(self, walk: RefWalk, start: Index, query: tile.QueryTile) -> tile.QueryTile:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._float16 import from_bits
 from pasa_jax.core import tile
-from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.mask import Index, KeyRange, Mask, div, maximum, minimum
 from pasa_jax.core.operands import Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import find_target
@@ -26,6 +26,11 @@ Ref = Any
 LANES = 128
 # Rows of a matrix operand that holds a single row: no vector of 16-bit numbers is shorter.
 MATRIX_ROWS = 16
+
+
+# The share of VMEM that a program may use. XLA has arrays of its own in the rest. The compiler is
+# given no more than the call needs, and some for registers that do not fit.
+_VMEM_SHARE = 0.75
 
 
 # How many scores the straight-line bodies of one kernel may compute: they cost compile time.
@@ -47,6 +52,7 @@ class Specs:
       tiles: query tiles of one program.
       programs: of one head.
       block_kv, key_tiles: keys of a tile, and how many tiles a head has.
+      chunk_tiles: key tiles that lie in VMEM at once: all of a head, if they fit.
       transposed: whether rows lie along lanes. The rows of each query head must then fill whole
         vectors, or be the only ones.
     """
@@ -58,31 +64,26 @@ class Specs:
     tiles: int
     programs: int
     key_tiles: int
+    chunk_tiles: int
     transposed: bool
     bytes: int
 
     @staticmethod
     def of(o: Operands, mask: Mask, plan: Plan) -> Specs:
-        (_, length, heads, size), kv_heads = o.query.shape, o.key.shape[2]
-        groups, e = heads // kv_heads, o.value.shape[3]
+        (_, length, heads, _), kv_heads = o.query.shape, o.key.shape[2]
+        groups = heads // kv_heads
         block_q = -(-max(1, plan.schedule.block_q // groups) // LANES) * LANES
         block_q = length if length <= block_q else block_q
         # On chips with the narrower matrix unit the two products cost more in this orientation.
         wide_matrix = find_target(plan.schedule.target).matrix_columns > LANES
         tiles = min(plan.schedule.tiles_per_program, -(-length // block_q))
         block_kv = plan.schedule.block_kv
-        key_tiles = -(-mask.key_length // block_kv)
-        rows, keys = groups * block_q * tiles, key_tiles * block_kv
-        item = o.query.dtype.itemsize
-        wide = [_padded(rows, size) * item, _padded(keys, size) * item, _padded(keys, e) * item]
-        wide += [_padded(rows, e) * 4]
-        for x in (o.bias, mask.array):
-            if x is not None:
-                r = rows if x.shape[2] > 1 else groups
-                wide.append(_padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
-        tile_rows = groups * block_q
-        scores = plan.schedule.unroll * _padded(tile_rows, block_kv) * (4 + 4)
-        state = 3 * _padded(tile_rows, e) * 4 + 4 * _padded(tile_rows, 1) * 4
+        key_tiles = chunk_tiles = -(-mask.key_length // block_kv)
+        bytes_of = partial(_bytes, o, mask, plan, groups * block_q)
+        if bytes_of(tiles, chunk_tiles) > vmem(plan):
+            tiles = 1
+        while bytes_of(tiles, chunk_tiles) > vmem(plan) and chunk_tiles > 1:
+            chunk_tiles = -(-chunk_tiles // 2)
         return Specs(
             kv_heads,
             groups,
@@ -91,8 +92,9 @@ class Specs:
             tiles,
             -(-length // (block_q * tiles)),
             key_tiles,
+            chunk_tiles,
             wide_matrix and (groups == 1 or block_q % LANES == 0),
-            2 * sum(wide) + scores + state,  # blocks are double-buffered
+            bytes_of(tiles, chunk_tiles),
         )
 
     @property
@@ -101,9 +103,41 @@ class Specs:
         return self.block_q * self.tiles
 
     @property
+    def chunks(self) -> int:
+        """Of a head's keys."""
+        return -(-self.key_tiles // self.chunk_tiles)
+
+    @property
     def query_tiles(self) -> int:
         """Of one head; the last program's may begin beyond T."""
         return self.programs * self.tiles
+
+
+def vmem(plan: Plan) -> int:
+    """Bytes of VMEM that a program may use."""
+    return int(find_target(plan.schedule.target).memories["VMEM"] * _VMEM_SHARE)
+
+
+def _bytes(
+    o: Operands, mask: Mask, plan: Plan, tile_rows: int, tiles: int, chunk_tiles: int
+) -> int:
+    """Bytes of VMEM that a program wants.
+
+    Arguments:
+      tile_rows: of a query tile, all G query heads.
+    """
+    size, e = o.query.shape[3], o.value.shape[3]
+    rows, keys = tile_rows * tiles, chunk_tiles * plan.schedule.block_kv
+    item = o.query.dtype.itemsize
+    wide = [_padded(rows, size) * item, _padded(keys, size) * item, _padded(keys, e) * item]
+    wide += [_padded(rows, e) * 4]
+    for x in (o.bias, mask.array):
+        if x is not None:
+            r = rows if x.shape[2] > 1 else o.query.shape[2] // o.key.shape[2]
+            wide.append(_padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
+    scores = plan.schedule.unroll * _padded(tile_rows, plan.schedule.block_kv) * (4 + 4)
+    state = 3 * _padded(tile_rows, e) * 4 + 4 * _padded(tile_rows, 1) * 4
+    return 2 * sum(wide) + scores + state  # blocks are double-buffered
 
 
 def _padded(rows: int, columns: int) -> int:
@@ -127,8 +161,22 @@ class Inputs(NamedTuple):
     todo: Any = None  # [B, K, query tiles] int32, 0 for tiles that are left out; None: all are done
 
 
-def block_specs(x: Inputs, specs: Specs) -> Inputs:
-    keys = specs.key_tiles * specs.block_kv
+def block_specs(x: Inputs, specs: Specs, mask: Mask) -> Inputs:
+    keys = specs.chunk_tiles * specs.block_kv
+
+    def chunk(i: Array, c: Array) -> Any:
+        """The chunk that a program reads: of those that its mask skips by position, the nearest
+        that it does not skip, which is there already.
+        """
+        if specs.chunks == 1:
+            return 0
+        by_position = replace(mask, query_lengths=None, key_lengths=None)
+        if mask.causal_alignment == "bottom_right":  # where lengths move the diagonal
+            return c
+        start = i * specs.block_q
+        seen = by_position.key_range(start, start + specs.block_q, specs.block_kv)
+        last = div(maximum(seen.hi - 1, 0), specs.chunk_tiles)
+        return minimum(maximum(c, div(seen.lo, specs.chunk_tiles)), last)
 
     def broadcast(x: Array | None) -> pl.BlockSpec | None:
         if x is None:
@@ -138,26 +186,36 @@ def block_specs(x: Inputs, specs: Specs) -> Inputs:
         several = [int(n > 1) for n in x.shape]
         return pl.BlockSpec(
             block,
-            lambda b, h, i: (b * several[0], h * several[1], 0, i * several[3], 0),
+            lambda b, h, i, c: (
+                b * several[0],
+                h * several[1],
+                0,
+                i * several[3],
+                chunk(i, c) * several[4],
+            ),
         )
 
     def only(x: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
         return None if x is None else spec
 
+    def of_keys(x: Array) -> pl.BlockSpec:
+        block = (1, 1, keys, x.shape[-1])
+        return pl.BlockSpec(block, lambda b, h, i, c: (b, h, chunk(i, c), 0))
+
     if specs.transposed:
-        query_segments = pl.BlockSpec((1, 1, specs.rows), lambda b, h, i: (b, 0, i))
-        key_segments = pl.BlockSpec((1, keys, 1), lambda b, h, i: (b, 0, 0))
+        query_segments = pl.BlockSpec((1, 1, specs.rows), lambda b, h, i, c: (b, 0, i))
+        key_segments = pl.BlockSpec((1, keys, 1), lambda b, h, i, c: (b, chunk(i, c), 0))
     else:
-        query_segments = pl.BlockSpec((1, specs.rows, 1), lambda b, h, i: (b, i, 0))
-        key_segments = pl.BlockSpec((1, 1, keys), lambda b, h, i: (b, 0, 0))
+        query_segments = pl.BlockSpec((1, specs.rows, 1), lambda b, h, i, c: (b, i, 0))
+        key_segments = pl.BlockSpec((1, 1, keys), lambda b, h, i, c: (b, 0, chunk(i, c)))
     scalars = partial(only, spec=pl.BlockSpec(memory_space=pltpu.SMEM))
 
     return Inputs(
         query=pl.BlockSpec(
-            (1, 1, specs.groups, specs.rows, x.query.shape[-1]), lambda b, h, i: (b, h, 0, i, 0)
+            (1, 1, specs.groups, specs.rows, x.query.shape[-1]), lambda b, h, i, c: (b, h, 0, i, 0)
         ),
-        key=pl.BlockSpec((1, 1, keys, x.key.shape[-1]), lambda b, h, i: (b, h, 0, 0)),
-        value=pl.BlockSpec((1, 1, keys, x.value.shape[-1]), lambda b, h, i: (b, h, 0, 0)),
+        key=of_keys(x.key),
+        value=of_keys(x.value),
         scale=scalars(x.scale),
         bias=broadcast(x.bias),
         sinks=scalars(x.sinks),
@@ -181,6 +239,7 @@ class RefWalk(Walk):
       largest_key: ref [1, D], the largest magnitude in each channel of the keys that `key` gave;
         None where nobody asks for it.
       kappa: ref [blocks, D] float32, κ of every key tile, or None.
+      chunk, chunk_tiles: which chunk of keys the refs hold, and of how many tiles.
     """
 
     refs: Inputs
@@ -188,14 +247,25 @@ class RefWalk(Walk):
     offset: int | None
     largest_key: Ref | None
     kappa: Ref | None
+    chunk: Index = 0
+    chunk_tiles: int = 0
 
     def key_start(self, j: Index) -> Index:
         return j * self.block_kv
 
     def keys_at(self, j: Index) -> Any:
-        """The slice of tile j; a Python slice where there is only one tile."""
-        single = self.mask.key_length <= self.block_kv
-        return slice(None) if single else pl.ds(self.key_start(j), self.block_kv)
+        """The slice of tile j in the refs; a Python slice where they hold only one tile."""
+        if self.chunk_tiles == 1:
+            return slice(None)
+        return pl.ds((j - self.chunk * self.chunk_tiles) * self.block_kv, self.block_kv)
+
+    def key_range(self, start: Index) -> KeyRange:
+        """The key tiles of the chunk that the rows at ``start`` see."""
+        whole = super().key_range(start)
+        if isinstance(self.chunk, int):  # there is only one
+            return whole
+        lo = self.chunk * self.chunk_tiles
+        return KeyRange(*(minimum(maximum(x, lo), lo + self.chunk_tiles) for x in whole))
 
     def static_starts(self) -> list[int] | None:
         """Where each query tile starts, if each gets code of its own, with its key tiles static.

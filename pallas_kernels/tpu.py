@@ -1,16 +1,15 @@
 """The forward pass as a Pallas kernel for TPUs (Mosaic).
 
-A program of the grid (batch, key head, query tile) folds the key tiles of its head, all of which
-lie in VMEM, with the tile functions and the walk of `pasa_jax`. The kernel has no guard against
-overflow and does not look for keys that are not finite. Where a result is not finite, or the size
-of queries and keys says that a product may have left float32, the lax walk computes the whole call
-again. In ordinary data the only cost is to find the largest key.
+A program of the grid (batch, key head, query tiles, chunk of keys) folds key tiles that lie in VMEM
+with the tile functions and the walk of `pasa_jax`. One chunk holds all keys of a head, if they fit.
+The kernel has no guard against overflow and does not look for keys that are not finite. Where a
+result is not finite, or the size of queries and keys says that a product may have left float32, the
+lax walk computes the whole call again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._common import (
     Outputs,
-    bound,
     narrowed,
     refusal,
     repaired,
@@ -30,11 +28,11 @@ from pallas_kernels._common import (
     without_arrays,
 )
 from pallas_kernels._float16 import to_bits
-from pallas_kernels._tpu_reference import Blocks
-from pallas_kernels._tpu_walk import LANES, Inputs, RefWalk, Specs, block_specs
+from pallas_kernels._tpu_program import AGAIN, needs_blocks, run_program, scratch_shapes
+from pallas_kernels._tpu_walk import LANES, Inputs, Specs, block_specs, vmem
 from pasa_jax.core import tile
 from pasa_jax.core.heads import varying
-from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import MIB, find_target
@@ -42,14 +40,6 @@ from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 Ref = Any
-
-
-# The flag of a query tile whose weights did not stay in range of a fixed reference.
-_AGAIN = 1.0
-
-# The share of VMEM that a program may use. XLA has arrays of its own in the rest. The compiler is
-# given no more than the call needs, and some for registers that do not fit.
-_VMEM_SHARE = 0.75
 
 
 def adapt(plan: Plan) -> Plan:
@@ -95,15 +85,10 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     tiled = (mask.array, mask.query_segments, operands.bias)
     if specs.key_tiles > 1 and specs.block_kv % LANES and any(x is not None for x in tiled):
         return f"block_kv must be a multiple of {LANES} beside a bias, an array or segments"
-    limit = _vmem(plan)
+    limit = vmem(plan)
     if specs.bytes > limit:
-        return f"a head's keys and values and a tile want {specs.bytes} bytes of VMEM's {limit}"
+        return f"a tile with its queries and keys wants {specs.bytes} bytes of VMEM's {limit}"
     return None
-
-
-def _vmem(plan: Plan) -> int:
-    """Bytes of VMEM that a program may use."""
-    return int(find_target(plan.schedule.target).memories["VMEM"] * _VMEM_SHARE)
 
 
 def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Result:
@@ -126,6 +111,7 @@ def backward(
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tuple[Result, Array]:
     """The kernel's own result, and [] bool: whether something in it is not finite or not proved."""
+    plan = _fitting(operands, mask, plan)
     result, flags = _call(operands, mask, plan, wanted)
     return result, jnp.any(flags != 0)
 
@@ -134,10 +120,19 @@ def _kernels(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> t
     """The result of the kernel, in which query tiles without a proof are computed by a second one,
     and [] bool: whether something in it is not finite.
     """
+    plan = _fitting(operands, mask, plan)
     result, flags = _call(operands, mask, plan, wanted)
     if plan.storage is tile.Storage.BOUND:
         result, flags = _rest(operands, mask, plan, wanted, result, flags)
     return result, jnp.any(jnp.isnan(flags))
+
+
+def _fitting(operands: Operands, mask: Mask, plan: Plan) -> Plan:
+    """``plan`` with a running maximum where the keys of a head come in chunks: references would
+    need all of them first.
+    """
+    chunked = Specs.of(operands, mask, plan).chunks > 1
+    return plan.unproved if chunked and plan.storage is tile.Storage.BOUND else plan
 
 
 def _rest(
@@ -147,7 +142,7 @@ def _rest(
     plan = plan.unproved
     plan = replace(plan, schedule=replace(plan.schedule, tiles_per_program=1))
     specs = Specs.of(operands, mask, plan)
-    todo = (flags == _AGAIN)[:, :, : specs.query_tiles]
+    todo = (flags == AGAIN)[:, :, : specs.query_tiles]
     # [B, T, N]
     rows = jnp.repeat(todo, specs.block_q, axis=2)[:, :, : mask.query_length]
     rows = jnp.swapaxes(jnp.repeat(rows, specs.groups, axis=1), 1, 2)
@@ -174,7 +169,7 @@ def _call(
     operands: Operands, mask: Mask, plan: Plan, wanted: Wanted, todo: Array | None = None
 ) -> tuple[Result, Array]:
     """The kernel's result, and a flag for each query tile [B, K, tiles]: 0 where all is right, NaN
-    where something is not finite or not certain, `_AGAIN`.
+    where something is not finite or not certain, `AGAIN`.
 
     Arguments:
       todo: [B, K, tiles] bool, the tiles to compute; the others hold anything. None: all.
@@ -195,30 +190,39 @@ def _call(
     out = shape((*heads, t, e), kernel_type)
     column = shape((*heads, 1, t), jnp.float32)
     flag = shape((b, specs.heads, specs.query_tiles, 1, LANES), jnp.float32)
-    out_block = pl.BlockSpec((1, 1, specs.groups, specs.rows, e), lambda b, h, i: (b, h, 0, i, 0))
-    column_block = pl.BlockSpec(
-        (1, 1, specs.groups, 1, specs.rows), lambda b, h, i: (b, h, 0, 0, i)
+    out_block = pl.BlockSpec(
+        (1, 1, specs.groups, specs.rows, e), lambda b, h, i, c: (b, h, 0, i, 0)
     )
-    flag_block = pl.BlockSpec((1, 1, specs.tiles, 1, LANES), lambda b, h, i: (b, h, i, 0, 0))
-    size = operands.key.shape[-1]
-    scratch = [pltpu.VMEM((1, size), jnp.float32)]
-    scratch += Blocks.scratch(specs, size) if _needs_blocks(plan) else []
+    column_block = pl.BlockSpec(
+        (1, 1, specs.groups, 1, specs.rows), lambda b, h, i, c: (b, h, 0, 0, i)
+    )
+    flag_block = pl.BlockSpec((1, 1, specs.tiles, 1, LANES), lambda b, h, i, c: (b, h, i, 0, 0))
+    scratch = scratch_shapes(specs, kernel_plan, operands.key.shape[-1], e)
     # What the first program of a head finds out is for the others: they follow it on its core.
-    last_axis = "arbitrary" if _needs_blocks(plan) and specs.programs > 1 else "parallel"
+    follows = needs_blocks(plan) and specs.programs > 1
     call = pl.pallas_call(
         partial(
-            _kernel, mask=without_arrays(mask), plan=kernel_plan, specs=specs, out_type=out_type
+            run_program,
+            mask=without_arrays(mask),
+            plan=kernel_plan,
+            specs=specs,
+            out_type=out_type,
         ),
-        grid=(b, specs.heads, specs.programs),
-        in_specs=(block_specs(inputs, specs),),
+        grid=(b, specs.heads, specs.programs, specs.chunks),
+        in_specs=(block_specs(inputs, specs, mask),),
         out_specs=Outputs.of(
             wanted, out_block, flag_block, column_block, None if half else out_block
         ),
         out_shape=Outputs.of(wanted, out, flag, column, None if half else out),
-        scratch_shapes=scratch,
+        scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", last_axis),
-            vmem_limit_bytes=min(_vmem(plan), specs.bytes + specs.bytes // 4 + 8 * MIB),
+            dimension_semantics=(
+                "parallel",
+                "parallel",
+                "arbitrary" if follows else "parallel",
+                "arbitrary",
+            ),
+            vmem_limit_bytes=min(vmem(plan), specs.bytes + specs.bytes // 4 + 8 * MIB),
         ),
         interpret=pltpu.InterpretParams() if plan.interpret else False,
         name="pasa_tpu",
@@ -237,139 +241,6 @@ def _call(
         out, remainder = tile.rounded(out, out_type, clip=plan.promises_finite)
     result = Result(out, statistics(outs.lse), statistics(outs.m), statistics(outs.l), remainder)
     return result.only(wanted), outs.flag[:, :, :, 0, 0]
-
-
-def _kernel(
-    refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, specs: Specs, out_type: jnp.dtype
-) -> None:
-    b, h, i = (pl.program_id(axis) for axis in range(3))
-    by_bound = plan.storage is tile.Storage.BOUND
-    count = 3 if _needs_blocks(plan) else 1
-    outs, (largest_key, *scratch) = Outputs(*rest[:-count]), rest[-count:]
-    blocks = Blocks(*scratch) if scratch else None
-
-    mask = bound(mask, refs.query_lengths, refs.key_lengths, b)
-    walk = RefWalk(
-        mask=mask,
-        plan=plan,
-        numerics=plan.numerics(mask.key_length),
-        groups=specs.groups,
-        block_q=specs.block_q,
-        value_size=refs.value.shape[-1],
-        refs=refs,
-        head=h,
-        offset=None,
-        largest_key=None if by_bound else largest_key,
-        kappa=None if blocks is None else blocks.kappa,
-    )
-    program = Program(walk, blocks if by_bound else None, outs, out_type)
-    if blocks is not None:
-        _where(i == 0, specs.programs, lambda: blocks.fill(walk, specs.key_tiles))
-    starts = walk.static_starts()
-    if starts is None:
-        program.run([i * specs.rows + t * specs.block_q for t in range(specs.tiles)])
-        return
-    for c in range(specs.programs):
-        mine = starts[c * specs.tiles : (c + 1) * specs.tiles]
-        _where(i == c, specs.programs, partial(program.run, mine))
-
-
-def _where(condition: Array, programs: int, body: Callable[[], None]) -> None:
-    """``body`` in the programs of a head that meet ``condition``, or in its only one."""
-    body() if programs == 1 else pl.when(condition)(body)
-
-
-def _needs_blocks(plan: Plan) -> bool:
-    """Whether something is to be known of each block before the tiles are walked."""
-    return plan.storage.uses_kappa or plan.storage is tile.Storage.BOUND
-
-
-@dataclass(frozen=True)
-class Program:
-    """One program: its query tiles, one after the other.
-
-    Arguments:
-      blocks: where the rows' references come from; None: there is a running maximum.
-    """
-
-    walk: RefWalk
-    blocks: Blocks | None
-    outs: Outputs
-    out_type: jnp.dtype
-
-    def run(self, starts: Sequence[Index]) -> None:
-        """Computes the query tiles that start at ``starts``."""
-        flags, todo = self.outs.flag, self.walk.refs.todo
-        tiles = flags.shape[2]
-        flags[...] = jnp.zeros_like(flags)
-        for t, start in enumerate(starts):
-            offset = None if tiles == 1 else t * self.walk.block_q
-            tile_of = partial(self._query_tile, replace(self.walk, offset=offset), start, t)
-            needed = None
-            if todo is not None:
-                b, h, i = (pl.program_id(axis) for axis in range(3))
-                needed = todo[b, h, i * tiles + t] != 0
-            elif not isinstance(start, int) and self.walk.mask.query_length % (
-                tiles * self.walk.block_q
-            ):
-                needed = start < self.walk.mask.query_length
-            tile_of() if needed is None else pl.when(needed)(tile_of)
-
-    def _query_tile(self, walk: RefWalk, start: Index, t: int) -> None:
-        if walk.largest_key is not None:
-            walk.largest_key[...] = jnp.zeros_like(walk.largest_key)
-        query = walk.query(start)
-        if self.blocks is not None:
-            query = self.blocks.refer(walk, start, query)
-        state, _ = walk.absorb(start, query, walk.begin())
-        done = walk.close(start, query, state)
-        self._flag(walk, start, t, query, done.out, state.l)
-        out = done.out.T if walk.transposed else done.out
-        remainder = out
-        if self.out_type != jnp.float16:  # float16 is rounded outside of the kernel
-            out, remainder = walk.rounded(out, self.out_type)
-        for ref, x in ((self.outs.out, out), (self.outs.remainder, remainder)):
-            if ref is not None:
-                ref[0, 0, :, walk.rows_at] = x.reshape(walk.groups, walk.block_q, -1)
-        for ref, x in ((self.outs.lse, done.lse), (self.outs.m, done.m), (self.outs.l, done.l)):
-            if ref is not None:
-                _store_column(ref, x, walk)
-
-    def _flag(
-        self,
-        walk: RefWalk,
-        start: Index,
-        t: int,
-        query: tile.QueryTile,
-        out: Array,
-        l: Array,  # noqa: E741
-    ) -> None:
-        """NaN where something in the tile is not finite or a product may have left float32. (A sum
-        passes NaN on; a maximum need not.)
-
-        Arguments:
-          l: the row sums, without sinks.
-        """
-        zero = out * 0
-        length = walk.mask.query_length
-        if length % walk.block_q:  # rows beyond hold anything
-            zero = jnp.where(walk.positions(start) < length, zero, jnp.zeros_like(zero))
-        flag = jnp.sum(jnp.sum(zero, axis=0, keepdims=True), axis=1, keepdims=True)
-        if self.blocks is None:
-            flag = flag + jnp.where(walk.in_range(query), 0.0, jnp.nan)
-        else:
-            fine = self.blocks.in_range(walk, start, l) & (flag == 0)
-            flag = jnp.where(fine, flag, _AGAIN)
-        self.outs.flag[0, 0, t] = jnp.broadcast_to(flag, (1, LANES))
-
-
-def _store_column(ref: Ref, x: Array, walk: RefWalk) -> None:
-    """Writes one number per row to a block [1, 1, G, 1, rows]."""
-    if not walk.transposed:
-        ref[0, 0, :, :, walk.rows_at] = x.reshape(walk.groups, 1, walk.block_q)
-        return
-    for g in range(walk.groups):
-        ref[0, 0, g, :, walk.rows_at] = x[:, g * walk.block_q : (g + 1) * walk.block_q]
 
 
 def _grouped(x: Array, heads: int) -> Array:

@@ -111,8 +111,13 @@ class TestChoice:
                 **self.arrays, **options, schedule=TILES, implementation="pallas_tpu"
             )
 
-    def test_heads_too_long_for_the_memory(self):
-        x = jax.ShapeDtypeStruct((1, 2**18, 1, 128), jnp.float32)
-        told = explain(x, x, x, schedule=Schedule.for_target("tpu_v6e"))
+    def test_what_no_chunk_of_keys_fits_into(self):
+        x = jax.ShapeDtypeStruct((1, 2048, 1, 2**15), jnp.float32)
+        told = explain(x, x, x, schedule=TILES)
         assert told.implementation == "lax"
         assert "bytes of VMEM" in told.why_not["pallas_tpu"]
+
+    def test_no_length_is_too_long(self):
+        x = jax.ShapeDtypeStruct((1, 2**20, 1, 128), jnp.float32)
+        told = explain(x, x, x, schedule=Schedule.for_target("tpu_v6e"))
+        assert told.implementation == "pallas_tpu"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import tpu
-from pasa_jax import Schedule, dot_product_attention, explain
+from pallas_kernels._tpu_walk import Specs
+from pasa_jax import TARGETS, Schedule, dot_product_attention, explain
 from pasa_jax.call.api import canonical
 from pasa_jax.call.backends import choose
 from pasa_jax.core import tile
@@ -97,6 +98,27 @@ def test_tiny_values_keep_their_digits():
     out = dot_product_attention(**arrays, **KERNEL, schedule=TILES)
     true, _ = exact(arrays, {})
     np.testing.assert_allclose(np.asarray(out, np.float64), true, atol=1e-5 * np.abs(true).max())
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    ("name", "options"),
+    some_tuples([(x, {"shift": y}) for x in LARGE for y in ("auto", "mean", "mean_past")], 5, 0),
+)
+def test_keys_in_chunks(name, options, monkeypatch):
+    """Where VMEM is a little too small for all keys of a head."""
+    case = LARGE[name]
+    schedule = dataclasses.replace(BY_LANES, block_q=128)
+    call = canonical(**case.arrays("float32"), **case.keywords, schedule=schedule, **options)
+    plan = choose("pallas_tpu", call.operands, call.mask, call.plan).plan
+    of_call = (call.operands, call.mask, plan)
+    share = (Specs.of(*of_call).bytes - 1) / TARGETS["tpu_v6e"].memories["VMEM"]
+    jax.clear_caches()
+    monkeypatch.setattr("pallas_kernels._tpu_walk._VMEM_SHARE", share)
+    assert Specs.of(*of_call).chunks > 1
+    precision = None if options["shift"] == "auto" else "float32"
+    check(case, "float32", 6e-6, schedule=schedule, precision=precision, **options, **KERNEL)
+    jax.clear_caches()
 
 
 def test_auto_takes_it_unless_a_precision_is_named():
