@@ -44,6 +44,9 @@ Array = jax.Array
 Ref = Any
 
 
+_DIALECT = tile.Dialect(base_two=True, running_maximum=True, sums_unrounded=True)
+
+
 def adapt(plan: Plan) -> Plan:
     """``plan`` adapted to a GPU.
 
@@ -52,7 +55,7 @@ def adapt(plan: Plan) -> Plan:
     """
     if not plan.explicit_precision and plan.precision.scores in ("float16", "bfloat16"):
         plan = replace(plan, precision=replace(plan.precision, scores="float32"))
-    return replace(plan, dialect=tile.Dialect(base_two=True, running_maximum=True))
+    return replace(plan, dialect=_DIALECT)
 
 
 def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:

@@ -48,7 +48,7 @@ device_description_str: "{product}"
 """
 
 
-_PTX = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|ex2)\.[a-z0-9_:.]+")
+_PTX = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|ex2|cvt)\.[a-z0-9_:.]+")
 
 
 @dataclass(frozen=True)

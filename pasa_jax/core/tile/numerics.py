@@ -54,6 +54,8 @@ class Dialect:
         sums may be a product with ones in columns that would be idle otherwise; else 0.
       sum_columns: how many columns of ones P is multiplied by for its row sums, if that is a
         product of its own; else 0.
+      sums_unrounded: sum P's rows before P is rounded to its stored type, where no product sums
+        them. That saves a conversion back; the product P·V takes P rounded all the same.
       running_maximum: store scores minus the running maximum instead of their tile's maximum,
         where nothing is added back after rounding. What the tile adds then needs no rescaling.
       contracts: the compiler may compute product·gain − maximum with a single rounding.
@@ -68,6 +70,7 @@ class Dialect:
     exp2: Callable[[Array], Array] = jnp.exp2
     matrix_columns: int = 0
     sum_columns: int = 0
+    sums_unrounded: bool = False
     running_maximum: bool = False
     contracts: bool = True
     flat: bool = False

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pasa_jax.core.tile.arrays import dot, tempered, undropped
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile
 from pasa_jax.core.tile.numerics import Numerics, Storage, lowest
-from pasa_jax.core.tile.softmax import probabilities
+from pasa_jax.core.tile.softmax import summed
 from pasa_jax.core.tile.stored import Scores
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def gradients(
       kept: as in `update`.
     """
     wide = numerics.product
-    p = probabilities(s, query, numerics).astype(wide)
+    p = summed(s, query, numerics).astype(wide)
     top = s.maximum(numerics)
     seen = s.base != lowest(numerics.statistics)
     gap = jnp.where(seen, top - m, jnp.full_like(m, lowest(wide)))
