@@ -159,6 +159,13 @@ class Schedule:
                 return memory, size, there[memory]
         return None
 
+    def backward(self) -> Schedule:
+        """The schedule of the backward pass on a GPU, which holds more tiles at once.
+
+        ``block_kv`` stays, with which the keys were shifted.
+        """
+        return replace(self, block_q=min(self.block_q, 64))
+
     def fitted(self, rows: int, keys: int) -> Schedule:
         """This schedule with blocks no larger than the problem (at least 1)."""
         return replace(

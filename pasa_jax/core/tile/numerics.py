@@ -9,6 +9,7 @@ from enum import Enum
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pasa_jax.core.precision import Precision
 
@@ -60,6 +61,8 @@ class Dialect:
         where nothing is added back after rounding. What the tile adds then needs no rescaling.
       contracts: the compiler may compute product·gain − maximum with a single rounding.
       flat: columns have shape [R], for a compiler that would hold [R, 1] as a whole tile.
+      float16_gradients: the precision of products of float32 operands in the gradients of float16
+        inputs, which may leave float16.
       narrow_sums: guard against infinite sums of values that a row does not see, and keep m at
         `lowest` until a row sees a key, where the statistics are float16. (Costs a select over a
         tile of the output.)
@@ -74,6 +77,7 @@ class Dialect:
     running_maximum: bool = False
     contracts: bool = True
     flat: bool = False
+    float16_gradients: lax.Precision | lax.DotAlgorithmPreset = lax.Precision.HIGHEST
     narrow_sums: bool = True
 
 
