@@ -41,7 +41,8 @@ def gradients(
     """The kernels' own cotangents, from a result that the forward kernel computed."""
     plan = for_triton(plan)
     inputs = _inputs(operands, mask, plan, result, d_out, d_lse)
-    plan = replace(plan, schedule=plan.schedule.backward())
+    schedule = plan.schedule.backward(same_blocks=plan.storage.uses_kappa)
+    plan = replace(plan, schedule=schedule)
     specs = Specs.of(operands, plan)
     (b, t, n, d), (s, kv_heads) = operands.query.shape, operands.key.shape[1:3]
     shape = shape_maker(operands, mask)

@@ -159,12 +159,14 @@ class Schedule:
                 return memory, size, there[memory]
         return None
 
-    def backward(self) -> Schedule:
+    def backward(self, *, same_blocks: bool) -> Schedule:
         """The schedule of the backward pass on a GPU, which holds more tiles at once.
 
-        ``block_kv`` stays, with which the keys were shifted.
+        Arguments:
+          same_blocks: whether ``block_kv`` must stay, because keys were shifted block by block.
         """
-        return replace(self, block_q=min(self.block_q, 64))
+        block_kv = self.block_kv if same_blocks else min(self.block_kv, 64)
+        return replace(self, block_q=min(self.block_q, 64), block_kv=block_kv)
 
     def fitted(self, rows: int, keys: int) -> Schedule:
         """This schedule with blocks no larger than the problem (at least 1)."""
