@@ -41,7 +41,8 @@ def gradients(
     """The kernels' own cotangents, from a result that the forward kernel computed."""
     plan = for_triton(plan)
     inputs = _inputs(operands, mask, plan, result, d_out, d_lse)
-    schedule = plan.schedule.backward(same_blocks=plan.storage.uses_kappa)
+    same_blocks = plan.storage.uses_kappa
+    schedule = plan.schedule.backward(operands.query.dtype, same_blocks=same_blocks)
     plan = replace(plan, schedule=schedule)
     specs = Specs.of(operands, plan)
     (b, t, n, d), (s, kv_heads) = operands.query.shape, operands.key.shape[1:3]

@@ -176,7 +176,7 @@ class HeadRef:
         return self
 
     def __getitem__(self, place: tuple[Any, ...]) -> Any:
-        head = self.head if self.ref.shape[self.axis] > 1 else 0
+        head = jnp.int32(self.head if self.ref.shape[self.axis] > 1 else 0)
         return self.ref.at[(*place[: self.axis], head, *place[self.axis :])]
 
 

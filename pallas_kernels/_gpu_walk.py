@@ -187,7 +187,7 @@ def for_triton(plan: Plan) -> Plan:
     schedule = replace(schedule, block_q=side(schedule.block_q), block_kv=side(schedule.block_kv))
     dialect = replace(plan.dialect, contracts=False, flat=True)
     if not plan.interpret:
-        dialect = replace(dialect, exp2=_exp2, float16_gradients=_TF32_X3)
+        dialect = replace(dialect, exp2=_exp2, narrow=_narrow, float16_gradients=_TF32_X3)
     return replace(plan, schedule=schedule, dialect=dialect)
 
 
@@ -203,3 +203,20 @@ def _exp2(x: Array) -> Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
     )
     return powers
+
+
+def _narrow(x: Array, dtype: jnp.dtype) -> Array:
+    """x rounded to ``dtype``; two at a time from float32 to 16 bits.
+
+    Left to itself Triton rounds one at a time what is also widened again.
+    """
+    if x.dtype != jnp.float32 or dtype == jnp.float32:
+        return x.astype(dtype)
+    (narrow,) = plgpu.elementwise_inline_asm(
+        f"cvt.rn.{'f16' if dtype == jnp.float16 else 'bf16'}x2.f32 $0, $2, $1;",
+        args=[x],
+        constraints="=r,r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, dtype)],
+    )
+    return narrow

@@ -41,7 +41,7 @@ Array = jax.Array
 Ref = Any
 
 
-_DIALECT = tile.Dialect(base_two=True, running_maximum=True, sums_unrounded=True)
+_DIALECT = tile.Dialect(base_two=True, running_maximum=True, whole_maximum=True)
 
 
 def adapt(plan: Plan) -> Plan:

@@ -159,14 +159,20 @@ class Schedule:
                 return memory, size, there[memory]
         return None
 
-    def backward(self, *, same_blocks: bool) -> Schedule:
+    def backward(self, dtype: Any, *, same_blocks: bool) -> Schedule:
         """The schedule of the backward pass on a GPU, which holds more tiles at once.
+
+        float16 and float32 have gradients whose products take float32 operands.
 
         Arguments:
           same_blocks: whether ``block_kv`` must stay, because keys were shifted block by block.
         """
-        block_kv = self.block_kv if same_blocks else min(self.block_kv, 64)
-        return replace(self, block_q=min(self.block_q, 64), block_kv=block_kv)
+        narrow = _type_name(dtype) == "bfloat16"
+        block_kv = self.block_kv if same_blocks else min(self.block_kv, 64 if narrow else 32)
+        scores = 64 * (64 if narrow else 32)
+        return replace(
+            self, block_q=min(self.block_q, max(16, scores // block_kv)), block_kv=block_kv
+        )
 
     def fitted(self, rows: int, keys: int) -> Schedule:
         """This schedule with blocks no larger than the problem (at least 1)."""

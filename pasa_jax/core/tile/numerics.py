@@ -55,10 +55,12 @@ class Dialect:
         sums may be a product with ones in columns that would be idle otherwise; else 0.
       sum_columns: how many columns of ones P is multiplied by for its row sums, if that is a
         product of its own; else 0.
-      sums_unrounded: sum P's rows before P is rounded to its stored type, where no product sums
-        them. That saves a conversion back; the product P·V takes P rounded all the same.
+      narrow: the function that rounds P to its stored type.
       running_maximum: store scores minus the running maximum instead of their tile's maximum,
         where nothing is added back after rounding. What the tile adds then needs no rescaling.
+      whole_maximum: round the running maximum up to a whole number, where scores are not rounded.
+        With ``base_two`` its exponential is then a power of two, so that P has the same rounding
+        errors whatever the running maximum was: in the forward pass and in the gradient.
       contracts: the compiler may compute product·gain − maximum with a single rounding.
       flat: columns have shape [R], for a compiler that would hold [R, 1] as a whole tile.
       float16_gradients: the precision of products of float32 operands in the gradients of float16
@@ -73,8 +75,9 @@ class Dialect:
     exp2: Callable[[Array], Array] = jnp.exp2
     matrix_columns: int = 0
     sum_columns: int = 0
-    sums_unrounded: bool = False
+    narrow: Callable[[Array, jnp.dtype], Array] = jnp.astype
     running_maximum: bool = False
+    whole_maximum: bool = False
     contracts: bool = True
     flat: bool = False
     float16_gradients: lax.Precision | lax.DotAlgorithmPreset = lax.Precision.HIGHEST

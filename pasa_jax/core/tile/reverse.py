@@ -12,7 +12,7 @@ from jax import lax
 from pasa_jax.core.tile.arrays import beside, dot, tempered, undropped
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile
 from pasa_jax.core.tile.numerics import Numerics, Storage, lowest
-from pasa_jax.core.tile.softmax import summed
+from pasa_jax.core.tile.softmax import probabilities
 from pasa_jax.core.tile.stored import Scores
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def gradients(
       kept: as in `update`.
     """
     wide = numerics.product
-    p = summed(s, query, numerics).astype(wide)
+    p = probabilities(s, query, numerics).astype(wide)
     top = s.maximum(numerics)
     seen = s.base != lowest(numerics.statistics)
     gap = jnp.where(seen, top - m, jnp.full_like(m, lowest(wide)))

@@ -23,27 +23,18 @@ _LANES = 128  # of a vector, and columns of the narrowest matrix unit
 
 
 def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Float[Array, "R n"]:
-    """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1.
+    """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1 (more
+    than 1/2 where the dialect rounds the maximum up).
 
     Of `Storage.BOUND` the reference takes the maximum's place, and P may be large or small.
     """
-    return exponentials(s, query, numerics).astype(jnp.dtype(numerics.precision.probabilities))
-
-
-def summed(s: Scores, query: QueryTile, numerics: Numerics) -> Float[Array, "R n"]:
-    """P as the row sums take it: unrounded where the dialect asks for that."""
-    unrounded = numerics.dialect.sums_unrounded
-    return (exponentials if unrounded else probabilities)(s, query, numerics)
-
-
-def exponentials(s: Scores, query: QueryTile, numerics: Numerics) -> Float[Array, "R n"]:
-    """P before it is rounded to the stored type, [R, n]."""
     exponent = s.stored
     if query.guard is not None:  # the tile's own type may not hold 2^e
         exponent = tempered(exponent.astype(numerics.statistics), query.guard)
     if numerics.exponential is not None:
         exponent = exponent.astype(numerics.exponential)
-    return numerics.exp(exponent)
+    p = numerics.exp(exponent)
+    return numerics.dialect.narrow(p, jnp.dtype(numerics.precision.probabilities))
 
 
 def update(
@@ -63,9 +54,8 @@ def update(
     """
     stat, acc = numerics.statistics, jnp.dtype(numerics.precision.accumulator)
     wide = numerics.product
-    to_sum = summed(s, query, numerics)
-    p = to_sum.astype(jnp.dtype(numerics.precision.probabilities))
-    l_loc, pv = _sum_and_product(p, to_sum, key.v, numerics, kept)
+    p = probabilities(s, query, numerics)
+    l_loc, pv = _sum_and_product(p, key.v, numerics, kept)
     pv = pv.astype(acc)
     if numerics.storage is Storage.BOUND:  # partial results add
         return State(s.base, state.l + l_loc, state.o + pv, state.f)
@@ -125,12 +115,11 @@ def running_maximum(m: Column, s: Scores, numerics: Numerics) -> Column:
 
 def _sum_and_product(
     p: Float[Array, "R n"],
-    to_sum: Float[Array, "R n"],
     v: Float[Array, "n E"],
     numerics: Numerics,
     kept: Bool[Array, "R n"] | None,
 ) -> tuple[Column, Float[Array, "R E"]]:
-    """The row sums of ``to_sum`` [R, 1], and P·V [R, E] of the weights that dropout keeps."""
+    """P's row sums [R, 1], and P·V [R, E] of the weights that dropout keeps."""
     if numerics.dialect.sum_columns:
         ones = jnp.ones((v.shape[0], numerics.dialect.sum_columns), p.dtype)
         l_loc = numerics.over_row(jnp.max, dot(p, ones, (1, 0), numerics.product))  # all equal
@@ -139,7 +128,7 @@ def _sum_and_product(
     size = v.shape[1]
     idle = -size % numerics.dialect.matrix_columns if numerics.dialect.matrix_columns else 0
     if idle == 0 or kept is not None:
-        l_loc = numerics.over_row(jnp.sum, to_sum.astype(numerics.statistics))
+        l_loc = numerics.over_row(jnp.sum, p.astype(numerics.statistics))
         return l_loc, dot(undropped(p, kept), v, (1, 0), numerics.accumulated)
     # As few columns of ones as fill whole vectors.
     ones = jnp.ones((v.shape[0], -size % _LANES or _LANES), v.dtype)
