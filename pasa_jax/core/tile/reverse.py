@@ -62,8 +62,9 @@ def gradients(
     share = numerics.exp(tempered(gap, query.guard)) / jnp.where(l != 0, l, jnp.ones_like(l))
     if numerics.storage is not Storage.BOUND:
         # The probability of the tile's largest score, at most 1. Where `paper` has moved m by far
-        # larger offsets, rounding may give more.
-        share = jnp.minimum(share, jnp.ones_like(share))
+        # larger offsets, rounding may give more. (Where the maximum was rounded up, P's is > 1/2.)
+        largest = 2 if numerics.dialect.whole_maximum else 1
+        share = jnp.minimum(share, jnp.full_like(share, largest))
     p = p * beside(jnp.where(seen, share, jnp.zeros_like(share)))
     # float16 may not hold the gradients, whose range depends on the loss: they stay in float32.
     operand = wide if q.dtype == jnp.float16 else q.dtype
