@@ -58,8 +58,8 @@ CALLS: dict[str, dict[str, Any]] = {
 _HALF = {"scores": "float16", "probabilities": "float16", "products": "float16"}
 _KERNELS: dict[str, Any] = {"gradient": True, "repair": False}
 GPU_CALLS: dict[str, dict[str, Any]] = {
-    "gradient kernels": _KERNELS,
-    "gradient kernels, causal": {**_KERNELS, "is_causal": True},
+    "kernels of the gradient": _KERNELS,
+    "kernels of the gradient, causal": {**_KERNELS, "is_causal": True},
     **{
         f"kernels of the gradient, {name}": {**_KERNELS, **CALLS[name]}
         for name in (

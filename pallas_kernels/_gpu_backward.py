@@ -179,9 +179,8 @@ def _key_kernel(
 
         return walk.over_query_tiles(j, step, carry)
 
-    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (key.k, key.v))
     groups = refs.query.shape[1]
-    carry = tuple(zeros)
+    carry = (jnp.zeros(key.k.shape, jnp.float32), jnp.zeros(key.v.shape, jnp.float32))
     d_k, d_v = head(0, carry) if groups == 1 else lax.fori_loop(0, groups, head, carry)
     walk = BackwardWalk.of(refs, mask, plan, specs)
     d_k = (d_k * refs.scale[0]).astype(key.k.dtype)
