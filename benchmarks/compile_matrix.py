@@ -56,7 +56,24 @@ CALLS: dict[str, dict[str, Any]] = {
     **{f"shift {s}": {"shift": s} for s in ("none", "mean", "mean_past", "reference")},
 }
 _HALF = {"scores": "float16", "probabilities": "float16", "products": "float16"}
+_KERNELS: dict[str, Any] = {"gradient": True, "repair": False}
 GPU_CALLS: dict[str, dict[str, Any]] = {
+    "kernels of the gradient": _KERNELS,
+    "kernels of the gradient, causal": {**_KERNELS, "is_causal": True},
+    **{
+        f"kernels of the gradient, {name}": {**_KERNELS, **CALLS[name]}
+        for name in (
+            "window",
+            "lengths",
+            "segments",
+            "mask",
+            "soft cap",
+            "sinks",
+            "8 query heads a key head",
+            "head size 64",
+            "shift mean",
+        )
+    },
     "float16 products, mean": {"precision": _HALF, "shift": "mean", "is_causal": True},
     "float16 products, auto": {"precision": _HALF},
     "float16 exponentials": {
@@ -110,7 +127,11 @@ def cell(report: Report, why: str) -> str:
     if why:
         return "FAILED"
     if find_target(report.target).kind == "gpu":
-        return f"{report.registers} / {report.spills} / {report.shared // 1024}"
+        return "; ".join(
+            f"{name.removeprefix('pasa_gpu').removeprefix('_') or 'forward'}: "
+            f"{x['registers']} / {x['spills']} / {x['shared'] // 1024}"
+            for name, x in sorted(report.kernels.items())
+        ).removeprefix("forward: ")
     return f"{report.total_cycles or 'ok'}"
 
 
@@ -141,7 +162,7 @@ def main(
                 cells = []
                 for t, dtype in columns:
                     needed = everything or t in THOROUGH or name.startswith(EVERYWHERE)
-                    if not needed or (name in GPU_CALLS and dtype != "float16"):
+                    if not needed or ("float16" in name and dtype != "float16"):
                         cells.append("")
                         continue
                     report = compiled(compiler, options, dtype, t)

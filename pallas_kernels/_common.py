@@ -173,17 +173,56 @@ def repaired(
     residuals = wanted == "residuals"
     if residuals:
         result = result._replace(by_lax=bad)
-    # It is seldom run: it should compile fast and need little memory.
-    if plan.storage is tile.Storage.BOUND:
-        plan = plan.unproved
-    schedule = replace(plan.schedule, block_q=_REPAIR_ROWS, unroll=1, batch_heads=False)
 
     def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:
         del carry
-        guarded = _lax.forward(operands, mask, replace(plan, schedule=schedule), wanted=wanted)
+        guarded = _lax.forward(operands, mask, _repairing(plan), wanted=wanted)
         if residuals:
             guarded = guarded._replace(by_lax=jnp.ones_like(bad))
         return varying((jnp.zeros_like(bad), guarded), (operands, mask))
 
     # A loop, not a cond: under vmap a cond would always compute both sides.
     return lax.while_loop(lambda carry: carry[0], again, (bad, result))[1]
+
+
+def repaired_backward(
+    kernel: Callable[..., Operands],
+    operands: Operands,
+    mask: Mask,
+    plan: Plan,
+    result: Result,
+    d_out: Array,
+    d_lse: Array | None,
+    platform: str,
+) -> Operands:
+    """The cotangents of ``kernel``, or those of the lax walk.
+
+    The lax walk has the last word where it computed ``result``, whose statistics are then in units
+    of the guard, and where a cotangent of ``kernel`` is not finite.
+
+    Arguments:
+      kernel, platform: the kernel's backward pass, and what JAX calls its machines.
+    """
+    if not plan.interpret:
+        operands = operands._replace(query=_only_on(platform).bind(operands.query))
+    found = kernel(operands, mask, plan, result, d_out, d_lse)
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(found)]
+    bad = result.by_lax | ~jnp.all(jnp.stack(finite))
+
+    def again(carry: tuple[Array, Operands]) -> tuple[Array, Operands]:
+        del carry
+        again = _lax.backward(operands, mask, _repairing(plan), result, d_out, d_lse)
+        return varying((jnp.zeros_like(bad), again), (operands, mask, d_out))
+
+    start = varying((bad, found), (operands, mask, d_out))
+    return lax.while_loop(lambda carry: carry[0], again, start)[1]
+
+
+def _repairing(plan: Plan) -> Plan:
+    """The plan of the lax walk that repairs: forward and backward, since guards depend on it.
+
+    It is seldom run: it should compile fast and need little memory.
+    """
+    plan = plan.unproved if plan.storage is tile.Storage.BOUND else plan
+    schedule = replace(plan.schedule, block_q=_REPAIR_ROWS, unroll=1, batch_heads=False)
+    return replace(plan, schedule=schedule)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels._common import bound
+from pallas_kernels._gpu_inputs import Inputs, Specs, side
 from pasa_jax.core import tile
-from pasa_jax.core.mask import Index, div
-from pasa_jax.core.operands import Operands
+from pasa_jax.core.mask import Index, Mask, div
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.walk import Walk
 
@@ -26,125 +27,13 @@ Ref = Any
 LARGEST_SCORE = 2.0**24
 
 
+# Products of float32 operands on the matrix units, in three products of TF32. The gradients of
+# float16 inputs fit no float16; TF32 has its fraction and float32's range.
+_TF32_X3 = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
 # Bound on a product that leaves float32 room for sums of it.
 _LARGEST_PRODUCT = 2.0**126
-
-
-def side(n: int) -> int:
-    """The side of a tile that holds n. Triton's are powers of two, at least 16 in a product."""
-    return max(16, pl.next_power_of_2(n))
-
-
-@dataclass(frozen=True)
-class Specs:
-    """Grid and block sizes of one call, derived from its schedule.
-
-    Arguments:
-      block_q, block_kv: positions and keys of a tile.
-      size, value_size: D and E, and `padded_size` and `padded_value` rounded up to powers of two,
-        as Triton's tiles must be.
-    """
-
-    block_q: int
-    block_kv: int
-    query_tiles: int
-    size: int
-    value_size: int
-    padded_size: int
-    padded_value: int
-
-    @staticmethod
-    def of(o: Operands, plan: Plan) -> Specs:
-        length = o.query.shape[1]
-        block_q = plan.schedule.block_q
-        return Specs(
-            block_q,
-            plan.schedule.block_kv,
-            -(-length // block_q),
-            size := o.query.shape[-1],
-            value_size := o.value.shape[-1],
-            side(size),
-            side(value_size),
-        )
-
-    def padded(self, n: int, axis: str) -> int:
-        """Length n of an axis, padded to whole tiles; "1" marks one that may be broadcast."""
-        tiles = {
-            "rows": self.block_q,
-            "keys": self.block_kv,
-            "size": self.padded_size,
-            "value": self.padded_value,
-        }
-        unit = 1 if n == 1 and axis.endswith("1") else tiles.get(axis.removesuffix("1"), 1)
-        return -(-n // unit) * unit
-
-
-class Inputs(NamedTuple):
-    """The kernel's inputs: arrays outside, refs of one program's batch entry and head inside."""
-
-    query: Any  # [B, T, N, D]                                      inside: [T, D]
-    key: Any  # [B, S, K, D], shifted                               [S, D]
-    value: Any  # [B, S, K, E]                                      [S, E]
-    scale: Any  # [1]                                               [1]
-    largest_key: Any = None  # [B, K] of the keys as they are       []
-    kappa: Any = None  # [B, tiles, K, D]                           [tiles, D]
-    value_gain: Any = None  # [B, K, query tiles]                   [query tiles]
-    guard: Any = None  # tile.Guard of [B, T, N]                    [T]
-    bias: Any = None  # [B|1, N|1, T|1, S|1]                        [T|1, S|1]
-    sinks: Any = None  # [N]                                        []
-    array: Any = None  # [B|1, N|1, T|1, S|1] int8                  [T|1, S|1]
-    query_segments: Any = None  # [B, T]                            [T]
-    key_segments: Any = None  # [B, S]                              [S]
-    query_lengths: Any = None  # [B]                                []
-    key_lengths: Any = None  # [B]                                  []
-
-
-def block_specs(x: Inputs, specs: Specs) -> Inputs:
-    """The arrays of a program's batch entry and head, each as one block.
-
-    In Triton a ref is a pointer. The arrays are padded to whole tiles, so that any tile may be
-    sliced; loads and stores are masked.
-    """
-    groups = x.query.shape[2] // x.key.shape[2]
-
-    def at(array: Array | None, *axes: str) -> Any:
-        """``axes``: "b" batch, "n" or "k" heads, or one of the names in `Specs.padded`."""
-        if array is None:
-            return None
-        block = tuple(
-            None if axis in "bnk" else specs.padded(n, axis)
-            for n, axis in zip(array.shape, axes, strict=True)
-        )
-        several = [n > 1 for n in array.shape]
-
-        def index(i: Array, n: Array, b: Array) -> tuple[Any, ...]:
-            del i
-            place = {"b": b, "n": n, "k": lax.div(n, jnp.int32(groups))}
-            return tuple(
-                place.get(axis, 0) if many else 0 for axis, many in zip(axes, several, strict=True)
-            )
-
-        return pl.BlockSpec(block, index)
-
-    tiled = ("b", "n", "rows1", "keys1")
-    guard = None if x.guard is None else tile.Guard(*(at(y, "b", "rows", "n") for y in x.guard))
-    return Inputs(
-        query=at(x.query, "b", "rows", "n", "size"),
-        key=at(x.key, "b", "keys", "k", "size"),
-        value=at(x.value, "b", "keys", "k", "value"),
-        scale=at(x.scale, "one"),
-        largest_key=at(x.largest_key, "b", "k"),
-        kappa=at(x.kappa, "b", "tiles", "k", "size"),
-        value_gain=at(x.value_gain, "b", "k", "tiles"),
-        guard=guard,
-        bias=at(x.bias, *tiled),
-        sinks=at(x.sinks, "n"),
-        array=at(x.array, *tiled),
-        query_segments=at(x.query_segments, "b", "rows"),
-        key_segments=at(x.key_segments, "b", "keys"),
-        query_lengths=at(x.query_lengths, "b"),
-        key_lengths=at(x.key_lengths, "b"),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +42,21 @@ class PointerWalk(Walk):
 
     refs: Inputs
     specs: Specs
+
+    @classmethod
+    def of(cls, refs: Inputs, mask: Mask, plan: Plan, specs: Specs, **fields: Any) -> Self:
+        """The walk of the program that reads ``refs``."""
+        return cls(
+            mask=bound(mask, refs.query_lengths, refs.key_lengths),
+            plan=plan,
+            numerics=plan.numerics(mask.key_length),
+            groups=1,
+            block_q=specs.block_q,
+            value_size=specs.padded_value,
+            refs=refs,
+            specs=specs,
+            **fields,
+        )
 
     def load(self, ref: Ref, row: tuple[Index, int, int], column: tuple[Index, int, int]) -> Array:
         """A tile of ref [L|1, W|1]; zeros outside the array.
@@ -177,7 +81,7 @@ class PointerWalk(Walk):
 
     def column(self, ref: Ref, start: Index, count: int, total: int) -> Array:
         """[count] of ref [L] at ``start``; zeros outside the array's ``total``."""
-        view = ref.at[pl.ds(start, count)]
+        view = ref.at[(pl.ds(start, count),)]
         if total % count == 0:
             return plgpu.load(view)
         inside = start + lax.broadcasted_iota(jnp.int32, (count,), 0) < total
@@ -192,9 +96,16 @@ class PointerWalk(Walk):
     def key_start(self, j: Index) -> Index:
         return j * self.block_kv
 
+    @property
+    def along_size(self) -> tuple[int, int, int]:
+        return 0, self.specs.padded_size, self.specs.size
+
+    @property
+    def along_value(self) -> tuple[int, int, int]:
+        return 0, self.specs.padded_value, self.specs.value_size
+
     def query(self, start: Index) -> tile.QueryTile:
-        size = (0, self.specs.padded_size, self.specs.size)
-        q = self.load(self.refs.query, self.rows_at(start), size)
+        q = self.load(self.refs.query, self.rows_at(start), self.along_size)
         if self.mask.query_lengths is not None:
             q = tile.zero_unusable(q, self.in_use(start))
         guard = None
@@ -210,16 +121,27 @@ class PointerWalk(Walk):
         return query._replace(value_gain=self.refs.value_gain[div(start, self.block_q)])
 
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
-        specs, size = self.specs, (0, self.specs.padded_size, self.specs.size)
-        k = self.load(self.refs.key, self.keys_at(j), size)
-        v = self.load(self.refs.value, self.keys_at(j), (0, specs.padded_value, specs.value_size))
+        k = self.load(self.refs.key, self.keys_at(j), self.along_size)
+        v = self.load(self.refs.value, self.keys_at(j), self.along_value)
         if value_gain is not None:
             v = v * value_gain.astype(v.dtype)
         kappa = None
         if self.refs.kappa is not None:
-            kappa = self.load(self.refs.kappa, (j, 1, 1), size)
-            kappa = jnp.broadcast_to(kappa, (side(1), specs.padded_size))
+            kappa = self.load(self.refs.kappa, (j, 1, 1), self.along_size)
+            kappa = jnp.broadcast_to(kappa, (side(1), self.specs.padded_size))
         return tile.KeyTile(k, v, None, kappa)
+
+    def store(self, ref: Ref, x: Array, *place: tuple[Index, int, int]) -> None:
+        """Writes a tile x into ref [L, W], or a column x into ref [L], as far as the array reaches.
+
+        Arguments:
+          place: along each axis where it starts, its length, and the array's length.
+        """
+        inside = jnp.ones(x.shape, bool)
+        for axis, (start, _, total) in enumerate(place):
+            inside &= start + lax.broadcasted_iota(jnp.int32, x.shape, axis) < total
+        view = ref.at[tuple(pl.ds(jnp.int32(start), count) for start, count, _ in place)]
+        plgpu.store(view, x, mask=inside)
 
     def bias(self, start: Index, j: Index) -> Array | None:
         return None if self.refs.bias is None else self._tile_of(self.refs.bias, start, j)
@@ -252,3 +174,49 @@ class PointerWalk(Walk):
         largest = jnp.max(jnp.abs(query.q.astype(jnp.float32))) * self.refs.largest_key[...]
         gain = jnp.maximum(jnp.abs(self.refs.scale[0]) * self.numerics.unit, 1)
         return fine & (largest * gain * query.q.shape[1] < _LARGEST_PRODUCT)
+
+
+def for_triton(plan: Plan) -> Plan:
+    """``plan`` with tiles as Triton has them, and the forms that suit Triton alone.
+
+    They are not for XLA, which runs the repair. (Triton does contract, which is harmless below
+    `LARGEST_SCORE`; beyond, the result is repaired.) The schedule's blocks were cut to the problem;
+    Triton's are powers of two, and masked.
+    """
+    schedule = plan.schedule
+    schedule = replace(schedule, block_q=side(schedule.block_q), block_kv=side(schedule.block_kv))
+    dialect = replace(plan.dialect, contracts=False, flat=True)
+    if not plan.interpret:
+        dialect = replace(dialect, exp2=_exp2, narrow=_narrow, float16_gradients=_TF32_X3)
+    return replace(plan, schedule=schedule, dialect=dialect)
+
+
+def _exp2(x: Array) -> Array:
+    """2^x; two at a time where x is float16."""
+    if x.dtype != jnp.float16:
+        return jnp.exp2(x)
+    (powers,) = plgpu.elementwise_inline_asm(
+        "ex2.approx.f16x2 $0, $1;",
+        args=[x],
+        constraints="=r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )
+    return powers
+
+
+def _narrow(x: Array, dtype: jnp.dtype) -> Array:
+    """x rounded to ``dtype``; two at a time from float32 to 16 bits.
+
+    Left to itself Triton rounds one at a time what is also widened again.
+    """
+    if x.dtype != jnp.float32 or dtype == jnp.float32:
+        return x.astype(dtype)
+    (narrow,) = plgpu.elementwise_inline_asm(
+        f"cvt.rn.{'f16' if dtype == jnp.float16 else 'bf16'}x2.f32 $0, $2, $1;",
+        args=[x],
+        constraints="=r,r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, dtype)],
+    )
+    return narrow

@@ -59,7 +59,8 @@ def attention(
       arrays: further array arguments by name: shape and type.
       schedule: the fields of a `Schedule`.
       precision: as the public function takes it, or the fields of a `Precision`.
-      gradient: compile the gradient of the output's sum instead.
+      gradient: compile the gradient of the output's sum instead; without ``repair``, a GPU's
+        kernels of the forward and of the backward pass.
       head_major: operands and output lie [B, N, T, D], as other Pallas kernels take them.
       repair: compile the lax walk too, which repairs a result that is not finite. (It hardly ever
         runs, but a compiler's estimate counts it.) Without it the test is still compiled.
@@ -80,6 +81,9 @@ def attention(
             return turned(out), others
         return turned(dot_product_attention(*operands, **all_keywords))
 
+    def kernels(q: Any, k: Any, v: Any, further: dict[str, Any]) -> Any:
+        return _gradient_alone(kind, q, k, v, **further, **keywords, **options)
+
     def total(*args: Any) -> jax.Array:
         return jnp.sum(forward(*args).astype(jnp.float32))
 
@@ -90,7 +94,9 @@ def attention(
     kv = (keys or queries, kv_heads or heads)
     args = (operand(queries, heads), operand(*kv), operand(*kv))
     further = {name: array(*x) for name, x in (arrays or {}).items()}
-    return jax.grad(total, (0, 1, 2)) if gradient else forward, (*args, further)
+    if gradient:
+        return (jax.grad(total, (0, 1, 2)) if repair else kernels), (*args, further)
+    return forward, (*args, further)
 
 
 def _kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, Any]:
@@ -101,6 +107,16 @@ def _kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, An
     wanted = "lse" if keywords.get("return_residual") else "out"
     result, bad = module.kernel(call.operands, call.mask, chosen.plan, wanted=wanted)
     return call.unbatch(result.out), (result.lse, bad)
+
+
+def _gradient_alone(kind: str, *args: Any, **keywords: Any) -> Any:
+    """The output of the kernel's forward pass, and what its backward pass makes of that."""
+    call = canonical(*args, **keywords)
+    plan = choose(keywords["implementation"], call.operands, call.mask, call.plan).plan
+    module = importlib.import_module(f"pallas_kernels.{kind}")
+    result, bad = module.kernel(call.operands, call.mask, plan, wanted="residuals")
+    found = module.gradients(call.operands, call.mask, plan, result, result.out, None)
+    return result.out, bad, found
 
 
 class Compiler:

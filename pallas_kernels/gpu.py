@@ -18,30 +18,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._common import (
     Outputs,
-    bound,
-    narrowed,
-    of_heads,
     refusal,
     repaired,
+    repaired_backward,
     shape_maker,
     without_arrays,
 )
-from pallas_kernels._gpu_walk import Inputs, PointerWalk, Specs, block_specs, side
+from pallas_kernels._gpu_backward import gradients
+from pallas_kernels._gpu_inputs import Inputs, Specs, block_specs, inputs_of, side
+from pallas_kernels._gpu_walk import PointerWalk, for_triton
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.prepare import HeadFacts
-from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 Ref = Any
+
+
+_DIALECT = tile.Dialect(base_two=True, running_maximum=True, whole_maximum=True)
 
 
 def adapt(plan: Plan) -> Plan:
@@ -52,7 +52,7 @@ def adapt(plan: Plan) -> Plan:
     """
     if not plan.explicit_precision and plan.precision.scores in ("float16", "bfloat16"):
         plan = replace(plan, precision=replace(plan.precision, scores="float32"))
-    return replace(plan, dialect=tile.Dialect(base_two=True, running_maximum=True))
+    return replace(plan, dialect=_DIALECT)
 
 
 def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
@@ -83,25 +83,27 @@ def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Re
 
 def no_backward(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or the reason why the backward pass is left to the lax walk."""
-    return "it has none"
+    del mask, plan
+    return None if operands.bias is None else "it has no gradient of a bias"
 
 
-backward = _lax.backward
+def backward(
+    operands: Operands,
+    mask: Mask,
+    plan: Plan,
+    result: Result,
+    d_out: Array,
+    d_lse: Array | None,
+) -> Operands:
+    """Cotangents of the operands; `repaired_backward` says when the lax walk computes them."""
+    return repaired_backward(gradients, operands, mask, plan, result, d_out, d_lse, "cuda")
 
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tuple[Result, Array]:
     """The kernel's own result, and [] bool: whether something in it may not be right."""
-    schedule = plan.schedule
-    # The schedule's blocks were cut to the problem; Triton's are powers of two, and masked.
-    schedule = replace(schedule, block_q=side(schedule.block_q), block_kv=side(schedule.block_kv))
-    plan = replace(plan, schedule=schedule)
+    plan = for_triton(plan)
     specs = Specs.of(operands, plan)
-    inputs = _inputs(operands, mask, plan, specs)
-    # These hold for Triton alone, not for XLA, which runs the repair and the gradient. (Triton does
-    # contract, which is harmless below `LARGEST_SCORE`; beyond, the result is repaired.)
-    exp2 = jnp.exp2 if plan.interpret else _exp2
-    dialect = replace(plan.dialect, contracts=False, flat=True, exp2=exp2)
-    kernel_plan = replace(plan, dialect=dialect)
+    inputs = inputs_of(operands, mask, plan, specs)
     (b, t, n, _), e = operands.query.shape, operands.value.shape[-1]
     out_type = plan.output(operands.query.dtype)
     shape = shape_maker(operands, mask)
@@ -112,9 +114,7 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tup
     flag_block = pl.BlockSpec((None, None, specs.query_tiles), lambda i, n, b: (b, n, 0))
     column_block = pl.BlockSpec((None, rows, None), lambda i, n, b: (b, 0, n))
     call = pl.pallas_call(
-        partial(
-            _kernel, mask=without_arrays(mask), plan=kernel_plan, specs=specs, out_type=out_type
-        ),
+        partial(_kernel, mask=without_arrays(mask), plan=plan, specs=specs, out_type=out_type),
         grid=(specs.query_tiles, n, b),
         in_specs=(block_specs(inputs, specs),),
         out_specs=Outputs.of(wanted, out_block, flag_block, column_block, out_block),
@@ -137,17 +137,7 @@ def _kernel(
     i = pl.program_id(0)
     outs = Outputs(*rest)
 
-    mask = bound(mask, refs.query_lengths, refs.key_lengths)
-    walk = PointerWalk(
-        mask=mask,
-        plan=plan,
-        numerics=plan.numerics(mask.key_length),
-        groups=1,
-        block_q=specs.block_q,
-        value_size=specs.padded_value,
-        refs=refs,
-        specs=specs,
-    )
+    walk = PointerWalk.of(refs, mask, plan, specs)
     start = i * specs.block_q
     query = walk.query(start)
     state, _ = walk.absorb(start, query, walk.begin())
@@ -157,81 +147,9 @@ def _kernel(
     outs.flag[i] = jnp.sum(done.out * 0) + (~fine).astype(jnp.float32)
 
     rounded, remainder = walk.rounded(done.out, out_type)
-    t, e = mask.query_length, specs.value_size
-    columns = lax.broadcasted_iota(jnp.int32, (1, specs.padded_value), 1)
-    inside = jnp.broadcast_to((walk.positions(start) < t) & (columns < e), rounded.shape)
     for ref, x in ((outs.out, rounded), (outs.remainder, remainder)):
         if ref is not None:
-            view = ref.at[pl.ds(start, specs.block_q), pl.ds(jnp.int32(0), specs.padded_value)]
-            plgpu.store(view, x, mask=inside)
-    in_rows = lax.broadcasted_iota(jnp.int32, (specs.block_q,), 0) < t - start
+            walk.store(ref, x, walk.rows_at(start), walk.along_value)
     for ref, x in ((outs.lse, done.lse), (outs.m, done.m), (outs.l, done.l)):
         if ref is not None:
-            view = ref.at[pl.ds(start, specs.block_q)]
-            plgpu.store(view, x, mask=in_rows)
-
-
-def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
-    inputs = Inputs(
-        query=o.query,
-        key=o.key,
-        value=o.value,
-        scale=o.scale.astype(jnp.float32).reshape(1),
-        bias=narrowed(o.bias),
-        sinks=narrowed(o.sinks),
-        array=None if mask.array is None else mask.array.astype(jnp.int8),
-        query_segments=mask.query_segments,
-        key_segments=mask.key_segments,
-        query_lengths=mask.query_lengths,
-        key_lengths=mask.key_lengths,
-    )
-    if o.key.dtype != jnp.float16:  # whose products cannot leave float32
-        largest = jnp.max(jnp.abs(o.key.astype(jnp.float32)), axis=(1, 3))
-        inputs = inputs._replace(largest_key=largest)
-    if not plan.storage.uses_kappa and not plan.rounds_products:
-        return inputs
-    return _prepared(inputs, o, mask, plan, specs)
-
-
-def _prepared(inputs: Inputs, o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
-    """``inputs`` with keys shifted, and the guard's powers where products are in float16."""
-    n = plan.schedule.block_kv
-
-    def look(one: Operands, facts: HeadFacts) -> tuple[Array, HeadFacts]:
-        key = tile.zero_unusable(one.key, facts.usable[:, None])
-        if facts.kappa is None:
-            return key, facts
-
-        def shifted(k: Array, kappa: Array) -> Array:
-            return tile.key_tile(k, k, None, plan.numerics(len(key)), kappa=kappa[None]).k
-
-        tiles = jnp.pad(key, ((0, -len(key) % n), (0, 0))).reshape(-1, n, key.shape[1])
-        flat = jax.vmap(shifted)(tiles, facts.kappa).reshape(-1, key.shape[1])
-        return flat[: len(key)], facts
-
-    key, facts = of_heads(o, mask, plan, specs.block_q, look)
-
-    def rows(x: Array) -> Array:  # [B, K, T, G] -> [B, T, N]
-        return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
-
-    inputs = inputs._replace(key=jnp.swapaxes(key, 1, 2))
-    if facts.kappa is not None:
-        inputs = inputs._replace(kappa=jnp.swapaxes(facts.kappa, 1, 2))
-    if not plan.rounds_products:
-        return inputs
-    guard = None if facts.guard is None else tile.Guard(*map(rows, facts.guard))
-    return inputs._replace(guard=guard, value_gain=facts.value_gain)
-
-
-def _exp2(x: Array) -> Array:
-    """2^x; two at a time where x is float16."""
-    if x.dtype != jnp.float16:
-        return jnp.exp2(x)
-    (powers,) = plgpu.elementwise_inline_asm(
-        "ex2.approx.f16x2 $0, $1;",
-        args=[x],
-        constraints="=r,r",
-        pack=2,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-    )
-    return powers
+            walk.store(ref, x, walk.rows_at(start))

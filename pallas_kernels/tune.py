@@ -30,6 +30,8 @@ _BLOCKS = {
     "tpu": ((2048, 1024), (2048, 512), (1024, 1024), (1024, 512), (512, 1024), (512, 512)),
     "gpu": ((128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (64, 32)),
 }
+# Those that tokamax found fastest on an H100 are among them: 128 × 128, 8 warps and 3 stages for
+# D = 128, 64 × 128 with 4 warps and 3 stages for D = 64.
 _WARPS = ((4, 2), (4, 3), (8, 2), (8, 3))  # and stages
 _ROUNDS = 20
 _SPELT_OUT = 8 * 1024 * 1024  # scores of the tiles of one step: more takes minutes to compile

@@ -48,7 +48,7 @@ device_description_str: "{product}"
 """
 
 
-_PTX = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|ex2)\.[a-z0-9_:.]+")
+_PTX = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|ex2|cvt)\.[a-z0-9_:.]+")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Report:
         and store registers that did not fit. On a GPU the latter are bytes.
       registers, shared: of the Pallas kernel on a GPU: per thread, and bytes per block.
       instructions: how often PTX instructions that matter stand in the Pallas kernel.
+      kernels: on a GPU, registers, shared, fills, spills and instructions of each Pallas kernel by
+        name; what stands above is the largest of each (of instructions the sum).
     """
 
     target: str
@@ -77,6 +79,7 @@ class Report:
     registers: int = 0
     shared: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def total_cycles(self) -> int:
@@ -165,28 +168,38 @@ def _read_tpu(dump: Path, target: str) -> dict[str, Any]:
 def _read_gpu(dump: Path, target: str) -> dict[str, Any]:
     gpu = TARGETS[target].gpu
     assert gpu is not None
-    figures: dict[str, Any] = {}
-    for path in (dump / "gpu").glob("*pasa_gpu*triton-to-llvm*"):
-        sizes = re.findall(r"ttg\.shared = (\d+)", path.read_text())
-        figures["shared"] = max((int(x) for x in sizes), default=0)
+    kernels = {}
     for path in (dump / "gpu").glob("*.ptx"):
         text = path.read_text()
-        if "entry pasa_gpu" not in text:
+        entry = re.search(r"entry (pasa_gpu\w*)", text)
+        if entry is None:
             continue
-        figures["instructions"] = dict(Counter(_PTX.findall(text)))
-        command = [
-            _ptxas(),
-            "-v",
-            f"-arch={gpu.architecture}",
-            str(path),
-            "-o",
-            os.devnull,
+        name = entry[1]
+        kernels[name] = {"instructions": dict(Counter(_PTX.findall(text)))}
+        kernels[name] |= _assembled(path, gpu.architecture)
+        sizes = [
+            int(size)
+            for dumped in (dump / "gpu").glob(f"*{name}.*triton-to-llvm*")
+            for size in re.findall(r"ttg\.shared = (\d+)", dumped.read_text())
         ]
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-        used = re.search(r"Used (\d+) registers", said)
-        figures["registers"] = int(used[1]) if used else 0
-        for name, what in (("spills", "stores"), ("fills", "loads")):
-            figures[name] = sum(int(x) for x in re.findall(rf"(\d+) bytes spill {what}", said))
+        kernels[name]["shared"] = max(sizes, default=0)
+    figures: dict[str, Any] = {"kernels": kernels}
+    for name in ("registers", "shared", "fills", "spills"):
+        figures[name] = max((x[name] for x in kernels.values()), default=0)
+    figures["instructions"] = dict(
+        sum((Counter(x["instructions"]) for x in kernels.values()), Counter())
+    )
+    return figures
+
+
+def _assembled(path: Path, architecture: str) -> dict[str, int]:
+    """What ptxas says of the PTX at ``path``: registers per thread, and bytes of them spilt."""
+    command = [_ptxas(), "-v", f"-arch={architecture}", str(path), "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    used = re.search(r"Used (\d+) registers", said)
+    figures = {"registers": int(used[1]) if used else 0}
+    for name, what in (("spills", "stores"), ("fills", "loads")):
+        figures[name] = sum(int(x) for x in re.findall(rf"(\d+) bytes spill {what}", said))
     return figures
 
 

@@ -11,7 +11,6 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -115,10 +114,10 @@ class Pallas(Backend):
         self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
     ) -> Outputs:
         forward, backward = self._module.forward, self._module.backward
-        if self._module.no_backward(operands, mask, plan) is not None:
-            backward = _lax.backward
+        own = self._module.no_backward(operands, mask, plan) is None
         if anywhere and not plan.interpret:
-            forward, backward = self._forward_or_lax, partial(self._backward_or_lax, backward)
+            forward, backward = self._forward_or_lax, self._backward_or_lax
+        backward = backward if own else _lax.backward
         return differentiable_attention(Core(forward, backward, plan, lse), operands, mask)
 
     def _forward_or_lax(
@@ -137,7 +136,6 @@ class Pallas(Backend):
 
     def _backward_or_lax(
         self,
-        kernel: Backward,
         operands: Operands,
         mask: Mask,
         plan: Plan,
@@ -145,14 +143,12 @@ class Pallas(Backend):
         d_out: Array,
         d_lse: Array | None,
     ) -> Operands:
-        """``kernel`` where the program is compiled for ``platform``, the lax walk elsewhere."""
+        """The kernel where the program is compiled for ``platform``, the lax walk elsewhere."""
 
         def of(backward: Backward) -> Callable[..., Operands]:
             return lambda operands, mask, *rest: backward(operands, mask, plan, *rest)
 
-        if kernel is _lax.backward:
-            return kernel(operands, mask, plan, result, d_out, d_lse)
-        choices = (of(kernel), of(_lax.backward))
+        choices = (of(self._module.backward), of(_lax.backward))
         return self._where_compiled(*choices, operands, mask, result, d_out, d_lse)
 
     def _where_compiled(self, kernel: Any, elsewhere: Any, *arguments: Any) -> Any:

@@ -19,7 +19,10 @@ ALIGNMENTS = ("top_left", "bottom_right")
 
 
 class KeyRange(NamedTuple):
-    """Key tiles for one query tile: partial in [lo, full_lo) and [full_hi, hi), full between."""
+    """Key tiles for one query tile: partial in [lo, full_lo) and [full_hi, hi), full between.
+
+    Of `Mask.query_range`: query tiles for one key tile.
+    """
 
     lo: Index
     full_lo: Index
@@ -127,6 +130,33 @@ class Mask:
         full_lo = minimum(maximum(div(full_lo + block_kv - 1, block_kv), lo), hi)
         full_hi = minimum(maximum(div(full_hi, block_kv), full_lo), hi)
         return KeyRange(lo, full_lo, full_hi, hi)
+
+    def query_range(self, start: Index, stop: Index, block_q: int) -> KeyRange:
+        """The query tiles that see the keys [start, stop); of ints where start and stop are ints.
+
+        The mirror of `key_range`. A tile is full where each of its rows that is in use sees every
+        key; a key tile that ends beyond the last valid key is full for none.
+        """
+        keys, rows = self.valid_keys(), self.valid_queries()
+        lo, hi, full_lo, full_hi = 0, rows, 0, rows
+        left, right = self._reach()
+        place = self.offset()
+        last = minimum(stop, keys)
+        if right is not None:
+            lo = maximum(0, start - place - right)
+            full_lo = maximum(0, stop - 1 - place - right)
+        if left is not None:
+            hi = minimum(rows, maximum(0, last - place + left))
+            full_hi = minimum(rows, maximum(0, start + 1 - place + left))
+        hi = where(start < keys, where(lo < hi, hi, 0), 0)  # keys of padding are not seen
+        lo, hi = div(lo, block_q), div(hi + block_q - 1, block_q)
+        lo = minimum(lo, hi)
+        if self.data_dependent:
+            return KeyRange(lo, lo, lo, hi)
+        full_hi = where(full_hi < rows, div(full_hi, block_q), hi)
+        full_hi = where(stop <= keys, full_hi, lo)
+        full_lo = minimum(maximum(div(full_lo + block_q - 1, block_q), lo), hi)
+        return KeyRange(lo, full_lo, minimum(maximum(full_hi, full_lo), hi), hi)
 
     def tile(self, i: int, j: int, schedule: Schedule) -> TileKind:
         """Whether tile (i, j) is skipped, needs the mask, or is seen in full.

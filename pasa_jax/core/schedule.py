@@ -166,6 +166,21 @@ class Schedule:
                 return memory, size, there[memory]
         return None
 
+    def backward(self, dtype: Any, *, same_blocks: bool) -> Schedule:
+        """The schedule of the backward pass on a GPU, which holds more tiles at once.
+
+        float16 and float32 have gradients whose products take float32 operands.
+
+        Arguments:
+          same_blocks: whether ``block_kv`` must stay, because keys were shifted block by block.
+        """
+        narrow = _type_name(dtype) == "bfloat16"
+        block_kv = self.block_kv if same_blocks else min(self.block_kv, 64 if narrow else 32)
+        scores = 64 * (64 if narrow else 32)
+        return replace(
+            self, block_q=min(self.block_q, max(16, scores // block_kv)), block_kv=block_kv
+        )
+
     def fitted(self, rows: int, keys: int) -> Schedule:
         """This schedule with blocks no larger than the problem (at least 1)."""
         return replace(

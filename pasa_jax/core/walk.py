@@ -142,11 +142,29 @@ class Walk(ABC):
 
         ``mask`` is [R, n] bool, or None where the rows see the whole tile.
         """
+        return self._over(self.key_range(start), functools.partial(self.seen, start), body, carry)
+
+    def over_query_tiles(self, j: Index, body: Step, carry: Any) -> Any:
+        """Folds ``body(i, mask, carry)`` over the query tiles that see key tile j.
+
+        Query tile i starts at row i·``block_q``; ``mask`` is as in `over_keys`.
+        """
+        start = self.key_start(j)
+        r = self.mask.query_range(start, start + self.block_kv, self.block_q)
+        return self._over(r, lambda i: self.seen(i * self.block_q, j), body, carry)
+
+    def _over(
+        self,
+        r: KeyRange,
+        seen_of: Callable[[Index], Bool[Array, "R n"]],
+        body: Step,
+        carry: Any,
+    ) -> Any:
+        """Folds ``body(j, mask, carry)`` over the tiles of r; ``seen_of(j)`` is a tile's mask."""
         carry, unroll = self.typed(carry), self.plan.schedule.unroll
-        r = self.key_range(start)
 
         def masked(j: Index, carry: Any) -> Any:
-            seen = self.seen(start, j)
+            seen = seen_of(j)
             if not self.mask.data_dependent:
                 return body(j, seen, carry)
             some = jnp.max(seen.astype(jnp.int32)) > 0  # Triton has no reduction of bools

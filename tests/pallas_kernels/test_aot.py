@@ -199,6 +199,9 @@ class TestCompiler:
             ".visible .entry pasa_gpu(\nwgmma.mma_async.sync.aligned.m64n64k16.f16.f16.f16 {%r1}\n"
             "ex2.approx.f16x2 %r2, %r3;\nex2.approx.f16x2 %r4, %r5;\n"
         )
+        (tmp_path / "gpu" / "b.ptx").write_text(
+            ".visible .entry pasa_gpu_dq(\ncvt.rn.bf16x2.f32 %r1, %r2, %r3;\n"
+        )
         (tmp_path / "gpu" / "jit.pasa_gpu.triton-to-llvm.txt").write_text("ttg.shared = 4096 : i32")
         assembler = tmp_path / "ptxas"
         assembler.write_text(
@@ -212,7 +215,13 @@ class TestCompiler:
         assert found.instructions == {
             "wgmma.mma_async.sync.aligned.m64n64k16.f16.f16.f16": 1,
             "ex2.approx.f16x2": 2,
+            "cvt.rn.bf16x2.f32": 1,
         }
+        assert {name: x["shared"] for name, x in found.kernels.items()} == {
+            "pasa_gpu": 4096,
+            "pasa_gpu_dq": 0,
+        }
+        assert found.kernels["pasa_gpu_dq"]["instructions"] == {"cvt.rn.bf16x2.f32": 1}
 
 
 class TestTuning:
@@ -249,6 +258,13 @@ class TestTuning:
             assert found
             for schedule in found:
                 schedule.check(head_dim=shape.head_dim, dtype=shape.dtype)
+
+    @pytest.mark.parametrize("tiles", [(128, 128, 128, 8, 3), (64, 64, 128, 4, 3)])
+    def test_tokamax_s_fastest_tiles_of_an_h100_are_candidates(self, tiles):
+        size, *schedule = tiles
+        shape = tune.Shape("", 2048, size, "bfloat16", is_causal=True)
+        found = tune.candidates("h100", shape)
+        assert schedule in [[x.block_q, x.block_kv, x.warps, x.stages] for x in found]
 
     @pytest.mark.parametrize("target", ["tpu_v5e", "tpu_v5p", "tpu_v6e"])
     def test_tables_that_are_shipped(self, target):

@@ -1,5 +1,6 @@
 """`Mask`: the kind of each tile against the mask itself, element by element."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -72,3 +73,41 @@ def test_visible_keys():
 def test_unknown_alignment():
     with pytest.raises(ValueError, match="`causal_alignment` must be one of 'top_left'"):
         Mask(query_length=1, key_length=1, causal_alignment="left")
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS)
+@pytest.mark.parametrize(("t", "s"), SHAPES)
+@pytest.mark.parametrize(("block_q", "block_kv"), [(8, 16), (16, 8), (13, 7), (64, 64)])
+@pytest.mark.parametrize("lengths", [None, (30, 25), (20, 33)])
+def test_query_range(t, s, block_q, block_kv, keywords, lengths):
+    """The query tiles of each key tile, against the mask itself."""
+    mask = Mask(query_length=t, key_length=s, **keywords)
+    names = {"window": "local_window_size"}
+    call = {names.get(k, k): v for k, v in keywords.items()}
+    rows = t
+    if lengths is not None:
+        rows, keys = min(lengths[0], t), min(lengths[1], s)
+        mask = dataclasses.replace(mask, query_lengths=jnp.int32(rows), key_lengths=jnp.int32(keys))
+        call |= {"query_seq_lengths": np.array([rows]), "key_value_seq_lengths": np.array([keys])}
+    seen = np.broadcast_to(visible(1, t, s, {}, call)[0, 0], (t, s))
+    for j in range(-(-s // block_kv)):
+        r = mask.query_range(j * block_kv, (j + 1) * block_kv, block_q)
+        assert lengths is not None or all(isinstance(x, int) for x in r)
+        lo, full_lo, full_hi, hi = (int(x) for x in r)
+        assert 0 <= lo <= full_lo <= full_hi <= hi <= -(-t // block_q)
+        columns = seen[:, j * block_kv : (j + 1) * block_kv]
+        complete = columns.shape[1] == block_kv
+        for i in range(-(-t // block_q)):
+            whole = columns[i * block_q : min((i + 1) * block_q, rows)]
+            if full_lo <= i < full_hi:
+                assert whole.all()
+                assert complete
+            else:  # no tile is visited, or masked, for nothing
+                assert whole.any() == (lo <= i < hi)
+                assert not (whole.size and whole.all() and complete)
+
+
+def test_query_range_leaves_no_tile_full_by_place_where_segments_hide():
+    ids = jnp.zeros((64,), jnp.int32)
+    mask = Mask(query_length=64, key_length=64, query_segments=ids, key_segments=ids)
+    assert mask.query_range(0, 32, 32) == (0, 0, 0, 2)

@@ -55,14 +55,22 @@ def beside(column: Column | BoolColumn) -> Shaped[Array, "R 1"]:
 
 
 def dot(
-    a: Float[Array, "i j"], b: Float[Array, "k l"], contract: tuple[int, int], dtype: jnp.dtype
+    a: Float[Array, "i j"],
+    b: Float[Array, "k l"],
+    contract: tuple[int, int],
+    dtype: jnp.dtype,
+    of_wide: lax.Precision | lax.DotAlgorithmPreset = lax.Precision.HIGHEST,
 ) -> Float[Array, "m p"]:
-    """A matrix product with accumulator ``dtype``; operands of unlike types are widened first."""
+    """A matrix product with accumulator ``dtype``; operands of unlike types are widened first.
+
+    Arguments:
+      of_wide: the precision where operands have 32 bits or more. By default they are multiplied as
+        they are; some chips would use fewer bits.
+    """
     if a.dtype != b.dtype:
         a, b = a.astype(dtype), b.astype(dtype)
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    # float32 operands are multiplied in float32 (some chips would use fewer bits by default).
-    precision = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
+    precision = of_wide if a.dtype.itemsize >= 4 else None
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
 
 

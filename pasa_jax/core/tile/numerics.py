@@ -9,6 +9,7 @@ from enum import Enum
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pasa_jax.core.precision import Precision
 
@@ -54,12 +55,18 @@ class Dialect:
         sums may be a product with ones in columns that would be idle otherwise; else 0.
       sum_columns: how many columns of ones P is multiplied by for its row sums, if that is a
         product of its own; else 0.
+      narrow: the function that rounds P to its stored type.
       running_maximum: store scores minus the running maximum instead of their tile's maximum,
         where nothing is added back after rounding. What the tile adds then needs no rescaling.
+      whole_maximum: round the running maximum up to a whole number, where scores are not rounded.
+        With ``base_two`` its exponential is then a power of two, so that P has the same rounding
+        errors whatever the running maximum was: in the forward pass and in the gradient.
       contracts: the compiler may compute product·gain − maximum with a single rounding.
       transposed: tiles are [n, R], columns [1, R] and outputs [E, R]: rows lie along the lanes of
         vectors, where a reduction over keys costs no shuffles.
       flat: columns have shape [R], for a compiler that would hold [R, 1] as a whole tile.
+      float16_gradients: the precision of products of float32 operands in the gradients of float16
+        inputs, which may leave float16.
       narrow_sums: guard against infinite sums of values that a row does not see, and keep m at
         `lowest` until a row sees a key, where the statistics are float16. (Costs a select over a
         tile of the output.)
@@ -70,10 +77,13 @@ class Dialect:
     exp2: Callable[[Array], Array] = jnp.exp2
     matrix_columns: int = 0
     sum_columns: int = 0
+    narrow: Callable[[Array, jnp.dtype], Array] = jnp.astype
     running_maximum: bool = False
+    whole_maximum: bool = False
     contracts: bool = True
     transposed: bool = False
     flat: bool = False
+    float16_gradients: lax.Precision | lax.DotAlgorithmPreset = lax.Precision.HIGHEST
     narrow_sums: bool = True
 
 

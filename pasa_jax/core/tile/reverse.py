@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from pasa_jax.core.tile.arrays import dot, tempered, undropped
+from pasa_jax.core.tile.arrays import beside, dot, tempered, undropped
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile
 from pasa_jax.core.tile.numerics import Numerics, Storage, lowest
 from pasa_jax.core.tile.softmax import probabilities
@@ -48,7 +50,7 @@ def gradients(
     Arguments:
       q, k: [R, D], [n, D] as the user gave them, unusable rows zeroed.
       m, l: [R, 1] of the finished state, sinks included.
-      d_out: [R, E] cotangent of the output, in the product's type.
+      d_out: [R, E] cotangent of the output, in the product's type, or in the values' own.
       delta: [R, 1] Σ d_out·out minus the cotangent of the log-sum-exp.
       kept: as in `update`.
     """
@@ -60,19 +62,26 @@ def gradients(
     share = numerics.exp(tempered(gap, query.guard)) / jnp.where(l != 0, l, jnp.ones_like(l))
     if numerics.storage is not Storage.BOUND:
         # The probability of the tile's largest score, at most 1. Where `paper` has moved m by far
-        # larger offsets, rounding may give more.
-        share = jnp.minimum(share, jnp.ones_like(share))
-    p = p * jnp.where(seen, share, jnp.zeros_like(share))
+        # larger offsets, rounding may give more. (Where the maximum was rounded up, P's is > 1/2.)
+        largest = 2 if numerics.dialect.whole_maximum else 1
+        share = jnp.minimum(share, jnp.full_like(share, largest))
+    p = p * beside(jnp.where(seen, share, jnp.zeros_like(share)))
     # float16 may not hold the gradients, whose range depends on the loss: they stay in float32.
     operand = wide if q.dtype == jnp.float16 else q.dtype
+    of_wide = (
+        numerics.dialect.float16_gradients if q.dtype == jnp.float16 else lax.Precision.HIGHEST
+    )
+    product = partial(dot, dtype=wide, of_wide=of_wide)
     if kept is not None:
         d_out = d_out * wide.type(1 / numerics.kept_share)
-    d_p = undropped(dot(d_out.astype(operand), key.v.astype(operand), (1, 1), wide), kept)
-    d_s = p * (d_p - delta)
+    if d_out.dtype != key.v.dtype:  # like types need no widening: their products are exact
+        d_out = d_out.astype(operand)
+    d_p = undropped(product(d_out, key.v.astype(d_out.dtype), (1, 1)), kept)
+    d_s = p * (d_p - beside(delta))
     d_raw = (d_s if s.slope is None else d_s * s.slope.astype(wide)).astype(operand)
     return TileGradients(
-        q=dot(d_raw, k.astype(operand), (1, 0), wide),
-        k=dot(d_raw, q.astype(operand), (0, 0), wide),
-        v=dot(undropped(p, kept).astype(operand), d_out.astype(operand), (0, 0), wide),
+        q=product(d_raw, k.astype(operand), (1, 0)),
+        k=product(d_raw, q.astype(operand), (0, 0)),
+        v=product(undropped(p, kept).astype(operand), d_out.astype(operand), (0, 0)),
         scores=d_s,
     )

@@ -23,7 +23,8 @@ _LANES = 128  # of a vector, and columns of the narrowest matrix unit
 
 
 def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Float[Array, "R n"]:
-    """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1.
+    """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1 (more
+    than 1/2 where the dialect rounds the maximum up).
 
     Of `Storage.BOUND` the reference takes the maximum's place, and P may be large or small.
     """
@@ -33,7 +34,7 @@ def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Float[Arra
     if numerics.exponential is not None:
         exponent = exponent.astype(numerics.exponential)
     p = numerics.exp(exponent)
-    return p.astype(jnp.dtype(numerics.precision.probabilities))
+    return numerics.dialect.narrow(p, jnp.dtype(numerics.precision.probabilities))
 
 
 def update(

@@ -112,6 +112,8 @@ def scores(
         return Scores(stored, query.reference, None, slope if with_slope else None, mask is None)
     base = numerics.over_row(jnp.max, z)
     if numerics.subtracts_running_maximum:
+        if numerics.dialect.whole_maximum and store == stat:
+            base = jnp.ceil(base)
         base = jnp.maximum(base, state.m)
     stored = z - beside(base)
     # Where product·gain − base is computed with a single rounding, the largest score may exceed or
