@@ -19,7 +19,10 @@ ALIGNMENTS = ("top_left", "bottom_right")
 
 
 class KeyRange(NamedTuple):
-    """Key tiles for one query tile: partial in [lo, full_lo) and [full_hi, hi), full between."""
+    """Key tiles for one query tile, or query tiles for one key tile.
+
+    They are partial in [lo, full_lo) and [full_hi, hi), full between.
+    """
 
     lo: Index
     full_lo: Index
@@ -126,6 +129,33 @@ class Mask:
             return KeyRange(lo, lo, lo, hi)
         full_lo = minimum(maximum(div(full_lo + block_kv - 1, block_kv), lo), hi)
         full_hi = minimum(maximum(div(full_hi, block_kv), full_lo), hi)
+        return KeyRange(lo, full_lo, full_hi, hi)
+
+    def query_range(self, start: Index, stop: Index, block_q: int) -> KeyRange:
+        """The query tiles that see the keys [start, stop); of ints where start and stop are ints.
+
+        The mirror of `key_range`: a query tile is full where each of its rows sees each key. A
+        tile that reaches beyond the last query, or keys beyond the last one, are partial.
+        """
+        keys = self._valid_keys()
+        rows = self.query_length if self.query_lengths is None else self.query_lengths
+        lo, hi, full_lo, full_hi = 0, rows, 0, rows
+        left, right = self._reach()
+        place = self._offset()
+        if right is not None:
+            lo = minimum(rows, maximum(0, start - place - right))
+            full_lo = minimum(rows, maximum(0, stop - 1 - place - right))
+        if left is not None:
+            hi = minimum(rows, maximum(0, minimum(stop, keys) - place + left))
+            full_hi = minimum(rows, maximum(0, start - place + left + 1))
+        hi = where((start < keys) & (lo < hi), hi, 0)
+        full_hi = where(stop <= keys, full_hi, 0)
+        lo, hi = div(lo, block_q), div(hi + block_q - 1, block_q)
+        lo = minimum(lo, hi)
+        if self.data_dependent:
+            return KeyRange(lo, lo, lo, hi)
+        full_lo = minimum(maximum(div(full_lo + block_q - 1, block_q), lo), hi)
+        full_hi = minimum(maximum(div(full_hi, block_q), full_lo), hi)
         return KeyRange(lo, full_lo, full_hi, hi)
 
     def tile(self, i: int, j: int, schedule: Schedule) -> TileKind:

@@ -12,7 +12,7 @@ ordinary data. The exponent is multiplied by 2^e again, so m and every offset ar
 from pasa_jax.core.tile.arrays import Guard, shown_by, zero_unusable
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile, key_tile, mean_key, query_tile
 from pasa_jax.core.tile.numerics import Dialect, Numerics, Storage, lowest, wide_type
-from pasa_jax.core.tile.reverse import TileGradients, gradients
+from pasa_jax.core.tile.reverse import TileGradients, gradients, reverse
 from pasa_jax.core.tile.softmax import probabilities, running_maximum, update
 from pasa_jax.core.tile.state import (
     State,
@@ -47,6 +47,7 @@ __all__ = [
     "plain_scores",
     "probabilities",
     "query_tile",
+    "reverse",
     "rounded",
     "running_maximum",
     "scores",
