@@ -174,15 +174,50 @@ def repaired(
     residuals = wanted == "residuals"
     if residuals:
         result = result._replace(by_lax=bad)
-    # It is seldom run: it should compile fast and need little memory.
-    schedule = replace(plan.schedule, block_q=_REPAIR_ROWS, unroll=1, batch_heads=False)
 
     def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:
         del carry
-        guarded = _lax.forward(operands, mask, replace(plan, schedule=schedule), wanted=wanted)
+        guarded = _lax.forward(operands, mask, _repairing(plan), wanted=wanted)
         if residuals:
             guarded = guarded._replace(by_lax=jnp.ones_like(bad))
         return varying((jnp.zeros_like(bad), guarded), (operands, mask))
 
     # A loop, not a cond: under vmap a cond would always compute both sides.
     return lax.while_loop(lambda carry: carry[0], again, (bad, result))[1]
+
+
+def repaired_backward(
+    kernel: Callable[..., Operands],
+    operands: Operands,
+    mask: Mask,
+    plan: Plan,
+    result: Result,
+    d_out: Array,
+    d_lse: Array | None,
+    platform: str,
+) -> Operands:
+    """The gradients of ``kernel``; where the lax walk computed the ``result``, those of the lax
+    walk, whose guard says in which units the statistics are.
+
+    Arguments:
+      kernel, platform: as in `repaired`; the kernel returns gradients alone.
+    """
+    if not plan.interpret:
+        operands = operands._replace(query=_only_on(platform).bind(operands.query))
+    found = kernel(operands, mask, plan, result, d_out, d_lse)
+
+    def again(carry: tuple[Array, Operands]) -> tuple[Array, Operands]:
+        del carry
+        guarded = _lax.backward(operands, mask, _repairing(plan), result, d_out, d_lse)
+        return varying((jnp.zeros_like(result.by_lax), guarded), (operands, mask, d_out))
+
+    carry = varying((result.by_lax, found), (operands, mask, d_out))
+    return lax.while_loop(lambda carry: carry[0], again, carry)[1]
+
+
+def _repairing(plan: Plan) -> Plan:
+    """``plan`` for the walk that repairs. It is seldom run: it should compile fast and need little
+    memory. Both passes need the same, since the guard's units depend on the tiles.
+    """
+    schedule = replace(plan.schedule, block_q=_REPAIR_ROWS, unroll=1, batch_heads=False)
+    return replace(plan, schedule=schedule)
