@@ -25,6 +25,7 @@ from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, KeyRange, Mask
 from pasa_jax.core.operands import Operands, Result
 from pasa_jax.core.plan import Plan
+from pasa_jax.core.target import MIB
 from pasa_jax.core.walk import Walk
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def gradients(
     """
     sizes = Sizes.of(operands, mask, plan)
     inputs = inputs_of(operands, mask, result, d_out, d_lse)
+    if not plan.interpret:
+        inputs = _in_hbm(inputs)
     shape = shape_maker(operands, mask)
     call = pl.pallas_call(
         partial(_kernel, mask=without_arrays(mask), plan=adapt(plan, sizes), sizes=sizes),
@@ -93,7 +96,7 @@ def gradients(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=vmem,
+            vmem_limit_bytes=min(vmem, sizes.bytes + sizes.bytes // 4 + 8 * MIB),
         ),
         interpret=pltpu.InterpretParams() if plan.interpret else False,
         name="pasa_tpu_backward",
@@ -125,6 +128,17 @@ def _of_sinks(
     used = result.l != 0 if used is None else (result.l != 0) & used[..., None]
     total = jnp.sum(jnp.where(used, -weight * delta, 0), axis=(0, 1))
     return total.astype(operands.sinks.dtype)
+
+
+def _in_hbm(x: Inputs) -> Inputs:
+    """The large arrays, where the compiler may not move them: what it would put into spare VMEM is
+    read from there no faster.
+    """
+
+    def fixed(x: Array) -> Array:
+        return pltpu.with_memory_space_constraint(x, pltpu.HBM) if x.ndim >= 3 else x
+
+    return jax.tree.map(fixed, x)
 
 
 class _Columns(NamedTuple):
@@ -257,7 +271,7 @@ class _BackwardWalk(Walk):
         m, l = self.refs.m[0, 0, g], self.refs.l[0, 0, g]  # noqa: E741
         position = lax.broadcasted_iota(jnp.int32, shape, 1)
         length = self.mask.query_lengths
-        live = (l != 0) & (position < self.mask.query_length)
+        live = (l != 0) & (m != tile.lowest(m.dtype)) & (position < self.mask.query_length)
         live = live if length is None else live & (position < length)
         m = jnp.where(live, m, jnp.full_like(m, _LARGEST))
         share = jnp.where(live, 1 / jnp.where(live, l, jnp.ones_like(l)), jnp.zeros_like(l))
@@ -304,7 +318,8 @@ class _BackwardWalk(Walk):
 
 
 def _kernel(refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, sizes: Sizes) -> None:
-    b, j = pl.program_id(0), pl.program_id(2)
+    b, program = pl.program_id(0), pl.program_id(2)
+    j = sizes.last_first(program)
     *out_refs, d_query, columns = rest
     outs = Gradients(*out_refs)
     mask = bound(mask, refs.query_lengths, refs.key_lengths, b)
@@ -319,10 +334,10 @@ def _kernel(refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, sizes: Sizes) -> N
         columns=columns,
         sizes=sizes,
     )
-    pl.when(j == 0)(partial(walk.begin_head, d_query))
+    pl.when(program == 0)(partial(walk.begin_head, d_query))
     static = walk.static_tiles()
     if not static:
         walk.key_tile(j, d_query, outs)
     for c in static:
         pl.when(j == c)(partial(walk.key_tile, c, d_query, outs))
-    pl.when(j == sizes.key_tiles - 1)(partial(walk.end_head, d_query, outs.query))
+    pl.when(program == sizes.key_tiles - 1)(partial(walk.end_head, d_query, outs.query))

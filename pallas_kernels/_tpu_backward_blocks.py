@@ -101,6 +101,14 @@ class Sizes:
         """Positions of all query tiles."""
         return self.query_tiles * self.block_q
 
+    def last_first(self, program: Any) -> Any:
+        """The key tile of a program: the last tile of a head comes first.
+
+        Under a causal mask the last program then has the most to compute, beside which the rows of
+        the next head are loaded.
+        """
+        return self.key_tiles - 1 - program
+
     @staticmethod
     def of(o: Operands, mask: Mask, plan: Plan) -> Sizes:
         (_, length, heads, d), kv_heads = o.query.shape, o.key.shape[2]
@@ -145,12 +153,12 @@ class Sizes:
             block = (1, 1, x.shape[2], self.rows if x.shape[3] > 1 else 1)
             block += (self.block_kv if x.shape[4] > 1 else 1,)
             b, k, _, _, s = (int(n > 1) for n in x.shape)
-            return pl.BlockSpec(block, lambda i, h, j: (i * b, h * k, 0, 0, j * s))
+            return pl.BlockSpec(block, lambda i, h, j: (i * b, h * k, 0, 0, self.last_first(j) * s))
 
         column = pl.BlockSpec((1, 1, self.groups, 1, self.rows), lambda b, h, j: (b, h, 0, 0, 0))
         scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
         row = pl.BlockSpec((1, self.rows, 1), lambda b, h, j: (b, 0, 0))
-        keys = pl.BlockSpec((1, 1, self.block_kv), lambda b, h, j: (b, 0, j))
+        keys = pl.BlockSpec((1, 1, self.block_kv), lambda b, h, j: (b, 0, self.last_first(j)))
         return Inputs(
             query=self._head(x.query),
             d_out=self._head(x.d_out),
@@ -180,7 +188,8 @@ class Sizes:
         return pl.BlockSpec(block, lambda b, h, j: (b, h, 0, 0, 0))
 
     def _keys(self, x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, self.block_kv, x.shape[-1]), lambda b, h, j: (b, h, j, 0))
+        block = (1, 1, self.block_kv, x.shape[-1])
+        return pl.BlockSpec(block, lambda b, h, j: (b, h, self.last_first(j), 0))
 
 
 def inputs_of(
