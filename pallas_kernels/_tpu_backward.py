@@ -93,6 +93,7 @@ def gradients(
         scratch_shapes=[
             pltpu.VMEM((sizes.groups, sizes.rows, inputs.query.shape[-1]), jnp.float32),
             pltpu.VMEM((sizes.groups, sizes.rows, _Columns.width()), jnp.float32),
+            pltpu.VMEM((1, inputs.query.shape[-1]), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -147,6 +148,7 @@ class _Columns(NamedTuple):
     m: Array  # the maximum; the largest number for a row that sees nothing, whose weights are 0
     share: Array  # 1/l
     delta: Array
+    total: Array  # Σ dS over the keys, which is known without them
 
     @staticmethod
     def width() -> int:
@@ -158,8 +160,10 @@ class _BackwardWalk(Walk):
     """One program: the rows are those of the whole head, the keys those of one tile."""
 
     refs: Inputs
-    columns: Ref  # [G, T, 3]
+    columns: Ref  # [G, T, 4]
+    kappa: Ref  # [1, D] a mean key, see `begin_head`
     sizes: Sizes
+    head: Index
 
     # Tiles.
 
@@ -213,14 +217,31 @@ class _BackwardWalk(Walk):
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         assert value_gain is None
         k, v = (from_bits(x[0, 0]) for x in (self.refs.key, self.refs.value))
-        return tile.key_tile(k, v, self.usable(j), self.numerics)
+        usable = None
+        if self.mask.key_length % self.block_kv:
+            row = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (self.block_kv, 1), 0)
+            usable = row < self.mask.key_length
+        if self.hides_keys():
+            finite = _finite(k) & _finite(v)
+            usable = finite if usable is None else usable & finite
+        return tile.key_tile(k, v, usable, self.numerics)
 
-    def usable(self, j: Index) -> Bool[Array, "n 1"]:
-        """False for keys that are not finite and beyond the last key."""
-        k, v = (from_bits(x[0, 0]).astype(jnp.float32) for x in (self.refs.key, self.refs.value))
-        zeros = (jnp.sum(x * 0, axis=1, keepdims=True) for x in (k, v))
-        row = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (self.block_kv, 1), 0)
-        return (sum(zeros) == 0) & (row < self.mask.key_length)
+    def hides_keys(self) -> bool:
+        """Whether there may be a key that no row sees.
+
+        If it is not finite, it must not reach the sums. If a key that a row sees is not finite, nor
+        is the forward pass's result, and the lax walk computes both passes.
+        """
+        mask = self.mask
+        if mask.data_dependent or mask.query_lengths is not None or mask.key_lengths is not None:
+            return True
+        ends = (mask.query_range(c, c + 1, 1) for c in (0, mask.key_length - 1))
+        return any(r.lo >= r.hi for r in ends)  # what rows see, all together, has no gaps
+
+    def centred(self, key: tile.KeyTile) -> Float[Array, "n D"]:
+        """The keys without κ, unusable ones zeroed."""
+        k = (key.k.astype(jnp.float32) - self.kappa[...]).astype(key.k.dtype)
+        return k if key.usable is None else tile.zero_unusable(k, key.usable.reshape(-1, 1))
 
     def bias(self, start: Index, j: Index) -> Array | None:
         return None if self.refs.bias is None else self._tile_of(self.refs.bias, start)
@@ -249,8 +270,13 @@ class _BackwardWalk(Walk):
     # One head.
 
     def begin_head(self, d_query: Ref) -> None:
-        """Nothing in the queries' gradient [G, T, D], and the columns of all rows."""
+        """Nothing in the queries' gradient [G, T, D], the columns of all rows, and κ.
+
+        Σ_j dS_ij·k_j = Σ_j dS_ij·(k_j − κ) + κ·Σ_j dS_ij for any κ, and the last sum is known. So
+        a mean that all keys share does not multiply the rounding of dS.
+        """
         d_query[...] = jnp.zeros_like(d_query)
+        self.kappa[...] = self._mean_key()
         for g in range(self.groups):
             statistics = self._statistics(g)
             for i in range(self.sizes.query_tiles):
@@ -259,14 +285,28 @@ class _BackwardWalk(Walk):
                     from_bits(x[0, 0, g, at]).astype(jnp.float32)
                     for x in (self.refs.d_out, self.refs.out, self.refs.remainder)
                 )
-                m, share, d_lse = (statistics[at, c : c + 1] for c in range(3))
+                m, share, d_lse, sink = (statistics[at, c : c + 1] for c in range(4))
                 delta = jnp.sum(d_o * (out + rest), axis=1, keepdims=True) - d_lse
                 delta = jnp.where(share != 0, delta, jnp.zeros_like(delta))
-                for c, x in enumerate(_Columns(m, share, delta)):
+                for c, x in enumerate(_Columns(m, share, delta, d_lse + sink * delta)):
                     self.columns[g, at, c : c + 1] = x
 
+    def _mean_key(self) -> Float[Array, "1 D"]:
+        """The mean of the first keys; 0 under a soft cap, whose slopes make Σ dS unknown."""
+        k = from_bits(self.refs.first_keys[0, 0])
+        row = lax.broadcasted_iota(jnp.int32, (len(k), 1), 0)
+        length = self.mask.key_lengths
+        usable = _finite(k) & (row < (self.mask.key_length if length is None else length))
+        if self.numerics.logits_soft_cap is not None:
+            return jnp.zeros((1, k.shape[1]), jnp.float32)
+        total = jnp.sum(tile.zero_unusable(k.astype(jnp.float32), usable), axis=0, keepdims=True)
+        count = jnp.sum(usable.astype(jnp.float32), axis=0, keepdims=True)
+        return tile.mean_key(total, count, jnp.dtype(jnp.float32))
+
     def _statistics(self, g: int) -> Float[Array, "T 8"]:
-        """m, 1/l and the log-sum-exp's cotangent of a query head, turned from rows to columns."""
+        """m, 1/l, the log-sum-exp's cotangent and the sink's weight of each row of a query head,
+        turned from rows to columns.
+        """
         shape = (1, self.sizes.rows)
         m, l = self.refs.m[0, 0, g], self.refs.l[0, 0, g]  # noqa: E741
         position = lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -274,23 +314,40 @@ class _BackwardWalk(Walk):
         live = (l != 0) & (m != tile.lowest(m.dtype)) & (position < self.mask.query_length)
         live = live if length is None else live & (position < length)
         m = jnp.where(live, m, jnp.full_like(m, _LARGEST))
-        share = jnp.where(live, 1 / jnp.where(live, l, jnp.ones_like(l)), jnp.zeros_like(l))
-        d_lse = jnp.zeros_like(l) if self.refs.d_lse is None else self.refs.d_lse[0, 0, g]
-        d_lse = jnp.where(live, d_lse, jnp.zeros_like(l))
+        l = jnp.where(live, l, jnp.ones_like(l))  # noqa: E741
+        rows = [m, 1 / l]
+        rows.append(jnp.zeros_like(l) if self.refs.d_lse is None else self.refs.d_lse[0, 0, g])
+        if self.refs.sinks is not None:
+            sink = jnp.full_like(m, self.refs.sinks[self.head * self.groups + g])
+            rows.append(tile.sink_weight(sink, m, l, self.numerics, None))
         which = lax.broadcasted_iota(jnp.int32, (8, shape[1]), 0)
-        rows = jnp.where(which == 0, m, jnp.where(which == 1, share, d_lse))
-        return rows.T
+        found = jnp.zeros((8, shape[1]), jnp.float32)
+        for c, row in enumerate(rows):
+            found = jnp.where((which == c) & (live | (c == 0)), row, found)
+        return found.T
 
-    def end_head(self, d_query: Ref, out: Ref) -> None:
+    def end_head(self, d_query: Ref, outs: Gradients) -> None:
+        adds_mean = self.refs.d_lse is not None or self.refs.sinks is not None
         for i in range(self.sizes.query_tiles):
-            at = slice(i * self.block_q, (i + 1) * self.block_q)
-            out[0, 0, :, at] = (d_query[:, at] * self.refs.scale[0]).astype(out.dtype)
+            start = i * self.block_q
+            if adds_mean:
+                self._add_mean(start, d_query, outs)
+            at = slice(start, start + self.block_q)
+            outs.query[0, 0, :, at] = (d_query[:, at] * self.refs.scale[0]).astype(outs.query.dtype)
+
+    def _add_mean(self, start: int, d_query: Ref, outs: Gradients) -> None:
+        """Adds κ·Σ dS to the gradient of a query tile, and its part to that of the scale."""
+        at = (slice(None), slice(start, start + self.block_q))
+        added = self.rows(self.columns, start)[:, 3:4] * self.kappa[...]
+        d_query[at] += added.reshape(self.groups, self.block_q, -1)
+        q = self.used(self.rows(self.refs.query, start), start).astype(jnp.float32)
+        outs.scale[0, 0, 0] += jnp.sum(added * q, axis=0, keepdims=True)
 
     # One key tile.
 
     def key_tile(self, j: Index, d_query: Ref, outs: Gradients) -> None:
         key, nothing = self.key(j), self.begin()[0]
-        k = tile.zero_unusable(from_bits(self.refs.key[0, 0]), self.usable(j))
+        k = self.centred(key)
         wide = self.numerics.product
 
         def step(
@@ -318,9 +375,9 @@ class _BackwardWalk(Walk):
 
 
 def _kernel(refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, sizes: Sizes) -> None:
-    b, program = pl.program_id(0), pl.program_id(2)
+    b, h, program = (pl.program_id(axis) for axis in range(3))
     j = sizes.last_first(program)
-    *out_refs, d_query, columns = rest
+    *out_refs, d_query, columns, kappa = rest
     outs = Gradients(*out_refs)
     mask = bound(mask, refs.query_lengths, refs.key_lengths, b)
     walk = _BackwardWalk(
@@ -332,7 +389,9 @@ def _kernel(refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, sizes: Sizes) -> N
         value_size=refs.value.shape[-1],
         refs=refs,
         columns=columns,
+        kappa=kappa,
         sizes=sizes,
+        head=h,
     )
     pl.when(program == 0)(partial(walk.begin_head, d_query))
     static = walk.static_tiles()
@@ -340,4 +399,9 @@ def _kernel(refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, sizes: Sizes) -> N
         walk.key_tile(j, d_query, outs)
     for c in static:
         pl.when(j == c)(partial(walk.key_tile, c, d_query, outs))
-    pl.when(program == sizes.key_tiles - 1)(partial(walk.end_head, d_query, outs.query))
+    pl.when(program == sizes.key_tiles - 1)(partial(walk.end_head, d_query, outs))
+
+
+def _finite(x: Float[Array, "n d"]) -> Bool[Array, "n 1"]:
+    """Whether all of a row is finite."""
+    return jnp.sum(x.astype(jnp.float32) * 0, axis=1, keepdims=True) == 0

@@ -34,9 +34,11 @@ class Inputs(NamedTuple):
     m: Any  # [B, K, G, 1, T]
     l: Any  # noqa: E741  [B, K, G, 1, T]
     key: Any  # [B, K, S, D]
+    first_keys: Any  # the same array, of which a program sees some of the first
     value: Any  # [B, K, S, E]
     scale: Any  # [1]
     d_lse: Any = None  # [B, K, G, 1, T]
+    sinks: Any = None  # [N]
     bias: Any = None  # [B|1, K|1, G|1, T|1, S|1]
     array: Any = None  # [B|1, K|1, G|1, T|1, S|1] int8
     query_segments: Any = None  # [B, T, 1]
@@ -155,6 +157,7 @@ class Sizes:
             b, k, _, _, s = (int(n > 1) for n in x.shape)
             return pl.BlockSpec(block, lambda i, h, j: (i * b, h * k, 0, 0, self.last_first(j) * s))
 
+        first = (1, 1, min(x.key.shape[2], LANES), x.key.shape[-1])
         column = pl.BlockSpec((1, 1, self.groups, 1, self.rows), lambda b, h, j: (b, h, 0, 0, 0))
         scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
         row = pl.BlockSpec((1, self.rows, 1), lambda b, h, j: (b, 0, 0))
@@ -167,9 +170,11 @@ class Sizes:
             m=column,
             l=column,
             key=self._keys(x.key),
+            first_keys=pl.BlockSpec(first, lambda b, h, j: (b, h, 0, 0)),
             value=self._keys(x.value),
             scale=scalars,
             d_lse=only(x.d_lse, column),
+            sinks=only(x.sinks, scalars),
             bias=tiled(x.bias),
             array=tiled(x.array),
             query_segments=only(x.query_segments, row),
@@ -211,6 +216,7 @@ def inputs_of(
         split = (1, 1) if x.shape[1] == 1 else (heads, -1)
         return x.reshape(x.shape[0], *split, *x.shape[2:])
 
+    key = to_bits(jnp.swapaxes(o.key, 1, 2))
     return Inputs(
         query=rows(o.query),
         d_out=rows(d_out),
@@ -218,10 +224,12 @@ def inputs_of(
         remainder=rows(result.remainder),
         m=column(result.m),
         l=column(result.l),
-        key=to_bits(jnp.swapaxes(o.key, 1, 2)),
+        key=key,
+        first_keys=key,
         value=to_bits(jnp.swapaxes(o.value, 1, 2)),
         scale=o.scale.astype(jnp.float32).reshape(1),
         d_lse=column(d_lse),
+        sinks=narrowed(o.sinks),
         bias=per_head(narrowed(o.bias)),
         array=per_head(None if mask.array is None else mask.array.astype(jnp.int8)),
         query_segments=None if mask.query_segments is None else mask.query_segments[..., None],
