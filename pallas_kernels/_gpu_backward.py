@@ -177,7 +177,7 @@ def _key_kernel(
             found = walk.reverse(walk.rows(start), key, start, j, seen)
             return carry[0] + found.k, carry[1] + found.v
 
-        return walk.over_query_tiles(j, step, carry)
+        return walk.over_rows(j, step, carry)
 
     groups = refs.query.shape[1]
     carry = (jnp.zeros(key.k.shape, jnp.float32), jnp.zeros(key.v.shape, jnp.float32))

@@ -59,8 +59,8 @@ def attention(
       arrays: further array arguments by name: shape and type.
       schedule: the fields of a `Schedule`.
       precision: as the public function takes it, or the fields of a `Precision`.
-      gradient: compile the gradient of the output's sum instead; without ``repair``, a GPU's
-        kernels of the forward and of the backward pass.
+      gradient: compile the output's pullback of the queries instead: the cotangents of queries,
+        keys and values, the forward pass included.
       head_major: operands and output lie [B, N, T, D], as other Pallas kernels take them.
       repair: compile the lax walk too, which repairs a result that is not finite. (It hardly ever
         runs, but a compiler's estimate counts it.) Without it the test is still compiled.
@@ -81,11 +81,13 @@ def attention(
             return turned(out), others
         return turned(dot_product_attention(*operands, **all_keywords))
 
-    def kernels(q: Any, k: Any, v: Any, further: dict[str, Any]) -> Any:
-        return _gradient_alone(kind, q, k, v, **further, **keywords, **options)
-
-    def total(*args: Any) -> jax.Array:
-        return jnp.sum(forward(*args).astype(jnp.float32))
+    def pullback(q: Any, k: Any, v: Any, further: dict[str, Any]) -> Any:
+        if not repair:
+            all_keywords = further | keywords | options
+            *found, bad = _gradient_alone(kind, *map(turned, (q, k, v)), **all_keywords)
+            return *map(turned, found), bad
+        out, pull = jax.vjp(lambda *x: forward(*x, further), q, k, v)
+        return pull(q.astype(out.dtype))
 
     def operand(length: int, n: int) -> jax.ShapeDtypeStruct:
         shape = (batch, n, length, head_dim) if head_major else (batch, length, n, head_dim)
@@ -94,9 +96,7 @@ def attention(
     kv = (keys or queries, kv_heads or heads)
     args = (operand(queries, heads), operand(*kv), operand(*kv))
     further = {name: array(*x) for name, x in (arrays or {}).items()}
-    if gradient:
-        return (jax.grad(total, (0, 1, 2)) if repair else kernels), (*args, further)
-    return forward, (*args, further)
+    return pullback if gradient else forward, (*args, further)
 
 
 def _kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, Any]:
@@ -109,14 +109,15 @@ def _kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, An
     return call.unbatch(result.out), (result.lse, bad)
 
 
-def _gradient_alone(kind: str, *args: Any, **keywords: Any) -> Any:
-    """The output of the kernel's forward pass, and what its backward pass makes of that."""
+def _gradient_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, ...]:
+    """As `_kernel_alone`, the kernels' own pullback of the queries."""
     call = canonical(*args, **keywords)
-    plan = choose(keywords["implementation"], call.operands, call.mask, call.plan).plan
+    chosen = choose(keywords["implementation"], call.operands, call.mask, call.plan)
     module = importlib.import_module(f"pallas_kernels.{kind}")
-    result, bad = module.kernel(call.operands, call.mask, plan, wanted="residuals")
-    found = module.gradients(call.operands, call.mask, plan, result, result.out, None)
-    return result.out, bad, found
+    rest = call.operands, call.mask, chosen.plan
+    result, bad = module.kernel(*rest, wanted="residuals")
+    found = module.backward_kernel(*rest, result, call.operands.query, None)
+    return *(call.unbatch(x) for x in (found.query, found.key, found.value)), bad
 
 
 class Compiler:

@@ -29,7 +29,7 @@ from pallas_kernels._common import (
     shape_maker,
     without_arrays,
 )
-from pallas_kernels._gpu_backward import gradients
+from pallas_kernels._gpu_backward import gradients as backward_kernel
 from pallas_kernels._gpu_inputs import Inputs, Specs, block_specs, inputs_of, side
 from pallas_kernels._gpu_walk import PointerWalk, for_triton
 from pasa_jax.core import tile
@@ -96,7 +96,7 @@ def backward(
     d_lse: Array | None,
 ) -> Operands:
     """Cotangents of the operands; `repaired_backward` says when the lax walk computes them."""
-    return repaired_backward(gradients, operands, mask, plan, result, d_out, d_lse, "cuda")
+    return repaired_backward(backward_kernel, operands, mask, plan, result, d_out, d_lse, "cuda")
 
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tuple[Result, Array]:

@@ -19,11 +19,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _tpu_backward
 from pallas_kernels._common import (
     Outputs,
     narrowed,
     refusal,
     repaired,
+    repaired_backward,
     shape_maker,
     without_arrays,
 )
@@ -36,7 +38,6 @@ from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import MIB, find_target
-from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
 Ref = Any
@@ -98,15 +99,31 @@ def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Re
 
 def no_backward(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or the reason why the backward pass is left to the lax walk."""
-    return "it has none"
+    return _tpu_backward.refusal(operands, mask, plan, vmem(plan))
 
 
 def backward(
-    operands: Operands, mask: Mask, plan: Plan, result: Result, d_out: Array, d_lse: Array | None
+    operands: Operands,
+    mask: Mask,
+    plan: Plan,
+    result: Result,
+    d_out: Array,
+    d_lse: Array | None,
 ) -> Operands:
-    """The cotangents of the operands, by the lax walk."""
-    plan = plan.unproved if plan.storage is tile.Storage.BOUND else plan
-    return _lax.backward(operands, mask, plan, result, d_out, d_lse)
+    """Cotangents of the operands, as `repaired_backward` says."""
+    return repaired_backward(backward_kernel, operands, mask, plan, result, d_out, d_lse, "tpu")
+
+
+def backward_kernel(
+    operands: Operands,
+    mask: Mask,
+    plan: Plan,
+    result: Result,
+    d_out: Array,
+    d_lse: Array | None,
+) -> Operands:
+    """The kernel's own cotangents."""
+    return _tpu_backward.gradients(operands, mask, plan, result, d_out, d_lse, vmem(plan))
 
 
 def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tuple[Result, Array]:

@@ -134,29 +134,29 @@ class Mask:
     def query_range(self, start: Index, stop: Index, block_q: int) -> KeyRange:
         """The query tiles that see the keys [start, stop); of ints where start and stop are ints.
 
-        The mirror of `key_range`. A tile is full where each of its rows that is in use sees every
-        key; a key tile that ends beyond the last valid key is full for none.
+        The mirror of `key_range`: a query tile is full where each of its rows sees each key. A
+        tile that reaches beyond the last query, or keys beyond the last one, are partial.
         """
-        keys, rows = self.valid_keys(), self.valid_queries()
+        keys = self.valid_keys()
+        rows = self.valid_queries()
         lo, hi, full_lo, full_hi = 0, rows, 0, rows
         left, right = self._reach()
         place = self.offset()
-        last = minimum(stop, keys)
         if right is not None:
-            lo = maximum(0, start - place - right)
-            full_lo = maximum(0, stop - 1 - place - right)
+            lo = minimum(rows, maximum(0, start - place - right))
+            full_lo = minimum(rows, maximum(0, stop - 1 - place - right))
         if left is not None:
-            hi = minimum(rows, maximum(0, last - place + left))
-            full_hi = minimum(rows, maximum(0, start + 1 - place + left))
-        hi = where(start < keys, where(lo < hi, hi, 0), 0)  # keys of padding are not seen
+            hi = minimum(rows, maximum(0, minimum(stop, keys) - place + left))
+            full_hi = minimum(rows, maximum(0, start - place + left + 1))
+        hi = where((start < keys) & (lo < hi), hi, 0)
+        full_hi = where(stop <= keys, full_hi, 0)
         lo, hi = div(lo, block_q), div(hi + block_q - 1, block_q)
         lo = minimum(lo, hi)
         if self.data_dependent:
             return KeyRange(lo, lo, lo, hi)
-        full_hi = where(full_hi < rows, div(full_hi, block_q), hi)
-        full_hi = where(stop <= keys, full_hi, lo)
         full_lo = minimum(maximum(div(full_lo + block_q - 1, block_q), lo), hi)
-        return KeyRange(lo, full_lo, minimum(maximum(full_hi, full_lo), hi), hi)
+        full_hi = minimum(maximum(div(full_hi, block_q), full_lo), hi)
+        return KeyRange(lo, full_lo, full_hi, hi)
 
     def tile(self, i: int, j: int, schedule: Schedule) -> TileKind:
         """Whether tile (i, j) is skipped, needs the mask, or is seen in full.

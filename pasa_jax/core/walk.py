@@ -7,10 +7,10 @@ heads of one key head share a tile: its rows are stacked [G, positions].
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -142,48 +142,62 @@ class Walk(ABC):
 
         ``mask`` is [R, n] bool, or None where the rows see the whole tile.
         """
-        return self._over(self.key_range(start), functools.partial(self.seen, start), body, carry)
+        ends = self.mask.any_partial(self.block_kv)
+        return self._over(self.key_range(start), ends, partial(self.seen, start), body, carry)
 
-    def over_query_tiles(self, j: Index, body: Step, carry: Any) -> Any:
-        """Folds ``body(i, mask, carry)`` over the query tiles that see key tile j.
-
-        Query tile i starts at row i·``block_q``; ``mask`` is as in `over_keys`.
-        """
+    def query_range(self, j: Index) -> KeyRange:
         start = self.key_start(j)
-        r = self.mask.query_range(start, start + self.block_kv, self.block_q)
-        return self._over(r, lambda i: self.seen(i * self.block_q, j), body, carry)
+        return self.mask.query_range(start, start + self.block_kv, self.block_q)
+
+    def over_rows(self, j: Index, body: Step, carry: Any) -> Any:
+        """Folds ``body(i, mask, carry)`` over the query tiles that see keys of tile j.
+
+        ``mask`` is as in `over_keys`. Query tile i starts at i·block_q, and key tile j at j·n.
+        """
+
+        def seen(i: Index) -> Bool[Array, "R n"]:
+            return self.seen(i * self.block_q, j)
+
+        padded = self.mask.query_lengths is not None or self.mask.query_length % self.block_q != 0
+        ends = padded or self.mask.any_partial(self.block_kv)
+        return self._over(self.query_range(j), ends, seen, body, carry)
 
     def _over(
         self,
         r: KeyRange,
-        seen_of: Callable[[Index], Bool[Array, "R n"]],
+        ends: bool,
+        seen: Callable[[Index], Bool[Array, "R n"]],
         body: Step,
         carry: Any,
     ) -> Any:
-        """Folds ``body(j, mask, carry)`` over the tiles of r; ``seen_of(j)`` is a tile's mask."""
+        """Folds ``body(i, mask, carry)`` over the tiles of a range; seen(i) is a tile's mask.
+
+        Arguments:
+          ends: whether there may be partial tiles.
+        """
         carry, unroll = self.typed(carry), self.plan.schedule.unroll
 
-        def masked(j: Index, carry: Any) -> Any:
-            seen = seen_of(j)
+        def masked(i: Index, carry: Any) -> Any:
+            mask = seen(i)
             if not self.mask.data_dependent:
-                return body(j, seen, carry)
-            some = jnp.max(seen.astype(jnp.int32)) > 0  # Triton has no reduction of bools
-            return lax.cond(some, lambda c: body(j, seen, c), lambda c: c, carry)
+                return body(i, mask, carry)
+            some = jnp.max(mask.astype(jnp.int32)) > 0  # Triton has no reduction of bools
+            return lax.cond(some, lambda c: body(i, mask, c), lambda c: c, carry)
 
-        def full(j: Index, carry: Any) -> Any:
-            return body(j, None, carry)
+        def full(i: Index, carry: Any) -> Any:
+            return body(i, None, carry)
 
-        def partial(t: Index, carry: Any) -> Any:  # the partial tiles of both ends, in one loop
-            j = r.lo + t
-            return masked(where(j < r.full_lo, j, j - r.full_lo + r.full_hi), carry)
+        def of_ends(t: Index, carry: Any) -> Any:  # the partial tiles of both ends, in one loop
+            i = r.lo + t
+            return masked(where(i < r.full_lo, i, i - r.full_lo + r.full_hi), carry)
 
         if all(isinstance(x, int) for x in r) and r.hi - r.lo <= unroll:
-            for j in range(r.lo, r.hi):
-                carry = (full if r.full_lo <= j < r.full_hi else masked)(j, carry)
+            for i in range(r.lo, r.hi):
+                carry = (full if r.full_lo <= i < r.full_hi else masked)(i, carry)
             return carry
         carry = _loop(r.full_lo, r.full_hi, full, carry, unroll)
-        if self.mask.any_partial(self.block_kv):
-            carry = _loop(0, r.full_lo - r.lo + r.hi - r.full_hi, partial, carry)
+        if ends:
+            carry = _loop(0, r.full_lo - r.lo + r.hi - r.full_hi, of_ends, carry)
         return carry
 
     # One query tile.
@@ -198,7 +212,7 @@ class Walk(ABC):
     ) -> tuple[tile.State, Array]:
         """``carry`` after the key tiles that the rows see."""
 
-        return self.over_keys(start, functools.partial(self.fold, start, query), carry)
+        return self.over_keys(start, partial(self.fold, start, query), carry)
 
     def fold(
         self,

@@ -1,7 +1,7 @@
 """`Mask`: the kind of each tile against the mask itself, element by element."""
 
-import dataclasses
 import itertools
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +47,35 @@ def test_tile_kinds(t, s, block_q, block_kv, keywords):
             assert kind == "full"
 
 
+@pytest.mark.parametrize("lengths", [None, (25, 30), (40, 17), (0, 9), (12, 0)])
+@pytest.mark.parametrize("keywords", KEYWORDS)
+@pytest.mark.parametrize(("t", "s"), SHAPES[:3])
+@pytest.mark.parametrize(("block_q", "block_kv"), [(8, 16), (16, 8), (13, 7), (64, 64)])
+def test_query_tiles_of_keys(t, s, block_q, block_kv, keywords, lengths):
+    """Exactly the tiles that show something are visited, and those seen whole are full."""
+    mask = Mask(query_length=t, key_length=s, **keywords)
+    names = {"window": "local_window_size"}
+    call = {names.get(k, k): v for k, v in keywords.items()}
+    if lengths is not None:
+        queries, keys = min(lengths[0], t), min(lengths[1], s)
+        mask = replace(mask, query_lengths=jnp.int32(queries), key_lengths=jnp.int32(keys))
+        call["query_seq_lengths"], call["key_value_seq_lengths"] = [queries], [keys]
+    seen = np.broadcast_to(visible(1, t, s, {}, call)[0, 0], (t, s))
+    for start in range(0, s, block_kv):
+        r = mask.query_range(start, start + block_kv, block_q)
+        if lengths is None:
+            assert all(isinstance(x, int) for x in r)
+        lo, full_lo, full_hi, hi = map(int, r)
+        assert lo <= full_lo <= full_hi <= hi
+        for i in range(-(-t // block_q)):
+            shown = seen[i * block_q : (i + 1) * block_q, start : start + block_kv]
+            whole = shown.all() and shown.shape == (block_q, block_kv)
+            assert shown.any() <= (lo <= i < hi)
+            assert (full_lo <= i < full_hi) == whole
+            if "window" not in keywords:  # whose band may pass between two tiles' corners
+                assert shown.any() == (lo <= i < hi)
+
+
 def test_lengths_and_segments_leave_no_tile_full_by_place():
     ids = jnp.zeros((64,), jnp.int32)
     mask = Mask(query_length=64, key_length=64, query_segments=ids, key_segments=ids)
@@ -73,38 +102,6 @@ def test_visible_keys():
 def test_unknown_alignment():
     with pytest.raises(ValueError, match="`causal_alignment` must be one of 'top_left'"):
         Mask(query_length=1, key_length=1, causal_alignment="left")
-
-
-@pytest.mark.parametrize("keywords", KEYWORDS)
-@pytest.mark.parametrize(("t", "s"), SHAPES)
-@pytest.mark.parametrize(("block_q", "block_kv"), [(8, 16), (16, 8), (13, 7), (64, 64)])
-@pytest.mark.parametrize("lengths", [None, (30, 25), (20, 33)])
-def test_query_range(t, s, block_q, block_kv, keywords, lengths):
-    """The query tiles of each key tile, against the mask itself."""
-    mask = Mask(query_length=t, key_length=s, **keywords)
-    names = {"window": "local_window_size"}
-    call = {names.get(k, k): v for k, v in keywords.items()}
-    rows = t
-    if lengths is not None:
-        rows, keys = min(lengths[0], t), min(lengths[1], s)
-        mask = dataclasses.replace(mask, query_lengths=jnp.int32(rows), key_lengths=jnp.int32(keys))
-        call |= {"query_seq_lengths": np.array([rows]), "key_value_seq_lengths": np.array([keys])}
-    seen = np.broadcast_to(visible(1, t, s, {}, call)[0, 0], (t, s))
-    for j in range(-(-s // block_kv)):
-        r = mask.query_range(j * block_kv, (j + 1) * block_kv, block_q)
-        assert lengths is not None or all(isinstance(x, int) for x in r)
-        lo, full_lo, full_hi, hi = (int(x) for x in r)
-        assert 0 <= lo <= full_lo <= full_hi <= hi <= -(-t // block_q)
-        columns = seen[:, j * block_kv : (j + 1) * block_kv]
-        complete = columns.shape[1] == block_kv
-        for i in range(-(-t // block_q)):
-            whole = columns[i * block_q : min((i + 1) * block_q, rows)]
-            if full_lo <= i < full_hi:
-                assert whole.all()
-                assert complete
-            else:  # no tile is visited, or masked, for nothing
-                assert whole.any() == (lo <= i < hi)
-                assert not (whole.size and whole.all() and complete)
 
 
 def test_query_range_leaves_no_tile_full_by_place_where_segments_hide():

@@ -23,7 +23,7 @@ from pasa_jax.core.tile.bounds import (
 )
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile, key_tile, mean_key, query_tile
 from pasa_jax.core.tile.numerics import Dialect, Numerics, Storage, lowest, wide_type
-from pasa_jax.core.tile.reverse import TileGradients, gradients
+from pasa_jax.core.tile.reverse import TileGradients, gradients, reverse
 from pasa_jax.core.tile.softmax import probabilities, running_maximum, update
 from pasa_jax.core.tile.state import (
     State,
@@ -66,6 +66,7 @@ __all__ = [
     "probabilities",
     "query_tile",
     "reference",
+    "reverse",
     "rounded",
     "row_bounds",
     "running_maximum",

@@ -66,6 +66,27 @@ def gradients(
         largest = 2 if numerics.dialect.whole_maximum else 1
         share = jnp.minimum(share, jnp.full_like(share, largest))
     p = p * beside(jnp.where(seen, share, jnp.zeros_like(share)))
+    return reverse(p, s, key, q, k, d_out, delta, numerics, kept)
+
+
+def reverse(
+    p: Float[Array, "R n"],
+    s: Scores,
+    key: KeyTile,
+    q: Float[Array, "R D"],
+    k: Float[Array, "n D"],
+    d_out: Float[Array, "R E"],
+    delta: Float[Array, "R 1"],
+    numerics: Numerics,
+    kept: Bool[Array, "R n"] | None = None,
+) -> TileGradients:
+    """The reverse of one tile from its probabilities p [R, n], which sum to one over all tiles.
+
+    Arguments:
+      p: in the product's type.
+      q, k, d_out, delta, kept: as in `gradients`.
+    """
+    wide = numerics.product
     # float16 may not hold the gradients, whose range depends on the loss: they stay in float32.
     operand = wide if q.dtype == jnp.float16 else q.dtype
     of_wide = (

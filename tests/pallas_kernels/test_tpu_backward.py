@@ -1,0 +1,178 @@
+"""The TPU's backward pass: against float64, and against the lax walk from the same residuals."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import tpu
+from pasa_jax import Schedule, dot_product_attention
+from pasa_jax.call.api import canonical
+from pasa_jax.call.backends import choose
+from pasa_jax.implementations import lax
+from tests.cases import CASES, Case
+from tests.pallas_kernels.test_tpu import LARGE
+from tests.pasa_jax.test_gradients import float64_gradients, loss_of, relative
+from tests.thin import only
+
+TILES = Schedule(block_q=128, block_kv=128, target="tpu_v6e")
+SMALL = dataclasses.replace(TILES, block_q=32, block_kv=16)
+OPTIONS = {"implementation": "pallas_tpu", "interpret": True, "schedule": TILES}
+INTERPRETED = pytest.mark.usefixtures("tpu_interpreter")
+# The kernel has no gradient of a bias.
+MANY_TILES = {name: case for name, case in LARGE.items() if case.bias is None} | {
+    "full, odd lengths": Case(b=2, t=150, s=200, n=2, k=1),
+    "bottom right, lengths": Case(
+        t=200,
+        s=300,
+        keywords={
+            "query_seq_lengths": np.asarray([130, 200], np.int32),
+            "key_value_seq_lengths": np.asarray([290, 0], np.int32),
+            "is_causal": True,
+            "causal_alignment": "bottom_right",
+        },
+    ),
+    "soft cap, sinks": Case(
+        b=1,
+        t=200,
+        s=150,
+        keywords={"logits_soft_cap": 5.0, "sinks": np.asarray([0.5, -1, 2, 30], np.float32)},
+    ),
+}
+
+
+def gradients(case, dtype, **options):
+    arrays = case.arrays(dtype)
+    loss, operands = loss_of(case, arrays, **OPTIONS | options)
+    return jax.jit(jax.grad(loss))(operands), float64_gradients(case, arrays)
+
+
+def both(case, dtype, **options):
+    """The arguments of both backward passes, and what `float64_gradients` takes.
+
+    The result is that of the lax walk in the kernel's plan: the guard's units are 1 for such data.
+    """
+    arrays = case.arrays(dtype)
+    call = canonical(**arrays, **case.keywords, **OPTIONS | options)
+    plan = choose("pallas_tpu", call.operands, call.mask, call.plan).plan
+    result = jax.jit(lambda o: lax.forward(o, call.mask, plan, wanted="residuals"))(call.operands)
+    result = result._replace(by_lax=jnp.bool_(False))
+    rng = np.random.default_rng(3)  # the cotangents of `loss_of`
+    d_out = jnp.asarray(rng.standard_normal(result.out.shape), jnp.float32).astype(dtype)
+    d_lse = jnp.asarray(rng.standard_normal(result.lse.shape), jnp.float32)
+    return (call.operands, call.mask, plan, result, d_out, d_lse), arrays
+
+
+def check_many_tiles(name):
+    call, arrays = both(MANY_TILES[name], "float32")
+    found = tpu.backward_kernel(*call)
+    for argument, true in float64_gradients(MANY_TILES[name], arrays).items():
+        assert relative(getattr(found, argument), true) < 2e-5, argument
+
+
+@INTERPRETED
+@pytest.mark.parametrize("name", only(["many tiles", "bottom right, lengths"], MANY_TILES))
+def test_many_tiles_against_float64(name):
+    check_many_tiles(name)
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    "name",
+    only(
+        ["lengths, bottom right", "sinks"],
+        [
+            *("one query", "one key", "multi-query", "bottom right, fewer keys", "window"),
+            *("lengths", "lengths, bottom right", "no key at all", "mask", "mask of keys"),
+            *("segments, causal", "soft cap, causal, biased", "sinks", "negative scale"),
+        ],
+    ),
+)
+def test_named_cases_against_float64(name):
+    case = CASES[name]
+    tiled = case.mask or "segment_ids" in case.keywords
+    found, true = gradients(case, "float32", schedule=TILES if tiled else SMALL)
+    for argument in true:
+        assert relative(found[argument], true[argument]) < 2e-5, argument
+
+
+def rms(found, true):
+    found = np.asarray(found, np.float64)
+    return np.sqrt(np.mean((found - true) ** 2) / np.mean(true**2))
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    ("dtype", "shift"),
+    [
+        pytest.param(dtype, shift, marks=() if shift == "reference" else pytest.mark.full)
+        for dtype in ("bfloat16", "float16")
+        for shift in ("reference", "none", "mean", "mean_past")
+    ],
+)
+def test_errs_no_more_than_the_lax_walk(dtype, shift):
+    case = Case(b=1, t=200, s=200, n=2, k=1, d=64, e=64, offset=4, keywords={"is_causal": True})
+    call, arrays = both(case, dtype, shift=shift)
+    found, by_lax = tpu.backward(*call), jax.jit(lax.backward, static_argnums=2)(*call)
+    for argument, true in float64_gradients(case, arrays).items():
+        if argument != "scale":  # one number, in which errors cancel by chance
+            ours, theirs = (rms(getattr(x, argument), true) for x in (found, by_lax))
+            assert ours < 1.2 * theirs, (argument, ours, theirs)
+    assert any(np.any(a != b) for a, b in zip(found[:3], by_lax[:3], strict=True))
+
+
+@INTERPRETED
+def test_what_the_lax_walk_computed_it_also_reverses():
+    """Its m may be divided by the guard's 2^e, which the kernel does not know."""
+    case = Case(b=1, t=20, s=30, n=1, k=1, d=16, e=16)
+    (operands, mask, plan, _, *cotangents), _ = both(case, "float32", scale=1e37)
+    result = tpu.forward(operands, mask, plan, wanted="residuals")
+    assert bool(result.by_lax)
+    found = tpu.backward(operands, mask, plan, result, *cotangents)
+    by_lax = lax.backward(operands, mask, plan, result, *cotangents)
+    for name in ("query", "key", "value"):
+        true = getattr(by_lax, name)
+        assert np.any(true != 0)
+        np.testing.assert_allclose(getattr(found, name), true, rtol=1e-5)
+
+
+@INTERPRETED
+def test_what_a_masked_key_holds_does_not_matter():
+    """Not even in a tile that the forward pass, whose tiles are smaller, does not visit."""
+    arrays = Case(b=1, t=20, s=200, n=1, k=1, d=16, e=16).arrays("float32")
+    lengths = {"key_value_seq_lengths": jnp.asarray([100], jnp.int32)}
+
+    def grad(arrays):
+        def loss(arrays):
+            return jnp.sum(jnp.sin(dot_product_attention(**arrays, **lengths, **OPTIONS)))
+
+        return jax.jit(jax.grad(loss))(arrays)
+
+    clean = grad(arrays)
+    for name in ("key", "value"):
+        arrays[name] = arrays[name].at[0, 100:].set(jnp.nan)
+    for name, found in grad(arrays).items():
+        np.testing.assert_allclose(found, clean[name], atol=1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("two_tpu_cores")
+def test_two_cores_write_no_place_twice():
+    check_many_tiles("full, odd lengths")
+
+
+class TestChoice:
+    def reason(self, shape, **arrays):
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        call = canonical(x, x, x, **arrays, **OPTIONS)
+        plan = choose("pallas_tpu", call.operands, call.mask, call.plan).plan
+        return tpu.no_backward(call.operands, call.mask, plan)
+
+    def test_a_bias_is_left_to_lax(self):
+        bias = jnp.zeros((1, 1, 1, 128), jnp.float32)
+        assert self.reason((1, 128, 1, 16), bias=bias) == "it has no gradient of a bias"
+
+    def test_heads_too_long_for_the_memory(self):
+        assert "bytes of VMEM" in self.reason((1, 2**15, 1, 128))
