@@ -61,7 +61,8 @@ class Gradients(NamedTuple):
         dtype = jnp.dtype(jnp.float32) if x.query.dtype == jnp.uint16 else x.query.dtype
         b, kv_heads, _, d = x.key.shape
         scale = shape((b, kv_heads, sizes.key_tiles, 1, d), jnp.float32)
-        return Gradients(*(shape(a.shape, dtype) for a in (x.query, x.key, x.value)), scale)
+        query, key, value = (shape(a.shape, dtype) for a in (x.query, x.key, x.value))
+        return Gradients(query, key, value, scale)
 
     def operands(self, like: Operands) -> Operands:
         """As the user lays them out; bias and sinks have none here."""
@@ -197,9 +198,7 @@ class Sizes:
         return pl.BlockSpec(block, lambda b, h, j: (b, h, self.last_first(j), 0))
 
 
-def inputs_of(
-    o: Operands, mask: Mask, result: Result, d_out: Array, d_lse: Array | None
-) -> Inputs:
+def inputs_of(o: Operands, mask: Mask, result: Result, d_out: Array, d_lse: Array | None) -> Inputs:
     """The arrays of a call as the kernel takes them."""
     heads = o.key.shape[2]
 

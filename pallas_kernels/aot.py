@@ -84,10 +84,11 @@ def attention(
     def pullback(q: Any, k: Any, v: Any, further: dict[str, Any]) -> Any:
         if not repair:
             all_keywords = further | keywords | options
-            *found, bad = _gradient_alone(kind, *map(turned, (q, k, v)), **all_keywords)
-            return *map(turned, found), bad
+            operands = (turned(x) for x in (q, k, v))
+            d_q, d_k, d_v, bad = _gradient_alone(kind, *operands, **all_keywords)
+            return turned(d_q), turned(d_k), turned(d_v), bad
         out, pull = jax.vjp(lambda *x: forward(*x, further), q, k, v)
-        return pull(jax.tree.map(lambda x: q.astype(x.dtype) if x.ndim == 4 else x, out))
+        return pull(q.astype(out.dtype))
 
     def operand(length: int, n: int) -> jax.ShapeDtypeStruct:
         shape = (batch, n, length, head_dim) if head_major else (batch, length, n, head_dim)
