@@ -157,8 +157,6 @@ def _tokamax(chip: str, case: Case) -> Arguments:
 
 def _ours(**options: Any) -> Callable[[str, Case], Arguments]:
     def arguments(chip: str, case: Case) -> Arguments:
-        if case.gradient:  # the backward pass is a loop, which is counted once
-            return
         tuned = Schedule.for_target(
             chip,
             head_dim=case.size,
@@ -174,6 +172,7 @@ def _ours(**options: Any) -> Callable[[str, Case], Arguments]:
             "head_dim": case.size,
             "is_causal": case.causal,
             "head_major": case.head_major,
+            "gradient": case.gradient,
             "repair": False,
             **window,
             **options,

@@ -92,7 +92,7 @@ def gradients(
         out_shape=Gradients.of(inputs, sizes, shape),
         scratch_shapes=[
             pltpu.VMEM((sizes.groups, sizes.rows, inputs.query.shape[-1]), jnp.float32),
-            pltpu.VMEM((sizes.groups, sizes.rows, _Columns.width()), jnp.float32),
+            pltpu.VMEM((sizes.groups, sizes.rows, 8), jnp.float32),
             pltpu.VMEM((1, inputs.query.shape[-1]), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -151,8 +151,14 @@ class _Columns(NamedTuple):
     total: Array  # Σ dS over the keys, which is known without them
 
     @staticmethod
-    def width() -> int:
-        return len(_Columns._fields)
+    def of(x: Array) -> _Columns:
+        """The columns that stand side by side in x [R, 8]."""
+        return _Columns(*(x[:, c : c + 1] for c in range(len(_Columns._fields))))
+
+
+def _put_column(x: Array, c: int, column: Array) -> Array:
+    """x [R, 8] with ``column`` [R, 1] in the place of column c."""
+    return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) == c, column, x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +166,7 @@ class _BackwardWalk(Walk):
     """One program: the rows are those of the whole head, the keys those of one tile."""
 
     refs: Inputs
-    columns: Ref  # [G, T, 4]
+    columns: Ref  # [G, T, 8], see `_Columns`
     kappa: Ref  # [1, D] a mean key, see `begin_head`
     sizes: Sizes
     head: Index
@@ -197,13 +203,23 @@ class _BackwardWalk(Walk):
         x = from_bits(ref[(*lead, slice(None), pl.ds(start, self.block_q))])
         return x.reshape(-1, x.shape[-1])
 
+    @property
+    def padded(self) -> bool:
+        """Whether some rows are padding."""
+        short = self.mask.query_length % self.block_q != 0
+        return short or self.mask.query_lengths is not None
+
     def used(self, x: Array, start: Index) -> Array:
         """Rows x [R, …], zeros where they are padding."""
-        padded = self.mask.query_length % self.block_q or self.mask.query_lengths is not None
-        return tile.zero_unusable(x, self.in_use(start)) if padded else x
+        return tile.zero_unusable(x, self.in_use(start)) if self.padded else x
 
     def in_use(self, start: Index) -> Bool[Array, "R 1"]:
-        return super().in_use(start) & (self.positions(start) < self.mask.query_length)
+        return self.positions(start) < self._rows_in_use
+
+    @property
+    def _rows_in_use(self) -> Index:
+        length = self.mask.query_lengths
+        return self.mask.query_length if length is None else length
 
     def seen(self, start: Index, j: Index) -> Bool[Array, "R n"]:
         seen = super().seen(start, j)
@@ -280,16 +296,28 @@ class _BackwardWalk(Walk):
         for g in range(self.groups):
             statistics = self._statistics(g)
             for i in range(self.sizes.query_tiles):
-                at = slice(i * self.block_q, (i + 1) * self.block_q)
+                start = i * self.block_q
+                at = slice(start, start + self.block_q)
                 d_o, out, rest = (
                     from_bits(x[0, 0, g, at]).astype(jnp.float32)
                     for x in (self.refs.d_out, self.refs.out, self.refs.remainder)
                 )
-                m, share, d_lse, sink = (statistics[at, c : c + 1] for c in range(4))
-                delta = jnp.sum(d_o * (out + rest), axis=1, keepdims=True) - d_lse
-                delta = jnp.where(share != 0, delta, jnp.zeros_like(delta))
-                for c, x in enumerate(_Columns(m, share, delta, d_lse + sink * delta)):
-                    self.columns[g, at, c : c + 1] = x
+                found = statistics[at]
+                delta = jnp.sum(d_o * (out + rest), axis=1, keepdims=True)
+                if self.refs.d_lse is not None:
+                    delta = delta - found[:, 2:3]
+                if self.padded:
+                    used = self.positions(start)[: self.block_q] < self._rows_in_use
+                    delta = tile.zero_unusable(delta, used)
+                if self.adds_mean:
+                    total = found[:, 2:3] + found[:, 3:4] * delta
+                    found = _put_column(found, 3, total)
+                self.columns[g, at] = _put_column(found, 2, delta)
+
+    @property
+    def adds_mean(self) -> bool:
+        """Whether Σ dS may be other than 0."""
+        return self.refs.d_lse is not None or self.refs.sinks is not None
 
     def _mean_key(self) -> Float[Array, "1 D"]:
         """The mean of the first keys; 0 under a soft cap, whose slopes make Σ dS unknown."""
@@ -310,9 +338,7 @@ class _BackwardWalk(Walk):
         shape = (1, self.sizes.rows)
         m, l = self.refs.m[0, 0, g], self.refs.l[0, 0, g]  # noqa: E741
         position = lax.broadcasted_iota(jnp.int32, shape, 1)
-        length = self.mask.query_lengths
-        live = (l != 0) & (m != tile.lowest(m.dtype)) & (position < self.mask.query_length)
-        live = live if length is None else live & (position < length)
+        live = (l != 0) & (m != tile.lowest(m.dtype)) & (position < self._rows_in_use)
         m = jnp.where(live, m, jnp.full_like(m, _LARGEST))
         l = jnp.where(live, l, jnp.ones_like(l))  # noqa: E741
         rows = [m, 1 / l]
@@ -327,10 +353,9 @@ class _BackwardWalk(Walk):
         return found.T
 
     def end_head(self, d_query: Ref, outs: Gradients) -> None:
-        adds_mean = self.refs.d_lse is not None or self.refs.sinks is not None
         for i in range(self.sizes.query_tiles):
             start = i * self.block_q
-            if adds_mean:
+            if self.adds_mean:
                 self._add_mean(start, d_query, outs)
             at = slice(start, start + self.block_q)
             outs.query[0, 0, :, at] = (d_query[:, at] * self.refs.scale[0]).astype(outs.query.dtype)
@@ -338,7 +363,7 @@ class _BackwardWalk(Walk):
     def _add_mean(self, start: int, d_query: Ref, outs: Gradients) -> None:
         """Adds κ·Σ dS to the gradient of a query tile, and its part to that of the scale."""
         at = (slice(None), slice(start, start + self.block_q))
-        added = self.rows(self.columns, start)[:, 3:4] * self.kappa[...]
+        added = _Columns.of(self.rows(self.columns, start)).total * self.kappa[...]
         d_query[at] += added.reshape(self.groups, self.block_q, -1)
         q = self.used(self.rows(self.refs.query, start), start).astype(jnp.float32)
         outs.scale[0, 0, 0] += jnp.sum(added * q, axis=0, keepdims=True)
@@ -352,8 +377,7 @@ class _BackwardWalk(Walk):
 
         def step(i: Index, seen: Array | None, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             start = i * self.block_q
-            columns = self.rows(self.columns, start)
-            row = _Columns(*(columns[:, c : c + 1] for c in range(_Columns.width())))
+            row = _Columns.of(self.rows(self.columns, start))
             query = self.query(start)._replace(reference=row.m)
             bias = self.bias(start, j)
             s = tile.scores(query, key, nothing, seen, bias, self.numerics, with_slope=True)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,10 @@ def attention(
     def pullback(q: Any, k: Any, v: Any, further: dict[str, Any]) -> Any:
         if not repair:
             all_keywords = further | keywords | options
-            *found, bad = _gradient_alone(kind, *map(turned, (q, k, v)), **all_keywords)
-            return *map(turned, found), bad
-        out, pull = jax.vjp(lambda *x: forward(*x, further), q, k, v)
+            operands = (turned(q), turned(k), turned(v))
+            *found, bad = _gradient_alone(kind, *operands, **all_keywords)
+            return [turned(x) for x in found], bad
+        out, pull = jax.vjp(partial(forward, further=further), q, k, v)
         return pull(q.astype(out.dtype))
 
     def operand(length: int, n: int) -> jax.ShapeDtypeStruct:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from pasa_jax.call.differentiation import Backward, Core, differentiable_attention
 from pasa_jax.core.errors import BackendUnsupported, check_choice, wrong
+from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
@@ -130,7 +131,9 @@ class Pallas(Backend):
 
         def elsewhere(operands: Operands, mask: Mask) -> Result:
             result = _lax.forward(operands, mask, plan, wanted=wanted)
-            return result._replace(by_lax=jnp.bool_(True)) if wanted == "residuals" else result
+            if wanted != "residuals":
+                return result
+            return result._replace(by_lax=varying(jnp.bool_(True), (operands, mask)))
 
         return self._where_compiled(kernel, elsewhere, operands, mask)
 

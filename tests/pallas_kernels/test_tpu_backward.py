@@ -164,15 +164,19 @@ def test_two_cores_write_no_place_twice():
 
 
 class TestChoice:
-    def reason(self, shape, **arrays):
-        x = jax.ShapeDtypeStruct(shape, jnp.float32)
-        call = canonical(x, x, x, **arrays, **OPTIONS)
+    def test_a_short_call_is_not(self):
+        assert self.reason(8) is None
+
+    def reason(self, length, bias=None):
+        x = jnp.zeros((1, 8, 1, 128), jnp.float32)
+        call = canonical(x, x, x, bias=bias, **OPTIONS)
         plan = choose("pallas_tpu", call.operands, call.mask, call.plan).plan
-        return tpu.no_backward(call.operands, call.mask, plan)
+        longer = call.operands._replace(query=jax.ShapeDtypeStruct((1, length, 1, 128), x.dtype))
+        return tpu.no_backward(longer, call.mask, plan)
 
     def test_a_bias_is_left_to_lax(self):
-        bias = jnp.zeros((1, 1, 1, 128), jnp.float32)
-        assert self.reason((1, 128, 1, 16), bias=bias) == "it has no gradient of a bias"
+        bias = jnp.zeros((1, 1, 1, 8), jnp.float32)
+        assert self.reason(8, bias) == "it has no gradient of a bias"
 
     def test_heads_too_long_for_the_memory(self):
-        assert "bytes of VMEM" in self.reason((1, 2**15, 1, 128))
+        assert "bytes of VMEM" in self.reason(2**15)
