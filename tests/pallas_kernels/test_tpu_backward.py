@@ -73,7 +73,7 @@ def check_many_tiles(name):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("name", only(["many tiles", "bottom right, lengths"], MANY_TILES))
+@pytest.mark.parametrize("name", only(["bottom right, lengths"], MANY_TILES))
 def test_many_tiles_against_float64(name):
     check_many_tiles(name)
 
@@ -82,7 +82,7 @@ def test_many_tiles_against_float64(name):
 @pytest.mark.parametrize(
     "name",
     only(
-        ["lengths, bottom right", "sinks"],
+        ["sinks"],
         [
             *("one query", "one key", "multi-query", "bottom right, fewer keys", "window"),
             *("lengths", "lengths, bottom right", "no key at all", "mask", "mask of keys"),
@@ -104,14 +104,8 @@ def rms(found, true):
 
 
 @INTERPRETED
-@pytest.mark.parametrize(
-    ("dtype", "shift"),
-    [
-        pytest.param(dtype, shift, marks=() if shift == "reference" else pytest.mark.full)
-        for dtype in ("bfloat16", "float16")
-        for shift in ("reference", "none", "mean", "mean_past")
-    ],
-)
+@pytest.mark.parametrize("shift", only(["reference"], ["reference", "none", "mean", "mean_past"]))
+@pytest.mark.parametrize("dtype", only(["bfloat16"], ["bfloat16", "float16"]))
 def test_errs_no_more_than_the_lax_walk(dtype, shift):
     case = Case(b=1, t=200, s=200, n=2, k=1, d=64, e=64, offset=4, keywords={"is_causal": True})
     call, arrays = both(case, dtype, shift=shift)
