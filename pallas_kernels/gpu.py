@@ -1,7 +1,7 @@
-"""Attention as Pallas kernels for NVIDIA GPUs, through Triton: the forward pass, and the choice of
-`_gpu_backward`.
+"""Attention as Pallas kernels for NVIDIA GPUs, through Triton; `_gpu_backward` is the gradient.
 
-Only this module and those named `_gpu_…` use Triton: JAX has deprecated it since 0.11 in favour of Mosaic
+Only this module and the `_gpu_` modules use Triton: JAX has deprecated it since 0.11 in favour of
+Mosaic
 GPU. A program of the grid (query tile, head, batch) reads its tiles out of the arrays as the user
 laid them out, [B, L, N, D], and folds them with the tile functions and the walk of `pasa_jax`.
 

@@ -134,8 +134,7 @@ class Mask:
     def query_range(self, start: Index, stop: Index, block_q: int) -> KeyRange:
         """The query tiles that see the keys [start, stop); of ints where start and stop are ints.
 
-        The mirror of `key_range`. A tile is full where each of its rows that is in use sees every
-        key; a key tile that ends beyond the last valid key is full for none.
+        A tile is full where each row in use sees every key: none, if keys end before ``stop``.
         """
         keys, rows = self._valid_keys(), self._valid_queries()
         lo, hi, full_lo, full_hi = 0, rows, 0, rows
