@@ -19,7 +19,7 @@ OURS = {"implementation": "pallas_gpu", "interpret": True, "schedule": TILES}
 LAX = {"implementation": "lax", "schedule": TILES}
 HALF = Precision(scores="float16", probabilities="float16", products="float16")
 OF_SUMS = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}  # as lax's in test_gradients
-EPS = {"float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}
+FLOOR = {"float32": 2**-24, "float16": 2**-12, "bfloat16": 2**-9}
 
 
 def gradients(case, arrays, **options):
@@ -44,7 +44,7 @@ def check(case, dtype, **options):
         if name in ("scale", "sinks"):
             assert found < OF_SUMS[dtype], name
         else:
-            assert found <= 1.2 * error(theirs[name], exact) + EPS[dtype] / 2, name
+            assert found <= 1.2 * error(theirs[name], exact) + FLOOR[dtype], name
 
 
 CALLS = [
