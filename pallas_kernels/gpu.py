@@ -1,8 +1,9 @@
-"""The forward pass as a Pallas kernel for NVIDIA GPUs, through Triton.
+"""Attention as Pallas kernels for NVIDIA GPUs, through Triton; `_gpu_backward` is the gradient.
 
-Only this module and `_gpu_walk` use Triton: JAX has deprecated it since 0.11 in favour of Mosaic
-GPU. A program of the grid (query tile, head, batch) reads its tiles out of the arrays as the user
-laid them out, [B, L, N, D], and folds them with the tile functions and the walk of `pasa_jax`.
+Only this module and the `_gpu_` modules use Triton: JAX has deprecated it since 0.11 in favour of
+Mosaic GPU. A program of the grid (query tile, head, batch) reads its tiles out of the arrays as
+the user laid them out, [B, L, N, D], and folds them with the tile functions and the walk of
+`pasa_jax`.
 
 What a kernel would repeat for every query tile is done once before it: `mean` is taken off the
 keys, and with float16 products the guard's powers of two are computed. With float32 products the

@@ -18,7 +18,8 @@ TILES = Schedule(block_q=32, block_kv=16, target="h100")
 OURS = {"implementation": "pallas_gpu", "interpret": True, "schedule": TILES}
 LAX = {"implementation": "lax", "schedule": TILES}
 HALF = Precision(scores="float16", probabilities="float16", products="float16")
-EPS = {"float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}
+OF_SUMS = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}  # as lax's in test_gradients
+FLOOR = {"float32": 2**-24, "float16": 2**-12, "bfloat16": 2**-9}
 
 
 def gradients(case, arrays, **options):
@@ -34,16 +35,16 @@ def error(found, true):
 
 def check(case, dtype, **options):
     """Errors are at most 1.2 times those of lax, and a floor; sums over a whole array, whose errors
-    are chance, a few roundings."""
+    are chance, at most what lax's may be."""
     arrays = case.arrays(dtype)
     true = float64_gradients(case, arrays)
     ours, theirs = (gradients(case, arrays, **x, **options) for x in (OURS, LAX))
     for name, exact in true.items():
         found = error(ours[name], exact)
         if name in ("scale", "sinks"):
-            assert found < 20 * EPS[dtype], name
+            assert found < OF_SUMS[dtype], name
         else:
-            assert found <= 1.2 * error(theirs[name], exact) + EPS[dtype] / 2, name
+            assert found <= 1.2 * error(theirs[name], exact) + FLOOR[dtype], name
 
 
 CALLS = [
