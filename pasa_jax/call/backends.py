@@ -23,6 +23,7 @@ from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import Target, find_target
+from pasa_jax.core.tile import Storage
 from pasa_jax.implementations import lax as _lax
 from pasa_jax.implementations import reference
 
@@ -84,6 +85,14 @@ class Lax(Backend):
         )
 
 
+def _backward_by_lax(
+    operands: Operands, mask: Mask, plan: Plan, result: Result, d_out: Array, d_lse: Array | None
+) -> Operands:
+    """The lax walk's backward pass of a kernel's result; it needs no proof of a bound."""
+    plan = plan.unproved if plan.storage is Storage.BOUND else plan
+    return _lax.backward(operands, mask, plan, result, d_out, d_lse)
+
+
 @dataclass(frozen=True)
 class Pallas(Backend):
     """The Pallas kernels for the chips of one kind.
@@ -118,7 +127,7 @@ class Pallas(Backend):
         own = self._module.no_backward(operands, mask, plan) is None
         if anywhere and not plan.interpret:
             forward, backward = self._forward_or_lax, self._backward_or_lax
-        backward = backward if own else _lax.backward
+        backward = backward if own else _backward_by_lax
         return differentiable_attention(Core(forward, backward, plan, lse), operands, mask)
 
     def _forward_or_lax(
@@ -151,7 +160,7 @@ class Pallas(Backend):
         def of(backward: Backward) -> Callable[..., Operands]:
             return lambda operands, mask, *rest: backward(operands, mask, plan, *rest)
 
-        choices = (of(self._module.backward), of(_lax.backward))
+        choices = (of(self._module.backward), of(_backward_by_lax))
         return self._where_compiled(*choices, operands, mask, result, d_out, d_lse)
 
     def _where_compiled(self, kernel: Any, elsewhere: Any, *arguments: Any) -> Any:
