@@ -211,8 +211,8 @@ def repaired_backward(
 
     def again(carry: tuple[Array, Operands]) -> tuple[Array, Operands]:
         del carry
-        again = _lax.backward(operands, mask, _repairing(plan), result, d_out, d_lse)
-        return varying((jnp.zeros_like(bad), again), (operands, mask, d_out))
+        guarded = _lax.backward(operands, mask, _repairing(plan), result, d_out, d_lse)
+        return varying((jnp.zeros_like(bad), guarded), (operands, mask, d_out))
 
     start = varying((bad, found), (operands, mask, d_out))
     return lax.while_loop(lambda carry: carry[0], again, start)[1]

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._common import bound, shape_maker, without_arrays
 from pallas_kernels._float16 import from_bits
 from pallas_kernels._tpu_backward_blocks import Gradients, Inputs, Sizes, inputs_of
+from pallas_kernels._tpu_walk import STRAIGHT_SCORES
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, KeyRange, Mask
 from pasa_jax.core.operands import Operands, Result
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 Array = jax.Array
 Ref = Any
 
-# How many scores the straight-line bodies of one kernel may compute: they cost compile time.
-_STRAIGHT_SCORES = 12 * 1024 * 1024
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
@@ -195,7 +194,7 @@ class _BackwardWalk(Walk):
             return range(0)
         tiles = sum(r.hi - r.lo for r in ranges)
         scores = tiles * self.groups * self.block_q * self.block_kv
-        return range(self.sizes.key_tiles if scores <= _STRAIGHT_SCORES else 0)
+        return range(self.sizes.key_tiles if scores <= STRAIGHT_SCORES else 0)
 
     def rows(self, ref: Ref, start: Index) -> Array:
         """[R, …] of a block [1, 1, G, T, …], or of a scratch [G, T, …]."""
@@ -214,12 +213,7 @@ class _BackwardWalk(Walk):
         return tile.zero_unusable(x, self.in_use(start)) if self.padded else x
 
     def in_use(self, start: Index) -> Bool[Array, "R 1"]:
-        return self.positions(start) < self._rows_in_use
-
-    @property
-    def _rows_in_use(self) -> Index:
-        length = self.mask.query_lengths
-        return self.mask.query_length if length is None else length
+        return self.positions(start) < self.mask.valid_queries()
 
     def seen(self, start: Index, j: Index) -> Bool[Array, "R n"]:
         seen = super().seen(start, j)
@@ -307,7 +301,7 @@ class _BackwardWalk(Walk):
                 if self.refs.d_lse is not None:
                     delta = delta - found[:, 2:3]
                 if self.padded:
-                    used = self.positions(start)[: self.block_q] < self._rows_in_use
+                    used = self.positions(start)[: self.block_q] < self.mask.valid_queries()
                     delta = tile.zero_unusable(delta, used)
                 if self.adds_mean:
                     total = found[:, 2:3] + found[:, 3:4] * delta
@@ -338,7 +332,7 @@ class _BackwardWalk(Walk):
         shape = (1, self.sizes.rows)
         m, l = self.refs.m[0, 0, g], self.refs.l[0, 0, g]  # noqa: E741
         position = lax.broadcasted_iota(jnp.int32, shape, 1)
-        live = (l != 0) & (m != tile.lowest(m.dtype)) & (position < self._rows_in_use)
+        live = (l != 0) & (m != tile.lowest(m.dtype)) & (position < self.mask.valid_queries())
         m = jnp.where(live, m, jnp.full_like(m, _LARGEST))
         l = jnp.where(live, l, jnp.ones_like(l))  # noqa: E741
         rows = [m, 1 / l]

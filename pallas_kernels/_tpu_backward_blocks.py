@@ -13,13 +13,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._common import narrowed
 from pallas_kernels._float16 import to_bits
+from pallas_kernels._tpu_walk import LANES, grouped, padded, per_head
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result
 from pasa_jax.core.plan import Plan
 
 Array = jax.Array
 
-LANES = 128
 _BLOCK_Q, _BLOCK_KV = 512, 512  # of the fastest tiles, see docs/tpu.md
 _SCORES = 1024 * 1024  # that a tile may have
 
@@ -123,17 +123,17 @@ class Sizes:
         block_kv = keys if keys <= block_kv else block_kv
         query_tiles, key_tiles = -(-length // block_q), -(-keys // block_kv)
         rows, item = groups * query_tiles * block_q, o.query.dtype.itemsize
-        of_rows = _padded(rows, d) * 2 * item + _padded(rows, e) * 3 * item
-        of_keys = (_padded(block_kv, d) + _padded(block_kv, e)) * (item + 4)
+        of_rows = padded(rows, d) * 2 * item + padded(rows, e) * 3 * item
+        of_keys = (padded(block_kv, d) + padded(block_kv, e)) * (item + 4)
         tiled = 0
         for x in (o.bias, mask.array):
             if x is not None:
                 r = rows if x.shape[2] > 1 else groups
-                tiled += _padded(r, block_kv if x.shape[3] > 1 else 1) * x.dtype.itemsize
+                tiled += padded(r, block_kv if x.shape[3] > 1 else 1) * x.dtype.itemsize
         if mask.query_segments is not None:
-            tiled += _padded(rows // groups, 1) * 4
-        scratch = (_padded(rows, d) + _padded(rows, 1)) * 4
-        scores = 8 * _padded(groups * block_q, block_kv) * 4
+            tiled += padded(rows // groups, 1) * 4
+        scratch = (padded(rows, d) + padded(rows, 1)) * 4
+        scores = 8 * padded(groups * block_q, block_kv) * 4
         return Sizes(
             kv_heads,
             groups,
@@ -202,19 +202,13 @@ def inputs_of(o: Operands, mask: Mask, result: Result, d_out: Array, d_lse: Arra
     """The arrays of a call as the kernel takes them."""
     heads = o.key.shape[2]
 
-    def rows(x: Array) -> Array:  # [B, T, N, …] -> [B, K, G, T, …]
-        x = jnp.swapaxes(x, 1, 2)
-        return to_bits(x.reshape(x.shape[0], heads, -1, *x.shape[2:]))
+    def rows(x: Array) -> Array:
+        return to_bits(grouped(x, heads))
 
     def column(x: Array | None) -> Array | None:  # [B, T, N] -> [B, K, G, 1, T]
         return None if x is None else rows(x.astype(jnp.float32))[:, :, :, None]
 
-    def per_head(x: Array | None) -> Array | None:
-        if x is None:
-            return None
-        split = (1, 1) if x.shape[1] == 1 else (heads, -1)
-        return x.reshape(x.shape[0], *split, *x.shape[2:])
-
+    array = None if mask.array is None else mask.array.astype(jnp.int8)
     key = to_bits(jnp.swapaxes(o.key, 1, 2))
     return Inputs(
         query=rows(o.query),
@@ -229,8 +223,8 @@ def inputs_of(o: Operands, mask: Mask, result: Result, d_out: Array, d_lse: Arra
         scale=o.scale.astype(jnp.float32).reshape(1),
         d_lse=column(d_lse),
         sinks=narrowed(o.sinks),
-        bias=per_head(narrowed(o.bias)),
-        array=per_head(None if mask.array is None else mask.array.astype(jnp.int8)),
+        bias=per_head(narrowed(o.bias), heads),
+        array=per_head(array, heads),
         query_segments=None if mask.query_segments is None else mask.query_segments[..., None],
         key_segments=None if mask.key_segments is None else mask.key_segments[:, None],
         query_lengths=mask.query_lengths,
@@ -240,7 +234,3 @@ def inputs_of(o: Operands, mask: Mask, result: Result, d_out: Array, d_lse: Arra
 
 def _ceil(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
-
-
-def _padded(rows: int, columns: int) -> int:
-    return _ceil(rows, 8) * _ceil(columns, LANES)

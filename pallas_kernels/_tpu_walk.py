@@ -34,7 +34,7 @@ _VMEM_SHARE = 0.75
 
 
 # How many scores the straight-line bodies of one kernel may compute: they cost compile time.
-_STRAIGHT_SCORES = 12 * 1024 * 1024
+STRAIGHT_SCORES = 12 * 1024 * 1024
 
 
 # Products below this stay in float32 even for a key that its block's mean was taken off.
@@ -129,19 +129,34 @@ def _bytes(
     size, e = o.query.shape[3], o.value.shape[3]
     rows, keys = tile_rows * tiles, chunk_tiles * plan.schedule.block_kv
     item = o.query.dtype.itemsize
-    wide = [_padded(rows, size) * item, _padded(keys, size) * item, _padded(keys, e) * item]
-    wide += [_padded(rows, e) * 4]
+    wide = [padded(rows, size) * item, padded(keys, size) * item, padded(keys, e) * item]
+    wide += [padded(rows, e) * 4]
     for x in (o.bias, mask.array):
         if x is not None:
             r = rows if x.shape[2] > 1 else o.query.shape[2] // o.key.shape[2]
-            wide.append(_padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
-    scores = plan.schedule.unroll * _padded(tile_rows, plan.schedule.block_kv) * (4 + 4)
-    state = 3 * _padded(tile_rows, e) * 4 + 4 * _padded(tile_rows, 1) * 4
+            wide.append(padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
+    scores = plan.schedule.unroll * padded(tile_rows, plan.schedule.block_kv) * (4 + 4)
+    state = 3 * padded(tile_rows, e) * 4 + 4 * padded(tile_rows, 1) * 4
     return 2 * sum(wide) + scores + state  # blocks are double-buffered
 
 
-def _padded(rows: int, columns: int) -> int:
+def padded(rows: int, columns: int) -> int:
+    """How many numbers of 32 bits whole vectors hold, of a matrix that lies in them."""
     return -(-rows // 8) * 8 * -(-columns // LANES) * LANES
+
+
+def grouped(x: Array, heads: int) -> Array:
+    """[B, T, N, …] -> [B, K, G, T, …]."""
+    x = jnp.swapaxes(x, 1, 2)
+    return x.reshape(x.shape[0], heads, -1, *x.shape[2:])
+
+
+def per_head(x: Array | None, heads: int) -> Array | None:
+    """[B|1, N|1, T|1, S|1] -> [B|1, K|1, G|1, T|1, S|1]."""
+    if x is None:
+        return None
+    split = (1, 1) if x.shape[1] == 1 else (heads, -1)
+    return x.reshape(x.shape[0], *split, *x.shape[2:])
 
 
 class Inputs(NamedTuple):
@@ -278,14 +293,14 @@ class RefWalk(Walk):
         if not all(isinstance(x, int) for r in ranges for x in r) or len(set(ranges)) == 1:
             return None
         scores = sum(r.hi - r.lo for r in ranges) * self.groups * self.block_q * self.block_kv
-        return starts if scores <= _STRAIGHT_SCORES else None
+        return starts if scores <= STRAIGHT_SCORES else None
 
     def query(self, start: Index) -> tile.QueryTile:
         q = from_bits(self.refs.query[0, 0, :, self.rows_at])
         q = q.reshape(-1, q.shape[-1])
         beyond = self.mask.query_length % self.block_q != 0
         if beyond or self.mask.query_lengths is not None:
-            row = self._position_column(start)
+            row = self.position_column(start)
             q = tile.zero_unusable(q, row < self.mask.valid_queries())
         scale = self.refs.scale[0].astype(self.numerics.product)
         return tile.query_tile(q, scale, None, self.numerics)
@@ -296,11 +311,6 @@ class RefWalk(Walk):
         if self.offset is None:
             return slice(None)
         return slice(self.offset, self.offset + self.block_q)
-
-    def _position_column(self, start: Index) -> Array:
-        """[R, 1] query position of each row, however tiles lie."""
-        shape = (self.groups, self.block_q, 1)
-        return start + lax.broadcasted_iota(jnp.int32, shape, 1).reshape(-1, 1)
 
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         assert value_gain is None  # the lax walk repairs calls that would need one

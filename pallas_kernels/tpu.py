@@ -31,7 +31,7 @@ from pallas_kernels._common import (
 )
 from pallas_kernels._float16 import to_bits
 from pallas_kernels._tpu_program import AGAIN, needs_blocks, run_program, scratch_shapes
-from pallas_kernels._tpu_walk import LANES, Inputs, Specs, block_specs, vmem
+from pallas_kernels._tpu_walk import LANES, Inputs, Specs, block_specs, grouped, per_head, vmem
 from pasa_jax.core import tile
 from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
@@ -260,30 +260,20 @@ def _call(
     return result.only(wanted), outs.flag[:, :, :, 0, 0]
 
 
-def _grouped(x: Array, heads: int) -> Array:
-    """[B, T, N, D] -> [B, K, G, T, D]."""
-    x = jnp.swapaxes(x, 1, 2)
-    return x.reshape(x.shape[0], heads, -1, *x.shape[2:])
-
-
 def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
-    def per_head(x: Array | None) -> Array | None:
-        if x is None:
-            return None
-        split = (1, 1) if x.shape[1] == 1 else (specs.heads, specs.groups)
-        return x.reshape(x.shape[0], *split, *x.shape[2:])
+    array = None if mask.array is None else mask.array.astype(jnp.int8)
 
     def along(x: Array | None, axis: int) -> Array | None:
         return None if x is None else jnp.expand_dims(x, axis)
 
     return Inputs(
-        query=to_bits(_grouped(o.query, specs.heads)),
+        query=to_bits(grouped(o.query, specs.heads)),
         key=to_bits(jnp.swapaxes(o.key, 1, 2)),
         value=to_bits(jnp.swapaxes(o.value, 1, 2)),
         scale=o.scale.astype(jnp.float32).reshape(1),
-        bias=per_head(narrowed(o.bias)),
+        bias=per_head(narrowed(o.bias), specs.heads),
         sinks=narrowed(o.sinks),
-        array=per_head(None if mask.array is None else mask.array.astype(jnp.int8)),
+        array=per_head(array, specs.heads),
         query_segments=along(mask.query_segments, 1 if specs.transposed else 2),
         key_segments=along(mask.key_segments, 2 if specs.transposed else 1),
         query_lengths=mask.query_lengths,

@@ -101,6 +101,10 @@ class Walk(ABC):
         if self.transposed:
             row = lax.broadcasted_iota(jnp.int32, (1, self.block_q), 1)
             return start + (row if self.groups == 1 else jnp.tile(row, (1, self.groups)))
+        return self.position_column(start)
+
+    def position_column(self, start: Index) -> Int[Array, "R 1"]:
+        """[R, 1] query position of each row, however tiles lie."""
         shape = (self.groups, self.block_q, 1)
         return start + lax.broadcasted_iota(jnp.int32, shape, 1).reshape(-1, 1)
 
