@@ -5,6 +5,7 @@ A signature holds the shapes and all that is static; a call is a signature with 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasa_jax import Precision, Schedule, dot_product_attention
+from pasa_jax import Precision, Schedule, dot_product_attention, merge, partial_attention
 
 Rng = np.random.Generator
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks", "scale")
@@ -22,7 +23,10 @@ INTEGERS = ("int32", "int8", "int16", "uint8", "uint32")
 
 @dataclass(frozen=True)
 class Signature:
-    """Shapes by letter, the static keywords, and (shape, type) of each further array."""
+    """Shapes by letter, the static keywords, and (shape, type) of each further array.
+
+    Keys are cut at ``cuts``, and the parts merged.
+    """
 
     dtype: str
     b: int
@@ -35,6 +39,7 @@ class Signature:
     static: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     batched: bool = True
+    cuts: tuple[int, ...] = ()
 
     @property
     def schedule(self) -> Schedule:
@@ -51,8 +56,35 @@ class Signature:
             arrays["segment_ids"] = (arrays.pop("query_segments"), arrays.pop("key_segments"))
         if not self.batched:
             arrays |= {name: arrays[name][0] for name in ("query", "key", "value")}
-        out, lse = dot_product_attention(**arrays, **self.static, return_residual=True)
+        if self.cuts:
+            out, lse = by_parts(arrays, self.static, self.cuts)
+        else:
+            out, lse = dot_product_attention(**arrays, **self.static, return_residual=True)
         return (out, lse) if self.batched else (out[None], lse[None])
+
+
+def by_parts(
+    arrays: dict[str, Any], static: dict[str, Any], cuts: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Output and log-sum-exp of the parts of a call whose keys are cut at ``cuts``."""
+    parts = []
+    for a, b in itertools.pairwise([0, *cuts, arrays["key"].shape[-3]]):
+        part = {name: x for name, x in arrays.items() if name != "sinks"}
+        for name in ("key", "value"):
+            part[name] = part[name][..., a:b, :, :]
+        for name in ("mask", "bias"):
+            if name in part and part[name].shape[-1] > 1:
+                part[name] = part[name][..., a:b]
+        if "segment_ids" in part:
+            part["segment_ids"] = (part["segment_ids"][0], part["segment_ids"][1][..., a:b])
+        if "key_value_seq_lengths" in part:
+            lengths = jnp.asarray(part["key_value_seq_lengths"], jnp.int32)
+            part["key_value_seq_lengths"] = jnp.clip(lengths - a, 0, b - a)
+        parts.append(partial_attention(**part, **static))
+    out, lse = merge(*parts).output(arrays.get("sinks"))
+    dtype = arrays["query"].dtype
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(out, -largest, largest).astype(dtype), lse
 
 
 @dataclass(frozen=True)
@@ -105,7 +137,12 @@ def draw_signature(rng: Rng, dtypes: tuple[str, ...]) -> Signature:
     full = (b, groups * heads, t, s)
     extra = _extra(rng, full, dtype, static)
     batched = b > 1 or rng.random() < 0.5
-    return Signature(dtype, b, t, s, groups * heads, heads, d, e, static, extra, batched)
+    signature = Signature(dtype, b, t, s, groups * heads, heads, d, e, static, extra, batched)
+    by_place = "is_causal" in static or "local_window_size" in static
+    if s == 1 or by_place or rng.random() < 0.6:
+        return signature
+    cuts = {int(x) for x in rng.integers(1, s, size=int(rng.choice([1, 2])))}
+    return replace(signature, cuts=tuple(sorted(cuts)))
 
 
 def _edge(rng: Rng, block: int) -> int:

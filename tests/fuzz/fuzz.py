@@ -91,4 +91,5 @@ def _line(f: Failure, index: int) -> str:
     return (
         f"[{f.known or 'NEW'}] {index}: {f.what} {f.kind} at {f.index}: {f.found:.7g} for "
         f"{f.true:.7g} ± {f.bound:.3g}; {x.dtype} {sizes} {s.target} {static} {f.call.kinds}"
+        + (f" cut at {x.cuts}" if x.cuts else "")
     )

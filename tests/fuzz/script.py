@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
+from tests.fuzz.calls import by_parts
 from tests.fuzz.check import Failure
 
 _SCRIPT = '''"""{title}"""
 
 import base64
 import io
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasa_jax import Precision, Schedule, dot_product_attention  # noqa: F401
+from pasa_jax import (  # noqa: F401
+    Precision, Schedule, dot_product_attention, merge, partial_attention
+)
 
 jax.config.update("jax_enable_x64", {x64})
 TYPES = {types}
@@ -28,7 +34,7 @@ PACKED = """
 {packed}
 """
 STATIC = dict({static})
-BATCHED = {batched}
+BATCHED, CUTS = {batched}, {cuts}
 inf, nan = float("inf"), float("nan")
 FOUND, TRUE, BOUND, INDEX = {found!r}, {true!r}, {bound!r}, {index!r}
 
@@ -44,7 +50,11 @@ if not BATCHED:
     cotangents = tuple(x[0] for x in cotangents)
 
 
+{by_parts}
+
 def attend(moving):
+    if CUTS:
+        return by_parts(arrays | moving, STATIC, CUTS)
     return dot_product_attention(**(arrays | moving), **STATIC, return_residual=True)
 
 
@@ -85,6 +95,8 @@ def write(failure: Failure, folder: Path, name: str, title: str) -> Path:
         packed="\n".join(textwrap.wrap(base64.b64encode(buffer.getvalue()).decode(), 96)),
         static=", ".join(f"{k}={v!r}" for k, v in x.static.items()),
         batched=x.batched,
+        cuts=x.cuts,
+        by_parts=inspect.getsource(by_parts),
         x64=x.dtype == "float64",
         what=failure.what,
         kind=failure.kind,

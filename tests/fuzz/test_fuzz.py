@@ -39,6 +39,14 @@ SLICE = {
         ),
         False,
     ),
+    "bfloat16, by parts": (
+        Signature(
+            dtype="bfloat16", b=2, t=9, s=40, n=2, k=1, d=8, e=8, cuts=(7, 30),
+            static={"schedule": TILES, "implementation": "lax", "shift": "bound"},
+            extra={"key_value_seq_lengths": ((2,), "uint8"), "sinks": ((2,), "float32")},
+        ),
+        True,
+    ),
 }  # fmt: skip
 SHARED = ("is_causal", "causal_alignment", "logits_soft_cap")
 

@@ -37,7 +37,7 @@ LARGE = {
 
 
 @pytest.mark.usefixtures("two_tpu_cores")
-@pytest.mark.parametrize("name", some(LARGE))
+@pytest.mark.parametrize("name", some(LARGE, 5))
 def test_many_tiles(name):
     """And no two cores write the same place."""
     schedule = dataclasses.replace(BY_LANES, block_q=128)

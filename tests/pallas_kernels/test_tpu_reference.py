@@ -17,7 +17,7 @@ from tests.cases import CASES, exact
 from tests.pallas_kernels.test_both import tiles
 from tests.pallas_kernels.test_tpu import BY_LANES, LARGE
 from tests.pasa_jax.test_contract import BOUND, check
-from tests.thin import only, some, some_tuples
+from tests.thin import only, some_tuples
 
 INTERPRETED = pytest.mark.usefixtures("tpu_interpreter")
 KERNEL = {"implementation": "pallas_tpu", "interpret": True}
@@ -49,7 +49,7 @@ def arrays_of(s=256, n=1, d=16, seed=0):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("name", some(CASES, 15, 2))
+@pytest.mark.parametrize("name", only(["lengths, bottom right"], CASES))
 def test_contract(name):
     schedule = dataclasses.replace(tiles("pallas_tpu", CASES[name]), tiles_per_program=2)
     check(CASES[name], "float32", BOUND["float32"], shift="bound", schedule=schedule, **KERNEL)
@@ -58,7 +58,7 @@ def test_contract(name):
 @INTERPRETED
 @pytest.mark.parametrize(
     ("name", "target"),
-    some_tuples([(x, y) for x in LARGE for y in ("tpu_v5e", "tpu_v6e")], 4, 1),
+    some_tuples([(x, y) for x in LARGE for y in ("tpu_v5e", "tpu_v6e")], 10, 1),
 )
 def test_programs_of_several_tiles(name, target):
     schedule = dataclasses.replace(BY_LANES, block_q=128, tiles_per_program=2, target=target)
@@ -103,7 +103,7 @@ def test_tiny_values_keep_their_digits():
 @INTERPRETED
 @pytest.mark.parametrize(
     ("name", "options"),
-    some_tuples([(x, {"shift": y}) for x in LARGE for y in ("auto", "mean", "mean_past")], 5, 0),
+    some_tuples([(x, {"shift": y}) for x in LARGE for y in ("auto", "mean", "mean_past")], 15, 0),
 )
 def test_keys_in_chunks(name, options, monkeypatch):
     """Where VMEM is a little too small for all keys of a head."""
