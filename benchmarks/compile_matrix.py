@@ -58,6 +58,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "gradient, segments": {"gradient": True, "arrays": {"segment_ids": ((1, 1024), "int32")}},
     "gradient, mask": {"gradient": True, "arrays": {"mask": ((1, 1, 1024, 1024), "bool")}},
     "gradient, sinks": {"gradient": True, "arrays": {"sinks": ((8,), "float32")}},
+    "gradient, bias": {"gradient": True, "arrays": {"bias": ((1, 8, 1024, 1024), "float32")}},
+    "gradient, bias of keys": {"gradient": True, "arrays": {"bias": ((1, 8, 1, 1024), "float32")}},
+    "gradient, bias of rows": {"gradient": True, "arrays": {"bias": ((1, 8, 1024, 1), "float32")}},
     "gradient, odd lengths": {
         "gradient": True,
         "queries": 1000,

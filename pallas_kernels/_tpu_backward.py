@@ -37,6 +37,11 @@ Ref = Any
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
+# A bias's gradient is written for every batch entry and key head, and then summed over those that
+# share the bias. What is written may be so many times as large as the bias, or as the queries. More
+# would take the memory that tiles are there to save.
+_BIAS_COPIES = 8
+
 
 def refusal(operands: Operands, mask: Mask, plan: Plan, vmem: int) -> str | None:
     """None, or the reason why the kernel cannot compute a call's gradients.
@@ -44,9 +49,12 @@ def refusal(operands: Operands, mask: Mask, plan: Plan, vmem: int) -> str | None
     Arguments:
       vmem: bytes that a program may use.
     """
-    if operands.bias is not None:
-        return "it has no gradient of a bias"
-    wanted = Sizes.of(operands, mask, plan).bytes
+    sizes, bias = Sizes.of(operands, mask, plan), operands.bias
+    if bias is not None:
+        copies = sizes.bias_copies(operands)
+        if copies * bias.size > _BIAS_COPIES * max(bias.size, operands.query.size):
+            return f"the gradient of the bias, which heads share, would be written {copies} times"
+    wanted = sizes.bytes
     if wanted > vmem:
         return f"a head's rows and their gradients want {wanted} bytes of VMEM's {vmem}"
     return None
@@ -73,7 +81,7 @@ def gradients(
     d_lse: Float[Array, "B T N"] | None,
     vmem: int,
 ) -> Operands:
-    """The kernel's own gradients of queries, keys, values and scale.
+    """The kernel's own gradients.
 
     Arguments:
       vmem: bytes that a program may use.
@@ -82,13 +90,13 @@ def gradients(
     inputs = inputs_of(operands, mask, result, d_out, d_lse)
     if not plan.interpret:
         inputs = _in_hbm(inputs)
-    shape = shape_maker(operands, mask)
+    outs = Gradients.of(inputs, sizes, shape_maker(operands, mask))
     call = pl.pallas_call(
         partial(_kernel, mask=without_arrays(mask), plan=adapt(plan, sizes), sizes=sizes),
         grid=(len(operands.query), sizes.heads, sizes.key_tiles),
         in_specs=(sizes.of_inputs(inputs),),
-        out_specs=sizes.of_gradients(inputs),
-        out_shape=Gradients.of(inputs, sizes, shape),
+        out_specs=sizes.of_gradients(inputs, outs),
+        out_shape=outs,
         scratch_shapes=[
             pltpu.VMEM((sizes.groups, sizes.rows, inputs.query.shape[-1]), jnp.float32),
             pltpu.VMEM((sizes.groups, sizes.rows, 8), jnp.float32),
@@ -279,13 +287,15 @@ class _BackwardWalk(Walk):
 
     # One head.
 
-    def begin_head(self, d_query: Ref) -> None:
+    def begin_head(self, d_query: Ref, outs: Gradients) -> None:
         """Nothing in the queries' gradient [G, T, D], the columns of all rows, and κ.
 
         Σ_j dS_ij·k_j = Σ_j dS_ij·(k_j − κ) + κ·Σ_j dS_ij for any κ, and the last sum is known. So
         a mean that all keys share does not multiply the rounding of dS.
         """
         d_query[...] = jnp.zeros_like(d_query)
+        if outs.bias is not None and self.sums_keys(outs.bias):
+            outs.bias[...] = jnp.zeros_like(outs.bias)
         self.kappa[...] = self._mean_key()
         for g in range(self.groups):
             statistics = self._statistics(g)
@@ -368,6 +378,8 @@ class _BackwardWalk(Walk):
         key, nothing = self.key(j), self.begin()[0]
         k = self.centred(key)
         wide = self.numerics.product
+        if outs.bias is not None:
+            self.clear_bias(j, outs.bias)
 
         def step(i: Index, seen: Array | None, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             start = i * self.block_q
@@ -380,6 +392,8 @@ class _BackwardWalk(Walk):
             g = tile.reverse(p, s, key, query.q, k, d_o, row.delta, self.numerics)
             at = (slice(None), pl.ds(start, self.block_q))
             d_query[at] += g.q.reshape(self.groups, self.block_q, -1)
+            if outs.bias is not None:
+                self.add_to_bias(outs.bias, start, g.scores)
             return carry[0] + g.k, carry[1] + g.v
 
         zeros = jnp.zeros(k.shape, wide), jnp.zeros(key.v.shape, wide)
@@ -388,6 +402,37 @@ class _BackwardWalk(Walk):
         outs.scale[0, 0, 0] = jnp.sum(d_k * k.astype(wide), axis=0, keepdims=True)
         outs.key[0, 0] = (d_k * self.refs.scale[0]).astype(outs.key.dtype)
         outs.value[0, 0] = d_v.astype(outs.value.dtype)
+
+    # The bias's gradient, a block [1, 1, G|1, T|1, n|1].
+
+    def sums_keys(self, d_bias: Ref) -> bool:
+        """Whether all key tiles of the head add to the same block."""
+        return d_bias.shape[4] == 1
+
+    def clear_bias(self, j: Index, d_bias: Ref) -> None:
+        """Zeros wherever no query tile will write, or several will add."""
+        if self.sums_keys(d_bias):  # `begin_head` has done so
+            return
+        lo, _, _, hi = self.query_range(j)
+        known = isinstance(lo, int) and isinstance(hi, int) and not self.mask.data_dependent
+        if d_bias.shape[3] == 1 or not known:
+            d_bias[...] = jnp.zeros_like(d_bias)
+            return
+        for i in range(self.sizes.query_tiles):
+            if not lo <= i < hi:
+                at = (0, 0, slice(None), slice(i * self.block_q, (i + 1) * self.block_q))
+                d_bias[at] = jnp.zeros_like(d_bias[at])
+
+    def add_to_bias(self, d_bias: Ref, start: Index, d_scores: Float[Array, "R n"]) -> None:
+        """Adds a tile, summed over the axes along which the bias broadcasts."""
+        shape = (self.groups, self.block_q, self.block_kv)
+        axes = tuple(a for a, n in enumerate(shape) if n > 1 == d_bias.shape[a + 2])
+        x = d_scores.reshape(shape)
+        x = jnp.sum(x, axis=axes, keepdims=True) if axes else x
+        rows = d_bias.shape[3] > 1
+        at = (0, 0, slice(None), pl.ds(start, self.block_q) if rows else slice(None))
+        alone = rows and not self.sums_keys(d_bias)  # no other tile has its place
+        d_bias[at] = x if alone else d_bias[at] + x
 
 
 def _kernel(refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, sizes: Sizes) -> None:
@@ -409,7 +454,7 @@ def _kernel(refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, sizes: Sizes) -> N
         sizes=sizes,
         head=h,
     )
-    pl.when(program == 0)(partial(walk.begin_head, d_query))
+    pl.when(program == 0)(partial(walk.begin_head, d_query, outs))
     static = walk.static_tiles()
     if not static:
         walk.key_tile(j, d_query, outs)

@@ -54,6 +54,7 @@ class Gradients(NamedTuple):
     key: Any  # [B, K, S, D]
     value: Any  # [B, K, S, E]
     scale: Any  # [B, K, key tiles, 1, D] float32, to be summed
+    bias: Any = None  # [B, K, G|1, T|1, S|1] float32, to be summed where the bias broadcasts
 
     @staticmethod
     def of(x: Inputs, sizes: Sizes, shape: Callable[..., Any]) -> Gradients:
@@ -62,10 +63,13 @@ class Gradients(NamedTuple):
         b, kv_heads, _, d = x.key.shape
         scale = shape((b, kv_heads, sizes.key_tiles, 1, d), jnp.float32)
         query, key, value = (shape(a.shape, dtype) for a in (x.query, x.key, x.value))
-        return Gradients(query, key, value, scale)
+        bias = None
+        if x.bias is not None:
+            bias = shape((b, kv_heads, *x.bias.shape[2:]), jnp.float32)
+        return Gradients(query, key, value, scale, bias)
 
     def operands(self, like: Operands) -> Operands:
-        """As the user lays them out; bias and sinks have none here."""
+        """As the user lays them out; sinks have none here."""
         b, _, _, t, d = self.query.shape
         query = jnp.swapaxes(self.query.reshape(b, -1, t, d), 1, 2)
         key, value = jnp.swapaxes(self.key, 1, 2), jnp.swapaxes(self.value, 1, 2)
@@ -73,10 +77,18 @@ class Gradients(NamedTuple):
             query=query.astype(like.query.dtype),
             key=key.astype(like.key.dtype),
             value=value.astype(like.value.dtype),
-            bias=None,
+            bias=self._bias(like.bias),
             sinks=None,
             scale=jnp.sum(self.scale).astype(like.scale.dtype),
         )
+
+    def _bias(self, like: Array | None) -> Array | None:
+        """[B|1, N|1, T|1, S|1]."""
+        if like is None:
+            return None
+        x = self.bias.reshape(len(self.bias), -1, *self.bias.shape[3:])
+        axes = tuple(a for a in (0, 1) if like.shape[a] == 1)
+        return jnp.sum(x, axis=axes, keepdims=True).astype(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -128,8 +140,10 @@ class Sizes:
         tiled = 0
         for x in (o.bias, mask.array):
             if x is not None:
-                r = rows if x.shape[2] > 1 else groups
-                tiled += padded(r, block_kv if x.shape[3] > 1 else 1) * x.dtype.itemsize
+                r = rows // groups if x.shape[2] > 1 else 1
+                block = padded(r, block_kv if x.shape[3] > 1 else 1)
+                block *= groups if x.shape[1] > 1 else 1
+                tiled += block * (x.dtype.itemsize + (4 if x is o.bias else 0))  # its gradient
         if mask.query_segments is not None:
             tiled += padded(rows // groups, 1) * 4
         scratch = (padded(rows, d) + padded(rows, 1)) * 4
@@ -150,14 +164,6 @@ class Sizes:
         def only(x: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
             return None if x is None else spec
 
-        def tiled(x: Array | None) -> pl.BlockSpec | None:
-            if x is None:
-                return None
-            block = (1, 1, x.shape[2], self.rows if x.shape[3] > 1 else 1)
-            block += (self.block_kv if x.shape[4] > 1 else 1,)
-            b, k, _, _, s = (int(n > 1) for n in x.shape)
-            return pl.BlockSpec(block, lambda i, h, j: (i * b, h * k, 0, 0, self.last_first(j) * s))
-
         first = (1, 1, min(x.key.shape[2], LANES), x.key.shape[-1])
         column = pl.BlockSpec((1, 1, self.groups, 1, self.rows), lambda b, h, j: (b, h, 0, 0, 0))
         scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -176,18 +182,34 @@ class Sizes:
             scale=scalars,
             d_lse=only(x.d_lse, column),
             sinks=only(x.sinks, scalars),
-            bias=tiled(x.bias),
-            array=tiled(x.array),
+            bias=self._tiled(x.bias),
+            array=self._tiled(x.array),
             query_segments=only(x.query_segments, row),
             key_segments=only(x.key_segments, keys),
             query_lengths=only(x.query_lengths, scalars),
             key_lengths=only(x.key_lengths, scalars),
         )
 
-    def of_gradients(self, x: Inputs) -> Gradients:
-        """The blocks of the outputs."""
+    def of_gradients(self, x: Inputs, out: Gradients) -> Gradients:
+        """The blocks of the outputs ``out``."""
         scale = pl.BlockSpec((1, 1, 1, 1, x.key.shape[-1]), lambda b, h, j: (b, h, j, 0, 0))
-        return Gradients(self._head(x.query), self._keys(x.key), self._keys(x.value), scale)
+        heads, keys, values = self._head(x.query), self._keys(x.key), self._keys(x.value)
+        return Gradients(heads, keys, values, scale, self._tiled(out.bias))
+
+    def bias_copies(self, o: Operands) -> int:
+        """How many heads and batch entries the bias is broadcast over, groups left out."""
+        assert o.bias is not None
+        entries, heads = o.bias.shape[:2]
+        return (len(o.query) if entries == 1 else 1) * (self.heads if heads == 1 else 1)
+
+    def _tiled(self, x: Any) -> pl.BlockSpec | None:
+        """The block [1, 1, G|1, T|1, n|1] of an array [B|1, K|1, G|1, T|1, S|1], or None."""
+        if x is None:
+            return None
+        block = (1, 1, x.shape[2], self.rows if x.shape[3] > 1 else 1)
+        block += (self.block_kv if x.shape[4] > 1 else 1,)
+        b, k, _, _, s = (int(n > 1) for n in x.shape)
+        return pl.BlockSpec(block, lambda i, h, j: (i * b, h * k, 0, 0, self.last_first(j) * s))
 
     def _head(self, x: Array) -> pl.BlockSpec:
         block = (1, 1, self.groups, self.rows, x.shape[-1])

@@ -86,8 +86,8 @@ def attention(
         if not repair:
             all_keywords = further | keywords | options
             operands = (turned(q), turned(k), turned(v))
-            *found, bad = _gradient_alone(kind, *operands, **all_keywords)
-            return [turned(x) for x in found], bad
+            *found, others = _gradient_alone(kind, *operands, **all_keywords)
+            return [turned(x) for x in found], others
         out, pull = jax.vjp(partial(forward, further=further), q, k, v)
         return pull(q.astype(out.dtype))
 
@@ -111,15 +111,18 @@ def _kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, An
     return call.unbatch(result.out), (result.lse, bad)
 
 
-def _gradient_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, ...]:
-    """As `_kernel_alone`, the kernels' own pullback of the queries."""
+def _gradient_alone(kind: str, *args: Any, **keywords: Any) -> tuple[Any, ...]:
+    """As `_kernel_alone`, the kernels' own pullback of the queries; the last also has the bias's
+    gradient.
+    """
     call = canonical(*args, **keywords)
     chosen = choose(keywords["implementation"], call.operands, call.mask, call.plan)
     module = importlib.import_module(f"pallas_kernels.{kind}")
     rest = call.operands, call.mask, chosen.plan
     result, bad = module.kernel(*rest, wanted="residuals")
     found = module.backward_kernel(*rest, result, call.operands.query, None)
-    return *(call.unbatch(x) for x in (found.query, found.key, found.value)), bad
+    gradients = (call.unbatch(x) for x in (found.query, found.key, found.value))
+    return *gradients, (found.bias, bad)
 
 
 class Compiler:

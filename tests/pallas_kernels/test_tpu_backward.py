@@ -1,6 +1,7 @@
 """The TPU's backward pass: against float64, and against the lax walk from the same residuals."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,7 @@ TILES = Schedule(block_q=128, block_kv=128, target="tpu_v6e")
 SMALL = dataclasses.replace(TILES, block_q=32, block_kv=16)
 OPTIONS = {"implementation": "pallas_tpu", "interpret": True, "schedule": TILES}
 INTERPRETED = pytest.mark.usefixtures("tpu_interpreter")
-# The kernel has no gradient of a bias.
-MANY_TILES = {name: case for name, case in LARGE.items() if case.bias is None} | {
+MANY_TILES = LARGE | {
     "full, odd lengths": Case(b=2, t=150, s=200, n=2, k=1),
     "bottom right, lengths": Case(
         t=200,
@@ -40,7 +40,27 @@ MANY_TILES = {name: case for name, case in LARGE.items() if case.bias is None} |
         s=150,
         keywords={"logits_soft_cap": 5.0, "sinks": np.asarray([0.5, -1, 2, 30], np.float32)},
     ),
+    "bias, soft cap, sinks, lengths": Case(
+        t=200,
+        s=150,
+        bias=(1, 4, 200, 150),
+        keywords={
+            "logits_soft_cap": 5.0,
+            "sinks": np.asarray([0.5, -1, 2, 30], np.float32),
+            "query_seq_lengths": np.asarray([130, 200], np.int32),
+            "key_value_seq_lengths": np.asarray([140, 0], np.int32),
+        },
+    ),
+    "bias, segments": dataclasses.replace(LARGE["many tiles, segments"], bias=(1, 1, 1, 300)),
+    "bias, window": dataclasses.replace(LARGE["many tiles, window"], bias=(1, 1, 400, 400)),
+    "bias, keys that nobody sees": Case(
+        b=1, t=150, s=300, n=1, k=1, bias=(1, 1, 150, 300), keywords={"is_causal": True}
+    ),
+    "bias of one query": Case(t=1, s=200, bias=(2, 4, 1, 200)),
+    "bias of one key": Case(t=150, s=1, bias=(2, 4, 150, 1)),
 }
+# Every shape that a bias may have: queries and keys of several tiles, the last of which are short.
+BIASES = list(itertools.product((2, 1), (4, 1), (150, 1), (200, 1)))
 
 
 def gradients(case, dtype, **options):
@@ -49,12 +69,12 @@ def gradients(case, dtype, **options):
     return jax.jit(jax.grad(loss))(operands), float64_gradients(case, arrays)
 
 
-def both(case, dtype, **options):
+def both(case, dtype, arrays=None, **options):
     """The arguments of both backward passes, and what `float64_gradients` takes.
 
     The result is that of the lax walk in the kernel's plan: the guard's units are 1 for such data.
     """
-    arrays = case.arrays(dtype)
+    arrays = arrays or case.arrays(dtype)
     call = canonical(**arrays, **case.keywords, **OPTIONS | options)
     plan = choose("pallas_tpu", call.operands, call.mask, call.plan).plan
     result = jax.jit(lambda o: lax.forward(o, call.mask, plan, wanted="residuals"))(call.operands)
@@ -65,17 +85,40 @@ def both(case, dtype, **options):
     return (call.operands, call.mask, plan, result, d_out, d_lse), arrays
 
 
-def check_many_tiles(name):
-    call, arrays = both(MANY_TILES[name], "float32")
+def check_many_tiles(case, arrays=None):
+    call, arrays = both(case, "float32", arrays)
+    assert tpu.no_backward(*call[:3]) is None
     found = tpu.backward_kernel(*call)
-    for argument, true in float64_gradients(MANY_TILES[name], arrays).items():
+    for argument, true in float64_gradients(case, arrays).items():
         assert relative(getattr(found, argument), true) < 2e-5, argument
+    return found
 
 
 @INTERPRETED
 @pytest.mark.parametrize("name", only(["bottom right, lengths", "soft cap, sinks"], MANY_TILES))
 def test_many_tiles_against_float64(name):
-    check_many_tiles(name)
+    check_many_tiles(MANY_TILES[name])
+
+
+@INTERPRETED
+@pytest.mark.parametrize("shape", only([(1, 1, 150, 200)], BIASES))
+def test_bias_against_float64(shape):
+    """The later keys are in no tile of the first queries."""
+    case = Case(t=150, s=200, bias=shape, keywords={"is_causal": True})
+    found = check_many_tiles(case)
+    assert found.bias.shape == shape
+
+
+@INTERPRETED
+@pytest.mark.parametrize("hidden", only([-np.inf], [-np.inf, np.finfo(np.float32).min]))
+def test_what_a_bias_hides_has_no_gradient(hidden):
+    case = Case(b=1, t=20, s=150, n=2, k=1, d=8, e=8, bias=(1, 1, 20, 150))
+    arrays = case.arrays("float32")
+    hides = np.random.default_rng(0).random(case.bias) < 0.3
+    hides[:, :, 3], hides[..., 130:] = True, True  # a whole row, and all that is seen of a tile
+    arrays["bias"] = jnp.where(hides, hidden, arrays["bias"])
+    found = check_many_tiles(case, arrays)
+    assert not np.any(np.asarray(found.bias)[hides])
 
 
 @INTERPRETED
@@ -86,11 +129,12 @@ def test_many_tiles_against_float64(name):
         *("one query", "one key", "multi-query", "bottom right, fewer keys", "window"),
         *("lengths", "lengths, bottom right", "no key at all", "mask", "mask of keys"),
         *("segments, causal", "soft cap, causal, biased", "sinks", "negative scale"),
+        *("bias", "bias, broadcast", "bias of rows"),
     ],
 )
 def test_named_cases_against_float64(name):
     case = CASES[name]
-    tiled = case.mask or "segment_ids" in case.keywords
+    tiled = case.bias or case.mask or "segment_ids" in case.keywords
     found, true = gradients(case, "float32", schedule=TILES if tiled else SMALL)
     for argument in true:
         assert relative(found[argument], true[argument]) < 2e-5, argument
@@ -106,6 +150,7 @@ def rms(found, true):
 @pytest.mark.parametrize("dtype", only(["bfloat16"], ["bfloat16", "float16"]))
 def test_errs_no_more_than_the_lax_walk(dtype, shift):
     case = Case(b=1, t=200, s=200, n=2, k=1, d=64, e=64, offset=4, keywords={"is_causal": True})
+    case = dataclasses.replace(case, bias=(1, 2, 200, 200))
     call, arrays = both(case, dtype, shift=shift)
     found, by_lax = tpu.backward(*call), jax.jit(lax.backward, static_argnums=2)(*call)
     for argument, true in float64_gradients(case, arrays).items():
@@ -151,7 +196,8 @@ def test_what_a_masked_key_holds_does_not_matter():
 @pytest.mark.full
 @pytest.mark.usefixtures("two_tpu_cores")
 def test_two_cores_write_no_place_twice():
-    check_many_tiles("full, odd lengths")
+    case = dataclasses.replace(MANY_TILES["full, odd lengths"], bias=(1, 2, 150, 1))
+    check_many_tiles(case)
 
 
 class TestChoice:
@@ -165,9 +211,21 @@ class TestChoice:
         longer = call.operands._replace(query=jax.ShapeDtypeStruct((1, length, 1, 128), x.dtype))
         return tpu.no_backward(longer, call.mask, plan)
 
-    def test_a_bias_is_left_to_lax(self):
-        bias = jnp.zeros((1, 1, 1, 8), jnp.float32)
-        assert self.reason(8, bias) == "it has no gradient of a bias"
+    @pytest.mark.parametrize(("heads", "kernel"), [(8, True), (9, False)])
+    def test_a_large_bias_that_many_heads_share_is_left_to_lax(self, heads, kernel):
+        def zeros(*shape):
+            return jnp.zeros(shape, jnp.float32)
+
+        x, bias = zeros(1, 40, heads, 8), zeros(1, 1, 40, 128)
+        key = zeros(1, 128, heads, 8)
+        call = canonical(x, key, key, bias=bias, **OPTIONS)
+        plan = choose("pallas_tpu", call.operands, call.mask, call.plan).plan
+        reason = tpu.no_backward(call.operands, call.mask, plan)
+        shared = "the gradient of the bias, which heads share, would be written 9 times"
+        assert reason == (None if kernel else shared)
+
+    def test_a_small_bias_that_many_heads_share_is_not(self):
+        assert self.reason(8, jnp.zeros((1, 1, 1, 8), jnp.float32)) is None
 
     def test_heads_too_long_for_the_memory(self):
         assert "bytes of VMEM" in self.reason(2**15)
