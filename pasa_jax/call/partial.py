@@ -49,11 +49,12 @@ class Partial(NamedTuple):
             score = jnp.broadcast_to(jnp.asarray(sinks, self.m.dtype), self.m.shape)
             no_value = Partial(jnp.zeros_like(self.o), jnp.ones_like(self.l), score)
             part = merge(self, no_value)
-        some = part.l > 0
+        some = part.l != 0  # NaN is something
         l = jnp.where(some, part.l, jnp.ones_like(part.l))  # noqa: E741
         floor = jnp.full_like(part.m, lowest(part.m.dtype))
         out = jnp.where(some[..., None], part.o / l[..., None], jnp.zeros_like(part.o))
-        return out, jnp.where(some, part.m + jnp.log(l), floor)
+        largest = float(jnp.finfo(out.dtype).max)  # a mean of values may not leave their range
+        return jnp.clip(out, -largest, largest), jnp.where(some, part.m + jnp.log(l), floor)
 
 
 _REFUSED = {
@@ -76,10 +77,12 @@ def partial_result(given: Arguments, reference: ArrayLike | None) -> Partial:
 def merge(*parts: Partial) -> Partial:
     """The part over the keys of all ``parts``, no key of which is in two of them.
 
+    Its m is the log-sum-exp over these keys: l is 1, and o cannot leave the range of the values.
+
     >>> import jax.numpy as jnp
     >>> a = Partial(o=jnp.ones((1, 1, 1, 2)), l=jnp.ones((1, 1, 1)), m=jnp.zeros((1, 1, 1)))
-    >>> float(merge(a, a).l[0, 0, 0])
-    2.0
+    >>> float(merge(a, a).l[0, 0, 0]), round(float(merge(a, a).m[0, 0, 0]), 4)
+    (1.0, 0.6931)
     """
     if not parts:
         raise wrong("parts", "be one or more results of `partial_attention`", "none")
@@ -87,6 +90,9 @@ def merge(*parts: Partial) -> Partial:
     for part in parts[1:]:
         m = jnp.maximum(m, jax.lax.stop_gradient(part.m))
     weights = [jnp.exp(part.m - m) for part in parts]
-    total = [part.l * w for part, w in zip(parts, weights, strict=True)]
-    o = [part.o * w[..., None] for part, w in zip(parts, weights, strict=True)]
-    return Partial(o=sum(o[1:], o[0]), l=sum(total[1:], total[0]), m=m)
+    total = sum((part.l * w for part, w in zip(parts, weights, strict=True)), jnp.zeros_like(m))
+    total = jax.lax.stop_gradient(jnp.where(total != 0, total, jnp.ones_like(m)))
+    shares = [w / total for w in weights]
+    l = [part.l * w for part, w in zip(parts, shares, strict=True)]  # noqa: E741
+    o = [part.o * w[..., None] for part, w in zip(parts, shares, strict=True)]
+    return Partial(o=sum(o[1:], o[0]), l=sum(l[1:], l[0]), m=m + jnp.log(total))

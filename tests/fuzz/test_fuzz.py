@@ -39,9 +39,9 @@ SLICE = {
         ),
         False,
     ),
-    "bfloat16, by parts": (
+    "float32, by parts": (
         Signature(
-            dtype="bfloat16", b=2, t=9, s=40, n=2, k=1, d=8, e=8, cuts=(7, 30),
+            dtype="float32", b=2, t=9, s=40, n=2, k=1, d=8, e=8, cuts=(7, 30),
             static={"schedule": TILES, "implementation": "lax", "shift": "bound"},
             extra={"key_value_seq_lengths": ((2,), "uint8"), "sinks": ((2,), "float32")},
         ),
