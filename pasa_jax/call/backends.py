@@ -74,6 +74,9 @@ class Reference(Backend):
 class Lax(Backend):
     """The walk in lax loops, which runs on every platform."""
 
+    def adapt(self, plan: Plan) -> Plan:
+        return _lax.adapt(plan)
+
     def supports(self, operands: Operands, mask: Mask, plan: Plan) -> str | None:
         return _lax.supports(operands, mask, plan)
 

@@ -17,7 +17,7 @@ from pasa_jax.core.choice import shifting_helps
 from pasa_jax.core.guard import divides_values, gain_of_values, guard_of, guards, key_norms
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.tile import Guard, Storage, mean_key, wide_type
+from pasa_jax.core.tile import Guard, Storage, is_finite, mean_key, wide_type
 
 if TYPE_CHECKING:
     from pasa_jax.core.shapes import Float
@@ -53,7 +53,7 @@ def prepare(
     and not finite are not usable either; `key_tile` makes their column NaN. The guard and the gain
     of a tile of ``block_q`` positions come from the key tiles that it visits.
     """
-    finite = jnp.all(jnp.isfinite(k), axis=1) & jnp.all(jnp.isfinite(v), axis=1)
+    finite = jnp.all(is_finite(k), axis=1) & jnp.all(is_finite(v), axis=1)
     usable = finite & mask.visible_keys()
     n = plan.schedule.block_kv
     value_gain = None

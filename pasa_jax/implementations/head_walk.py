@@ -100,7 +100,7 @@ class HeadWalk(Walk):
         if which is not None:
             x = jnp.where(which, x, self.rows(buffer, start))
         x = x.reshape(self.groups, self.block_q, *buffer.shape[2:])
-        return lax.dynamic_update_slice_in_dim(buffer, jnp.moveaxis(x, 0, 1), start, axis=0)
+        return _put(buffer, jnp.moveaxis(x, 0, 1), _place(start, *[0] * (buffer.ndim - 1)))
 
     def new(self, start: Index, i: Array) -> Bool[Array, "R 1"] | None:
         """[R, 1] bool: the rows that no earlier tile holds; None: all of them."""
@@ -220,8 +220,7 @@ def over_heads(
         placed, d_bias = one(b, h)
 
         def put(buffer: Array, x: Array) -> Array:
-            at = _place(b, 0, h * x.shape[1], *[0] * (x.ndim - 2))
-            return lax.dynamic_update_slice(buffer, x[None], at)
+            return _put(buffer, x[None], _place(b, 0, h * x.shape[1], *[0] * (x.ndim - 2)))
 
         total = buffers[1]
         if total is not None and d_bias is not None:
@@ -246,6 +245,24 @@ def _fold_bias(d_bias: Array, bias: Array | None) -> Array:
     full = d_bias.reshape(d_bias.shape[0], -1, *d_bias.shape[3:])
     axes = tuple(a for a in (0, 1) if bias.shape[a] == 1)
     return jnp.sum(full, axis=axes, keepdims=True)
+
+
+@jax.custom_jvp
+def _put(buffer: Array, x: Array, place: tuple[Array, ...]) -> Array:
+    """``buffer`` with x at ``place``.
+
+    Numbers of 16 bits are put as bits: XLA for CPUs would widen the whole buffer each time.
+    """
+    dtype = buffer.dtype
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2:
+        buffer, x = (lax.bitcast_convert_type(y, jnp.uint16) for y in (buffer, x))
+    buffer = lax.dynamic_update_slice(buffer, x, place)
+    return buffer if buffer.dtype == dtype else lax.bitcast_convert_type(buffer, dtype)
+
+
+@_put.defjvp
+def _put_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    return _put(*primals), lax.dynamic_update_slice(*tangents[:2], primals[2])
 
 
 def _place(*index: Index) -> tuple[Array, ...]:

@@ -9,7 +9,7 @@ Where the guard asks for it, scores are stored divided by 2^e, e one number per 
 ordinary data. The exponent is multiplied by 2^e again, so m and every offset are divided too.
 """
 
-from pasa_jax.core.tile.arrays import Guard, shown_by, zero_unusable
+from pasa_jax.core.tile.arrays import Guard, is_finite, shown_by, zero_unusable
 from pasa_jax.core.tile.bounds import (
     LARGEST_PRODUCT,
     RAISED_LOG2,
@@ -58,6 +58,7 @@ __all__ = [
     "in_range",
     "in_range_by_sum",
     "initial_state",
+    "is_finite",
     "key_tile",
     "lowest",
     "mean_key",

@@ -96,6 +96,14 @@ def zero_unusable(x: Shaped[Array, "n d"], usable: Bool[Array, "n 1"]) -> Shaped
     return jnp.where(usable, x, jnp.zeros_like(x))
 
 
+def is_finite(x: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Whether each number is finite; those of 16 bits by their bits, which XLA need not widen."""
+    if x.dtype.itemsize != 2:
+        return jnp.isfinite(x)
+    exponent = jnp.uint16(0x7C00 if x.dtype == jnp.float16 else 0x7F80)
+    return (lax.bitcast_convert_type(x, jnp.uint16) & exponent) != exponent
+
+
 def undropped(x: Float[Array, "R n"], kept: Bool[Array, "R n"] | None) -> Float[Array, "R n"]:
     """x [R, n] where dropout keeps it, zeros elsewhere."""
     return x if kept is None else jnp.where(kept, x, jnp.zeros_like(x))

@@ -67,6 +67,8 @@ def query_tile(
     if numerics.rounds_products:  # nothing can be multiplied with the product itself
         q = (q.astype(dtype) * gain).astype(q.dtype)
         gain = jnp.ones_like(gain)
+    if numerics.maximum_first:  # a factor that is not negative keeps the order of products
+        q, gain = jnp.where(gain < 0, -q, q), jnp.abs(gain)
     if numerics.logits_soft_cap is not None:
         return QueryTile(q, gain, None, rest, capped=guard)
     return QueryTile(q, gain, guard, rest)

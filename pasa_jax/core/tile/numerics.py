@@ -55,7 +55,9 @@ class Dialect:
         sums may be a product with ones in columns that would be idle otherwise; else 0.
       sum_columns: how many columns of ones P is multiplied by for its row sums, if that is a
         product of its own; else 0.
-      narrow: the function that rounds P to its stored type.
+      narrow: the function that rounds scores less their maximum, and P, to their stored type.
+      maximum_first: take the row maximum of a product before it is multiplied by its factor, where
+        nothing else is done to it: for a compiler that would store what it reduces.
       running_maximum: store scores minus the running maximum instead of their tile's maximum,
         where nothing is added back after rounding. What the tile adds then needs no rescaling.
       whole_maximum: round the running maximum up to a whole number, where scores are not rounded.
@@ -78,6 +80,7 @@ class Dialect:
     matrix_columns: int = 0
     sum_columns: int = 0
     narrow: Callable[[Array, jnp.dtype], Array] = jnp.astype
+    maximum_first: bool = False
     running_maximum: bool = False
     whole_maximum: bool = False
     contracts: bool = True
@@ -162,6 +165,14 @@ class Numerics:
         if self.dialect.transposed:
             return (1, rows)
         return (rows,) if self.dialect.flat else (rows, 1)
+
+    @property
+    def maximum_first(self) -> bool:
+        """Whether the row maximum of a tile that is seen whole is taken before the factor."""
+        unrounded = self.storage is Storage.BENEATH_MAXIMUM or (
+            self.storage is Storage.PLAIN and self.precision.scores == self.product.name
+        )
+        return self.dialect.maximum_first and unrounded and self.logits_soft_cap is None
 
     @property
     def subtracts_running_maximum(self) -> bool:

@@ -79,7 +79,13 @@ def scores(
         bias = divided(bias.astype(stat) * stat.type(numerics.unit), query.guard)
     narrow = numerics.tile if bias is None and query.rest is None else stat
     product = query_key(query.q, key.k, numerics.accumulated, numerics)
-    product = product.astype(numerics.product) * query.gain
+    product = product.astype(numerics.product)
+    maximum = None
+    if numerics.maximum_first and mask is None and bias is None:
+        maximum = numerics.over_row(jnp.max, product) * query.gain
+        # A compiler that computes maximum·gain − m with a single rounding is kept from it.
+        maximum = jnp.maximum(maximum, jnp.full_like(maximum, lowest(maximum.dtype)))
+    product = product * query.gain
     offset = None
     if numerics.storage in (Storage.BENEATH_MAXIMUM, Storage.BOUND):  # rounded below, or not at all
         z = product.astype(stat)
@@ -110,7 +116,7 @@ def scores(
         assert query.reference is not None
         stored = z - beside(query.reference)
         return Scores(stored, query.reference, None, slope if with_slope else None, mask is None)
-    base = numerics.over_row(jnp.max, z)
+    base = numerics.over_row(jnp.max, z) if maximum is None else maximum.astype(z.dtype)
     if numerics.subtracts_running_maximum:
         if numerics.dialect.whole_maximum and store == stat:
             base = jnp.ceil(base)
@@ -128,7 +134,7 @@ def scores(
     if numerics.storage is Storage.BENEATH_MAXIMUM and store != stat:
         if store == jnp.float16:  # what is below its range has no weight: clamp it
             stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
-        stored = stored.astype(store).astype(numerics.exponential or stat)
+        stored = numerics.dialect.narrow(stored, store).astype(numerics.exponential or stat)
     return Scores(stored, base, offset, slope if with_slope else None, mask is None)
 
 
