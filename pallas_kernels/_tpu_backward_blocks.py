@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._common import narrowed
 from pallas_kernels._float16 import to_bits
-from pallas_kernels._tpu_walk import LANES, grouped, padded, per_head
+from pallas_kernels._tpu_walk import LANES, bias_per_head, grouped, padded, per_head
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result
 from pasa_jax.core.plan import Plan
@@ -245,7 +245,7 @@ def inputs_of(o: Operands, mask: Mask, result: Result, d_out: Array, d_lse: Arra
         scale=o.scale.astype(jnp.float32).reshape(1),
         d_lse=column(d_lse),
         sinks=narrowed(o.sinks),
-        bias=per_head(narrowed(o.bias), heads),
+        bias=bias_per_head(o.bias, heads),
         array=per_head(array, heads),
         query_segments=None if mask.query_segments is None else mask.query_segments[..., None],
         key_segments=None if mask.key_segments is None else mask.key_segments[:, None],

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._common import narrowed
 from pallas_kernels._float16 import from_bits
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, KeyRange, Mask, div, maximum, minimum
@@ -54,7 +55,7 @@ class Specs:
       block_kv, key_tiles: keys of a tile, and how many tiles a head has.
       chunk_tiles: key tiles that lie in VMEM at once: all of a head, if they fit.
       transposed: whether rows lie along lanes. The rows of each query head must then fill whole
-        vectors, or be the only ones.
+        vectors, or be the only ones, and more than one: Mosaic refuses a product with one column.
     """
 
     heads: int
@@ -93,7 +94,7 @@ class Specs:
             -(-length // (block_q * tiles)),
             key_tiles,
             chunk_tiles,
-            wide_matrix and (groups == 1 or block_q % LANES == 0),
+            wide_matrix and (block_q % LANES == 0 or groups == 1 < block_q),
             bytes_of(tiles, chunk_tiles),
         )
 
@@ -149,6 +150,18 @@ def grouped(x: Array, heads: int) -> Array:
     """[B, T, N, …] -> [B, K, G, T, …]."""
     x = jnp.swapaxes(x, 1, 2)
     return x.reshape(x.shape[0], heads, -1, *x.shape[2:])
+
+
+def bias_per_head(bias: Array | None, heads: int) -> Array | None:
+    """[B|1, K|1, G|1, T|1, S|1]; float16, which Mosaic refuses, as float32.
+
+    The lowest number of float16 hides a key, and so must what it becomes.
+    """
+    bias = narrowed(bias)
+    if bias is not None and bias.dtype == jnp.float16:
+        hides = ~tile.shown_by(bias)
+        bias = jnp.where(hides, jnp.float32(tile.lowest(jnp.float32)), bias.astype(jnp.float32))
+    return per_head(bias, heads)
 
 
 def per_head(x: Array | None, heads: int) -> Array | None:

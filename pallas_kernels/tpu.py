@@ -31,7 +31,16 @@ from pallas_kernels._common import (
 )
 from pallas_kernels._float16 import to_bits
 from pallas_kernels._tpu_program import AGAIN, needs_blocks, run_program, scratch_shapes
-from pallas_kernels._tpu_walk import LANES, Inputs, Specs, block_specs, grouped, per_head, vmem
+from pallas_kernels._tpu_walk import (
+    LANES,
+    Inputs,
+    Specs,
+    bias_per_head,
+    block_specs,
+    grouped,
+    per_head,
+    vmem,
+)
 from pasa_jax.core import tile
 from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
@@ -271,7 +280,7 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         key=to_bits(jnp.swapaxes(o.key, 1, 2)),
         value=to_bits(jnp.swapaxes(o.value, 1, 2)),
         scale=o.scale.astype(jnp.float32).reshape(1),
-        bias=per_head(narrowed(o.bias), specs.heads),
+        bias=bias_per_head(o.bias, specs.heads),
         sinks=narrowed(o.sinks),
         array=per_head(array, specs.heads),
         query_segments=along(mask.query_segments, 1 if specs.transposed else 2),

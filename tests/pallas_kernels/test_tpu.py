@@ -60,6 +60,19 @@ def test_tiles_of_one_step(unroll):
     )
 
 
+@INTERPRETED
+def test_the_lowest_number_of_a_float16_bias_hides_a_key():
+    """Mosaic has no float16: the bias is widened, and that number with it."""
+    arrays = Case(b=1, t=20, s=128, n=1, k=1).arrays("float16")
+    hides = np.random.default_rng(0).random((1, 1, 20, 128)) < 0.9
+    hides[0, 0, 3] = True
+    bias = jnp.where(hides, jnp.finfo(jnp.float16).min, jnp.float16(0.5))
+    options = {"implementation": "pallas_tpu", "interpret": True, "schedule": BY_LANES}
+    found = dot_product_attention(**arrays, bias=bias, **options)
+    true, _ = exact(arrays | {"mask": jnp.asarray(~hides)}, {})
+    np.testing.assert_allclose(np.asarray(found, np.float64), true, atol=3e-3)
+
+
 def test_float16_is_widened_bit_by_bit():
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     widened = np.asarray(from_bits(to_bits(jnp.asarray(every))))
