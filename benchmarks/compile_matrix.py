@@ -43,12 +43,16 @@ CALLS: dict[str, dict[str, Any]] = {
     "segments": {"arrays": {"segment_ids": ((1, 1024), "int32")}},
     "bias": {"arrays": {"bias": ((1, 8, 1024, 1024), "float32")}},
     "bias, broadcast": {"arrays": {"bias": ((1, 8, 1, 1024), "float32")}},
+    "bias of float16": {"arrays": {"bias": ((1, 8, 1024, 1024), "float16")}},
     "mask": {"arrays": {"mask": ((1, 1, 1024, 1024), "bool")}},
     "soft cap": {"logits_soft_cap": 30.0},
     "sinks": {"arrays": {"sinks": ((8,), "float32")}},
     "8 query heads a key head": {"heads": 32, "kv_heads": 4, "is_causal": True},
     "decode": {"queries": 1, "keys": 4096, "heads": 32, "kv_heads": 8},
+    "decode, a key head each": {"queries": 1, "keys": 4096},
     "short": {"queries": 5, "keys": 7},
+    # Whose estimate takes ten minutes: keys come in chunks, and conditions are followed.
+    "131072 keys": {"queries": 131072, "is_causal": True, "estimates": False},
     "log-sum-exp": {"return_residual": True, "repair": True},
     "gradient": {"gradient": True, "is_causal": True, "repair": True},
     "gradient, full": {"gradient": True},
@@ -104,7 +108,7 @@ TYPES = {"tpu": ("bfloat16", "float32", "float16"), "gpu": ("float16", "bfloat16
 # These chips compile every call in every type. The others differ little from them: they compile
 # the first type, and the calls that change the size or the arithmetic of a tile.
 THOROUGH = ("tpu_v6e", "h100")
-EVERYWHERE = ("full", "causal", "head size", "shift", "float16", "under x64", "gradient")
+EVERYWHERE = ("full", "causal", "head size", "shift", "float16", "under x64", "gradient", "131072")
 QUICK = ("causal", "head size 64", "shift mean")
 # What must stand in the PTX of a call, by architecture's matrix instruction.
 HALF_PRODUCTS = ("f16.f16.f16.f16", "m64n64k16.f16.f16.f16", "m64n128k16.f16.f16.f16", "kind::f16")

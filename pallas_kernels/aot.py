@@ -149,16 +149,26 @@ class Compiler:
         shutil.rmtree(self._dump, ignore_errors=True)
 
     def __call__(
-        self, function: str, target: str, *, x64: bool = False, **arguments: Any
+        self,
+        function: str,
+        target: str,
+        *,
+        x64: bool = False,
+        estimates: bool = True,
+        **arguments: Any,
     ) -> Report:
         """Compiles for ``target`` what ``function`` ("module:name") makes of the arguments.
 
         It is called with a maker of arguments and returns a function and what to call it with.
+
+        Arguments:
+          estimates: whether to ask for cycles, which can take far longer than compiling.
         """
         check_choice("target", target, COMPILED)
         job = {"function": function, "target": target, "x64": x64, "arguments": arguments}
-        for estimates in (True, False):  # the estimator itself may take the process with it
-            line = self._ask(job, estimates)
+        # The estimator itself may take the process with it.
+        for with_cycles in (True, False) if estimates else (False,):
+            line = self._ask(job, with_cycles)
             if line:
                 return Report(**json.loads(line))
             self._stop()
