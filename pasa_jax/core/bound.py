@@ -123,8 +123,10 @@ def _balls(k: Array, usable: Array, n: int) -> tuple[Array, Array]:
 def _norm(x: Array) -> Array:
     """The Euclidean norm over the last axis, which no square leads out of its type."""
     top = jnp.max(jnp.abs(x), axis=-1)
-    unit = jnp.where(top > 0, top, jnp.ones_like(top))
-    return top * jnp.sqrt(jnp.sum(jnp.square(x / unit[..., None]), axis=-1))
+    # The inverse of a larger unit may be flushed to zero.
+    largest = jnp.full_like(top, 2.0 ** (jnp.finfo(x.dtype).maxexp - 28))
+    unit = jnp.where(top > 0, jnp.minimum(top, largest), jnp.ones_like(top))
+    return unit * jnp.sqrt(jnp.sum(jnp.square(x / unit[..., None]), axis=-1))
 
 
 def _sight(mask: Mask, usable: Array, n: int) -> Sight:

@@ -42,7 +42,7 @@ CASES: dict[str, Case] = {
     ),
     "reference, bias": Case({"shift": "reference", "bias": "11TS"}, _ODD, full=True),
     "none": Case({"shift": "none"}, _ODD, full=True),
-    "paper, all float16": Case({"shift": "paper", "precision": "paper"}, _ODD),
+    "paper, all float16": Case({"shift": "paper", "precision": "paper"}, _ODD, full=True),
     "paper, float32 statistics": Case({"shift": "paper", "precision": HALF}, _ODD, full=True),
     "float32 hand-over": Case({"precision": Precision(probabilities="float16")}, _ODD, full=True),
     "bottom right, longer keys": Case(

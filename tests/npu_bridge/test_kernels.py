@@ -106,7 +106,7 @@ class TestMutants:
 
     @needs_compiler
     @pytest.mark.parametrize(
-        "stride", [41, pytest.param(1, marks=pytest.mark.npu_full)], ids=["some", "all"]
+        "stride", [97, pytest.param(1, marks=pytest.mark.npu_full)], ids=["some", "all"]
     )
     def test_all_are_found(
         self, stride: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

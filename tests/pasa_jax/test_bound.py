@@ -269,3 +269,4 @@ def test_no_bound_is_claimed_where_a_number_is_not_one():
     assert bool(proved(x, key))
     assert not bool(proved(x * jnp.nan, key))
     assert not bool(proved(x * 1e30, key * 1e30))
+    assert not bool(proved(x * 3.4e38, key))  # the inverse of which float32 flushes to zero
