@@ -14,7 +14,10 @@ kernel alone (splash multiplies the queries by 1/√D outside of it).
 Known limits of the estimate. It is the compiler's model, not a time; where times were published, a
 real chip took about 1.3 times as long (docs/tpu.md). It follows conditions that come from program
 ids, and takes those that come from data for false; the peers' are rewritten for it. A loop that is
-not unrolled is counted once; a call that holds one has no figure here. It is optimistic about
+not unrolled is counted once; a call that holds one has no figure here, nor has one of whose kernel
+it gives 0: where several query heads share a key head, a block of our queries is copied with
+strides, and that is such a kernel. To follow the conditions of splash's windows and gradients takes
+minutes and more than 10 GB. It is optimistic about
 memory: beside it stands the time that reading and writing the operands once takes at the chip's
 bandwidth, and the larger of the two is what counts. Of ours, the walk that repairs a call whose
 result is not finite is left out, since it does not run; the test for it is counted.
@@ -233,7 +236,7 @@ def best(compiler: Compiler, side: Side, chip: str, case: Case) -> Best | None:
     """The side's cheapest arguments, or None where the compiler estimates none."""
     tried = [(compiler(side.function, chip, **x), x) for x in side.arguments(chip, case)]
     errors = tuple(report.error for report, _ in tried if report.error)
-    counted = [x for x in tried if x[0].total_cycles]
+    counted = [x for x in tried if x[0].cycles and all(x[0].cycles.values())]
     if not counted:
         return None
     report, arguments = min(counted, key=lambda x: x[0].total_cycles)

@@ -262,7 +262,8 @@ def _put(buffer: Array, x: Array, place: tuple[Array, ...]) -> Array:
 
 @_put.defjvp
 def _put_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    return _put(*primals), lax.dynamic_update_slice(*tangents[:2], primals[2])
+    (buffer, x, place), (d_buffer, d_x, _) = primals, tangents
+    return _put(buffer, x, place), lax.dynamic_update_slice(d_buffer, d_x, place)
 
 
 def _place(*index: Index) -> tuple[Array, ...]:
