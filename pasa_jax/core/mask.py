@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pasa_jax.core.bits import take
 from pasa_jax.core.errors import check_choice
 from pasa_jax.core.schedule import Schedule
 
@@ -266,7 +267,7 @@ class Mask:
 
 def pick(x: Array, index: Index) -> Array:
     """Entry ``index`` of the first axis; of an axis of size 1, its only entry."""
-    return x[0] if x.shape[0] == 1 else lax.dynamic_index_in_dim(x, index, keepdims=False)
+    return x[0] if x.shape[0] == 1 else take(x, index, 1)[0]
 
 
 def slice_tile(x: Array, row: Index, rows: int, column: Index, columns: int) -> Array:

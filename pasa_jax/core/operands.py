@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax import lax
 
+from pasa_jax.core.bits import take
 from pasa_jax.core.mask import Index, pick
 
 Array = jax.Array
@@ -47,7 +48,7 @@ class Operands(NamedTuple):
 
 def heads_of(x: Array, b: Index, h: Index, groups: int) -> Array:
     """[B, L, H, …] -> [L, groups, …]: the heads that belong to key head ``h``."""
-    return lax.dynamic_slice_in_dim(pick(x, b), h * groups, groups, axis=1)
+    return take(pick(x, b), h * groups, groups, 1)
 
 
 class Result(NamedTuple):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax.core import tile
+from pasa_jax.core import bits, tile
 from pasa_jax.core.bound import bound_of
 from pasa_jax.core.heads import heads_at_once, varying
 from pasa_jax.core.mask import Index, Mask, div, minimum, pick, slice_tile
@@ -85,7 +85,7 @@ class HeadWalk(Walk):
 
     def rows(self, x: Shaped[Array, "T G *rest"], start: Index) -> Shaped[Array, "R last"]:
         """The rows [R, …] of x [T, G, …] that belong to the query tile at ``start``."""
-        x = lax.dynamic_slice_in_dim(x, start, self.block_q)
+        x = bits.take(x, start, self.block_q)
         x = jnp.moveaxis(x, 1, 0).reshape(self.groups * self.block_q, *x.shape[2:])
         return x if x.ndim > 1 else x[:, None]
 
@@ -100,7 +100,7 @@ class HeadWalk(Walk):
         if which is not None:
             x = jnp.where(which, x, self.rows(buffer, start))
         x = x.reshape(self.groups, self.block_q, *buffer.shape[2:])
-        return _put(buffer, jnp.moveaxis(x, 0, 1), _place(start, *[0] * (buffer.ndim - 1)))
+        return bits.put(buffer, jnp.moveaxis(x, 0, 1), _place(start, *[0] * (buffer.ndim - 1)))
 
     def new(self, start: Index, i: Array) -> Bool[Array, "R 1"] | None:
         """[R, 1] bool: the rows that no earlier tile holds; None: all of them."""
@@ -144,8 +144,7 @@ class HeadWalk(Walk):
         """Keys, values and which of them are usable [n, 1], of key tile j."""
         at, n = self.key_start(j), self.block_kv
         k, v, usable = (
-            lax.dynamic_slice_in_dim(x, at, n)
-            for x in (self.head.key, self.head.value, self.facts.usable)
+            bits.take(x, at, n) for x in (self.head.key, self.head.value, self.facts.usable)
         )
         return k, v, usable[:, None]
 
@@ -220,7 +219,7 @@ def over_heads(
         placed, d_bias = one(b, h)
 
         def put(buffer: Array, x: Array) -> Array:
-            return _put(buffer, x[None], _place(b, 0, h * x.shape[1], *[0] * (x.ndim - 2)))
+            return bits.put(buffer, x[None], _place(b, 0, h * x.shape[1], *[0] * (x.ndim - 2)))
 
         total = buffers[1]
         if total is not None and d_bias is not None:
@@ -245,25 +244,6 @@ def _fold_bias(d_bias: Array, bias: Array | None) -> Array:
     full = d_bias.reshape(d_bias.shape[0], -1, *d_bias.shape[3:])
     axes = tuple(a for a in (0, 1) if bias.shape[a] == 1)
     return jnp.sum(full, axis=axes, keepdims=True)
-
-
-@jax.custom_jvp
-def _put(buffer: Array, x: Array, place: tuple[Array, ...]) -> Array:
-    """``buffer`` with x at ``place``.
-
-    Numbers of 16 bits are put as bits: XLA for CPUs would widen the whole buffer each time.
-    """
-    dtype = buffer.dtype
-    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2:
-        buffer, x = (lax.bitcast_convert_type(y, jnp.uint16) for y in (buffer, x))
-    buffer = lax.dynamic_update_slice(buffer, x, place)
-    return buffer if buffer.dtype == dtype else lax.bitcast_convert_type(buffer, dtype)
-
-
-@_put.defjvp
-def _put_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    (buffer, x, place), (d_buffer, d_x, _) = primals, tangents
-    return _put(buffer, x, place), lax.dynamic_update_slice(d_buffer, d_x, place)
 
 
 def _place(*index: Index) -> tuple[Array, ...]:

@@ -9,8 +9,8 @@ import pytest
 
 from pasa_jax import Schedule, dot_product_attention
 from pasa_jax.call.api import canonical
-from pasa_jax.core import tile
-from pasa_jax.implementations import head_walk, lax
+from pasa_jax.core import bits, tile
+from pasa_jax.implementations import lax
 
 
 def test_rounding_by_bits_is_rounding():
@@ -37,8 +37,11 @@ def test_finite_by_bits_is_finite(dtype):
 def test_what_is_done_to_bits_has_derivatives():
     x = jnp.ones((4, 2), jnp.bfloat16)
     place = (jnp.int32(1), jnp.int32(0))
-    _, d_put = jax.jvp(lambda a, b: head_walk._put(a, b, place), (x, x[:2]), (x, 2 * x[:2]))
+    _, d_put = jax.jvp(lambda a, b: bits.put(a, b, place), (x, x[:2]), (x, 2 * x[:2]))
     assert d_put.tolist() == [[1, 1], [2, 2], [2, 2], [1, 1]]
+    _, d_take = jax.jvp(lambda a: bits.take(a, 1, 2), (x,), (x,))
+    assert d_take.tolist() == [[1, 1], [1, 1]]
+    assert jax.grad(lambda a: jnp.sum(bits.take(a, 1, 2)))(x)[:, 0].tolist() == [0, 1, 1, 0]
     wide = jnp.asarray([1.0, 3.0])
     _, d_narrow = jax.jvp(lambda y: lax._narrow(y, jnp.dtype(jnp.bfloat16)), (wide,), (2 * wide,))
     assert d_narrow.tolist() == [2, 6]

@@ -1,0 +1,52 @@
+"""Slices of arrays, taken and put; numbers of 16 bits as bits.
+
+XLA for CPUs has no arithmetic in 16 bits. It would widen a whole array to float32 to slice it, or
+to put a slice into it, and narrow the whole result.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def _has_16_bits(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def take(x: Array, start: Any, size: int, axis: int = 0) -> Array:
+    """``size`` entries of one axis of x, from ``start`` on."""
+    if not _has_16_bits(x):
+        return lax.dynamic_slice_in_dim(x, start, size, axis)
+    bits = lax.bitcast_convert_type(x, jnp.uint16)
+    return lax.bitcast_convert_type(lax.dynamic_slice_in_dim(bits, start, size, axis), x.dtype)
+
+
+@take.defjvp
+def _take_jvp(
+    size: int, axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    x, start = primals
+    return take(x, start, size, axis), lax.dynamic_slice_in_dim(tangents[0], start, size, axis)
+
+
+@jax.custom_jvp
+def put(buffer: Array, x: Array, place: tuple[Any, ...]) -> Array:
+    """``buffer`` with x at ``place``, an index for each axis."""
+    if not _has_16_bits(buffer):
+        return lax.dynamic_update_slice(buffer, x, place)
+    bits = (lax.bitcast_convert_type(y, jnp.uint16) for y in (buffer, x))
+    return lax.bitcast_convert_type(lax.dynamic_update_slice(*bits, place), buffer.dtype)
+
+
+@put.defjvp
+def _put_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    (buffer, x, place), (d_buffer, d_x, _) = primals, tangents
+    return put(buffer, x, place), lax.dynamic_update_slice(d_buffer, d_x, place)
