@@ -72,6 +72,12 @@ def test_ordinary_data_is_computed_once(causal):
 
 
 @INTERPRETED
+def test_what_lies_beyond_the_rows_and_keys_does_not_matter():
+    """Memory there is NaN, which must not send the call to the lax walk."""
+    assert not whether_again(arrays_of(s=250), is_causal=True, schedule=TILES)
+
+
+@INTERPRETED
 def test_rows_that_see_nothing_are_not_computed_again():
     lengths = {"key_value_seq_lengths": jnp.asarray([0])}
     assert not whether_again(arrays_of(), schedule=TILES, **lengths)
