@@ -24,7 +24,7 @@ def tiles(kernel, case=None):
     return schedule
 
 
-CHOSEN = ("causal, more keys", "window", "bias of rows", "sinks", "segments")
+CHOSEN = ("window", "bias of rows", "segments")
 
 
 @pytest.mark.parametrize("name", only(CHOSEN, CASES))

@@ -73,7 +73,7 @@ def float64_gradients(case, arrays):
         return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(operands))
 
 
-@pytest.mark.parametrize("name", some(NAMES, 4, 1))
+@pytest.mark.parametrize("name", only(("bias", "window", "soft cap, causal, biased"), NAMES))
 def test_float32_against_float64(name):
     case = CASES[name]
     arrays = case.arrays("float32")

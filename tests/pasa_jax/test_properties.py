@@ -119,7 +119,7 @@ def examples(count):
     )
 
 
-@examples(12)
+@examples(8)
 @given(**EXAMPLES)
 def test_attention(**example):
     holds(**example)
