@@ -42,8 +42,8 @@ def put(buffer: Array, x: Array, place: tuple[Any, ...]) -> Array:
     """``buffer`` with x at ``place``, an index for each axis."""
     if not _has_16_bits(buffer):
         return lax.dynamic_update_slice(buffer, x, place)
-    bits = (lax.bitcast_convert_type(y, jnp.uint16) for y in (buffer, x))
-    return lax.bitcast_convert_type(lax.dynamic_update_slice(*bits, place), buffer.dtype)
+    whole, part = (lax.bitcast_convert_type(y, jnp.uint16) for y in (buffer, x))
+    return lax.bitcast_convert_type(lax.dynamic_update_slice(whole, part, place), buffer.dtype)
 
 
 @put.defjvp
