@@ -13,7 +13,6 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from pasa_jax.core import tile
 from pasa_jax.core.errors import BackendUnsupported
 from pasa_jax.core.heads import heads_at_once, varying
 from pasa_jax.core.mask import Mask
@@ -223,6 +222,5 @@ def _repairing(plan: Plan) -> Plan:
 
     It is seldom run: it should compile fast and need little memory.
     """
-    plan = plan.unproved if plan.storage is tile.Storage.BOUND else plan
     schedule = replace(plan.schedule, block_q=_REPAIR_ROWS, unroll=1, batch_heads=False)
-    return replace(plan, schedule=schedule)
+    return replace(plan.unproved, schedule=schedule)

@@ -15,7 +15,7 @@ from pallas_kernels._common import narrowed
 from pallas_kernels._float16 import to_bits
 from pallas_kernels._tpu_walk import LANES, bias_per_head, grouped, padded, per_head
 from pasa_jax.core.mask import Mask
-from pasa_jax.core.operands import Operands, Result
+from pasa_jax.core.operands import Operands, Result, fold_bias
 from pasa_jax.core.plan import Plan
 
 Array = jax.Array
@@ -77,18 +77,12 @@ class Gradients(NamedTuple):
             query=query.astype(like.query.dtype),
             key=key.astype(like.key.dtype),
             value=value.astype(like.value.dtype),
-            bias=self._bias(like.bias),
+            bias=None
+            if like.bias is None
+            else fold_bias(self.bias, like.bias).astype(like.bias.dtype),
             sinks=None,
             scale=jnp.sum(self.scale).astype(like.scale.dtype),
         )
-
-    def _bias(self, like: Array | None) -> Array | None:
-        """[B|1, N|1, T|1, S|1]."""
-        if like is None:
-            return None
-        x = self.bias.reshape(len(self.bias), -1, *self.bias.shape[3:])
-        axes = tuple(a for a in (0, 1) if like.shape[a] == 1)
-        return jnp.sum(x, axis=axes, keepdims=True).astype(like.dtype)
 
 
 @dataclass(frozen=True)

@@ -157,8 +157,7 @@ def _fitting(operands: Operands, mask: Mask, plan: Plan) -> Plan:
     """``plan`` with a running maximum where the keys of a head come in chunks: references would
     need all of them first.
     """
-    chunked = Specs.of(operands, mask, plan).chunks > 1
-    return plan.unproved if chunked and plan.storage is tile.Storage.BOUND else plan
+    return plan.unproved if Specs.of(operands, mask, plan).chunks > 1 else plan
 
 
 def _rest(

@@ -23,7 +23,6 @@ from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import Target, find_target
-from pasa_jax.core.tile import Storage
 from pasa_jax.implementations import lax as _lax
 from pasa_jax.implementations import reference
 
@@ -92,8 +91,7 @@ def _backward_by_lax(
     operands: Operands, mask: Mask, plan: Plan, result: Result, d_out: Array, d_lse: Array | None
 ) -> Operands:
     """The lax walk's backward pass of a kernel's result; it needs no proof of a bound."""
-    plan = plan.unproved if plan.storage is Storage.BOUND else plan
-    return _lax.backward(operands, mask, plan, result, d_out, d_lse)
+    return _lax.backward(operands, mask, plan.unproved, result, d_out, d_lse)
 
 
 @dataclass(frozen=True)

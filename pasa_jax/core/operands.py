@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from pasa_jax.core.bits import take
@@ -49,6 +50,14 @@ class Operands(NamedTuple):
 def heads_of(x: Array, b: Index, h: Index, groups: int) -> Array:
     """[B, L, H, …] -> [L, groups, …]: the heads that belong to key head ``h``."""
     return take(pick(x, b), h * groups, groups, 1)
+
+
+def fold_bias(d_bias: Array, bias: Array | None) -> Array:
+    """[B, K, G|1, T|1, S|1] -> the bias's own shape, summed where it is broadcast."""
+    assert bias is not None
+    full = d_bias.reshape(d_bias.shape[0], -1, *d_bias.shape[3:])
+    axes = tuple(a for a in (0, 1) if bias.shape[a] == 1)
+    return jnp.sum(full, axis=axes, keepdims=True)
 
 
 class Result(NamedTuple):

@@ -66,8 +66,11 @@ class Plan:
 
     @property
     def unproved(self) -> Plan:
-        """The plan for heads whose bound is too wide: a running maximum, scores in float32."""
-        return replace(self, shift="auto")
+        """The plan for heads whose bound is too wide: a running maximum, scores in float32.
+
+        A plan of another shift needs no proof, and is its own.
+        """
+        return replace(self, shift="auto") if self.storage is Storage.BOUND else self
 
     @property
     def rounds_products(self) -> bool:

@@ -19,7 +19,7 @@ from pasa_jax.core import bits, tile
 from pasa_jax.core.bound import bound_of
 from pasa_jax.core.heads import heads_at_once, varying
 from pasa_jax.core.mask import Index, Mask, div, minimum, pick, slice_tile
-from pasa_jax.core.operands import Operands
+from pasa_jax.core.operands import Operands, fold_bias
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import HeadFacts, Known, prepare, prepare_known
 from pasa_jax.core.walk import Walk
@@ -212,7 +212,7 @@ def over_heads(
         placed = jax.tree.map(
             lambda x: jnp.moveaxis(x, 1, 2).reshape(batch, x.shape[2], -1, *x.shape[4:]), placed
         )
-        return placed, None if d_bias is None else _fold_bias(d_bias, operands.bias)
+        return placed, None if d_bias is None else fold_bias(d_bias, operands.bias)
 
     def body(t: Array, buffers: tuple[Any, Array | None]) -> tuple[Any, Array | None]:
         b, h = t.astype(jnp.int32) // kv_heads, t.astype(jnp.int32) % kv_heads
@@ -236,14 +236,6 @@ def over_heads(
     if bias_shape is not None and operands.bias is not None:
         d_bias = jnp.zeros(operands.bias.shape, bias_shape.dtype)
     return lax.fori_loop(0, batch * kv_heads, body, varying((buffers, d_bias), (operands, mask)))
-
-
-def _fold_bias(d_bias: Array, bias: Array | None) -> Array:
-    """[B, K, G|1, T|1, S|1] -> the bias's own shape, summed where it is broadcast."""
-    assert bias is not None
-    full = d_bias.reshape(d_bias.shape[0], -1, *d_bias.shape[3:])
-    axes = tuple(a for a in (0, 1) if bias.shape[a] == 1)
-    return jnp.sum(full, axis=axes, keepdims=True)
 
 
 def _place(*index: Index) -> tuple[Array, ...]:
