@@ -20,22 +20,30 @@ _SETTLED = ("m", "l", "o")
 
 
 def begin(c: Context, memory: VectorMemory) -> Function:
-    """The state before any key."""
-    f = VectorFunction(memory.ub, "Begin")
+    """The row statistics before any key."""
+    f = VectorFunction(memory.ub, "Begin", ("side",))
     body: list[Node] = [Barrier("V")]
-    for name in ("m", "l", "f", "o"):
+    for name in ("m", "l", "f"):
         b = memory.state[name]
         lowest = name == "m"
         value = Scalar(_LOWEST[b.dtype] if lowest else 0)
-        body.append(Duplicate(b.at(), value, b.count, spelled=not lowest))
-    return f.done("The state before any key (eq. 10).", body)
+        body.append(Duplicate(b.slot("side"), value, b.count, spelled=not lowest))
+    return f.done("The row statistics before any key (eq. 10).", body)
+
+
+def clear(memory: VectorMemory) -> Function:
+    """O before any key."""
+    o = memory.state["o"]
+    body: list[Node] = [Barrier("V"), Duplicate(o.at(), Scalar(0), o.count, spelled=True)]
+    return VectorFunction(memory.ub, "Clear").done("O before any key (eq. 10).", body)
 
 
 def _state(c: Context, memory: VectorMemory, row: Expr) -> dict[str, Value]:
     """The state of `CLOSING` rows from ``row`` on."""
     r = CLOSING
     state: dict[str, Value] = {
-        name: Vector(memory.state[name].at(row, r), r, 1) for name in ("m", "l", "f")
+        name: Vector(memory.state[name].at(f"side * {c.half} + {row}", r), r, 1)
+        for name in ("m", "l", "f")
     }
     state["o"] = Vector(memory.state["o"].at(times(row, c.e), r * c.e), r, c.e)
     return state
@@ -54,7 +62,7 @@ def close(c: Context, memory: VectorMemory) -> Function:
     """O/l, rounded to the output's type, and the log-sum-exp."""
     r, decode = CLOSING, c.kernel.decode
     traced = stages.close(c.kernel, r)
-    f = VectorFunction(memory.ub, "Close", ("entry", "head", "start"))
+    f = VectorFunction(memory.ub, "Close", ("entry", "head", "start", "side"))
     # Settling has put f into m.
     settled = _settled(c, memory, "") | {"f": Scalar(0.0)} if decode else None
     state = settled or _state(c, memory, "row")
@@ -83,7 +91,7 @@ def store_state(c: Context, memory: VectorMemory) -> Function:
     """Decoding: keeps m, l and O of a part of the keys."""
     r = CLOSING
     traced = stages.settle(c.kernel, r)
-    f = VectorFunction(memory.ub, "StoreState", ("item",))
+    f = VectorFunction(memory.ub, "StoreState", ("item", "side"))
     outputs = {traced.outputs[name]: Output(memory.merging[name].at()) for name in _SETTLED}
     inputs = inputs_of(traced.inputs, _state(c, memory, "row"))
     compute = f.lowered(traced.equations, inputs, outputs)
@@ -124,7 +132,7 @@ def merge(c: Context, memory: VectorMemory, close: Function) -> Function:
     rows: list[Node] = [
         *slab(SINGLE, first, [], []),
         For("part", 1, "parts", slab(SINGLE, more, compute, [])),
-        Call(close, ("entry", "head", "row")),
+        Call(close, ("entry", "head", "row", 0)),
         # The next slab is loaded where this one was computed.
         SetFlag("V", "MTE2", PADDING),
         WaitFlag("V", "MTE2", PADDING),
