@@ -218,7 +218,8 @@ def _values(products: Products) -> Function:
 def _shift_keys(products: Products) -> Function:
     c, l1 = products.c, products.memory.l1
     left = Slice(l1["left"], f"slot * {SUB * SUB}", SUB * SUB)
-    m = c.globals["matrices"].at(f"(int64_t(j == Div(keys, {c.n})) * {c.n} + line) * {c.n} + row")
+    last = f"int64_t(j == Div(keyLength, {c.n}))"
+    m = c.globals["matrices"].at(f"({last} * {c.n} + line) * {c.n} + row")
     load: list[Node] = [matrix_in(left, m, SUB, SUB, str(c.n))]
     load += products.rows_in(l1["right"].slot("slot"), "key", SUB, CHUNK, "row", "column")
     to = c.globals["shiftedKey"].at(f"(int64_t(unit) * {c.n} + line) * {c.d} + column")

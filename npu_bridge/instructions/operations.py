@@ -71,7 +71,7 @@ BINARY = {
     op.name: op
     for op in (
         Operation("Add", np.add),
-        Operation("Sub", np.subtract),
+        Operation("Sub", np.subtract, (*FLOATS, "int32_t")),
         Operation("Mul", np.multiply),
         Operation("Div", np.divide, repeat_cycles=_SLOW),
         Operation("Max", _larger),

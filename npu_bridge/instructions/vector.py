@@ -265,7 +265,7 @@ class Brcb(VectorInstruction):
     sources: ClassVar[tuple[str, ...]] = ("x",)
 
     def __post_init__(self) -> None:
-        check_type("Brcb", self.to.dtype, (*FLOATS, "bfloat16_t"))
+        check_type("Brcb", self.to.dtype, (*FLOATS, "bfloat16_t", "int32_t"))
 
     @property
     def text(self) -> str:
@@ -287,6 +287,8 @@ _CASTS = {
     ("float", "bfloat16_t"): "CAST_NONE",
     ("half", "float"): "CAST_RINT",
     ("bfloat16_t", "float"): "CAST_RINT",
+    ("half", "uint8_t"): "CAST_NONE",
+    ("float", "int32_t"): "CAST_RINT",
 }
 
 
@@ -310,7 +312,7 @@ class Cast(VectorInstruction):
 
     @property
     def work(self) -> Expr:
-        return self.count * ITEMSIZE["float"]  # one side is always float32
+        return self.count * max(ITEMSIZE[self.to.dtype], ITEMSIZE[self.x.dtype])
 
     def run(self, machine: Machine) -> None:
         x = machine.array(self.x)[: self.count]

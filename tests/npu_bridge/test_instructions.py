@@ -156,7 +156,8 @@ UB = {name: Buffer(name, "UB", name, 64) for name in ("half", "bfloat16_t", "flo
         (
             lambda b: Cast(b["half"].at(), b["bfloat16_t"].at(), 64),
             "Cast takes half to float or bfloat16_t to float or float to half or float to "
-            "bfloat16_t on this chip, not bfloat16_t to half",
+            "bfloat16_t or uint8_t to half or int32_t to float on this chip, "
+            "not bfloat16_t to half",
         ),
         (
             lambda b: Compare("GE", b["uint16_t"].at(), b["bfloat16_t"].at(), Scalar(0), 128),
