@@ -196,6 +196,18 @@ class SyncAll:
 
 
 @dataclass(eq=False)
+class Invalidate:
+    """Drops what the scalar unit's cache holds, before it reads what other units have written.
+
+    Arguments:
+      name: of an array in global memory.
+    """
+
+    name: str
+    dtype: str
+
+
+@dataclass(eq=False)
 class Let:
     """A named number."""
 
@@ -314,6 +326,9 @@ def _lines(node: Node) -> list[str]:
             return [f"PipeBarrier<PIPE_{node.pipe}>();"]
         case SyncAll():
             return ["SyncAll<false>();"]
+        case Invalidate():
+            places = "CacheLine::ENTIRE_DATA_CACHE, DcciDst::CACHELINE_OUT"
+            return [f"DataCacheCleanAndInvalid<{node.dtype}, {places}>({node.name});"]
         case Let():
             return [f"const {node.ctype} {node.name} = {node.value};"]
         case Alias():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores.context import Context, Core, prologue, whole, workspace_slot
+from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, whole, workspace_slot
 from npu_bridge.cores.products import CubeMemory, Products, matrix_in
 from npu_bridge.ir import (
     Advance,
@@ -28,10 +28,13 @@ def cube_core(c: Context) -> Core:
     """Goes through this core's items: scores ahead of the vector cores, P·V behind them."""
     memory = CubeMemory.of(c)
     products = Products(c, memory)
-    core = Core("AIC", memory.memories, _COUNTERS)
+    counters = (*_COUNTERS, "damagedCores") if c.kernel.repaired else _COUNTERS
+    core = Core("AIC", memory.memories, counters)
     before: list[Node] = []
     if c.kernel.shift == "paper":
         before = [SyncAll(), Call(core.add(_shift_keys(products)), ())]
+    if c.kernel.careful:
+        before = [SyncAll()]
     loop = _loop(products, core)
     both, l1_ids = range(2), range(6)
     body: list[Node] = [
@@ -45,8 +48,9 @@ def cube_core(c: Context) -> Core:
         *[WaitFlag("MTE1", "MTE2", i) for i in l1_ids],
         *[WaitFlag("M", "MTE1", i) for i in both],
         *[WaitFlag("FIX", "M", i) for i in both],
+        *(look_for_damage() if c.kernel.repaired else []),
     ]
-    core.body = whole(body)
+    core.body = whole(c, body)
     return core
 
 

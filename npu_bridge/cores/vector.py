@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores import close, prepare
-from npu_bridge.cores.context import Context, Core, prologue, whole
+from npu_bridge.cores import careful, close, prepare
+from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, whole
 from npu_bridge.cores.slabs import copy
 from npu_bridge.cores.tile import ARGUMENTS, Tile
 from npu_bridge.cores.vector_memory import VectorMemory
@@ -15,6 +15,7 @@ from npu_bridge.ir import (
     CrossWait,
     For,
     If,
+    Invalidate,
     Node,
     SetFlag,
     SyncAll,
@@ -26,8 +27,14 @@ from npu_bridge.layout import FLAGS, LAG, SINGLE, SOFTMAX, UPDATE
 def vector_core(c: Context) -> Core:
     """Prepares, then goes through this core's items; decoding: merges their states at the end."""
     memory = VectorMemory.of(c)
-    core = Core("AIV", {"UB": memory.ub}, ("softmaxTurn", "updateTurn", "tileTurn"))
-    before = _prepare(c, core, memory)
+    counters = ("softmaxTurn", "updateTurn", "tileTurn")
+    counters = (*counters, "damagedCores") if c.kernel.repaired else counters
+    core = Core("AIV", {"UB": memory.ub}, counters)
+    ramp: list[Node] = [Call(core.add(prepare.ramp(memory.ub, memory.ramp)), ())]
+    if c.kernel.careful:
+        before, ramp = [*ramp, *_prepare_carefully(c, core, memory)], []
+    else:
+        before = _prepare(c, core, memory)
     loop = _loop(c, core, memory)
     ids = [SOFTMAX, SOFTMAX + 1, UPDATE, UPDATE + 1, SINGLE]
     body: list[Node] = [
@@ -35,14 +42,16 @@ def vector_core(c: Context) -> Core:
         *[SetFlag("MTE3", "V", i) for i in ids],
         SetFlag("MTE3", "MTE2", 0),
         *prologue(before),
-        Call(core.add(prepare.ramp(memory.ub, memory.ramp)), ()),
+        *ramp,
         *_load_weights(c, memory),
+        *close.undamaged(memory),
         *loop,
         *[WaitFlag("V", "MTE2", i) for i in ids],
         *[WaitFlag("MTE3", "V", i) for i in ids],
         WaitFlag("MTE3", "MTE2", 0),
+        *(look_for_damage() if c.kernel.repaired else []),
     ]
-    core.body = whole(body)
+    core.body = whole(c, body)
     return core
 
 
@@ -62,6 +71,23 @@ def _prepare(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
     if c.kernel.shift == "paper":  # the cube core computes K' from the tails
         calls += [Barrier("ALL"), SyncAll()]
     return calls
+
+
+def _prepare_carefully(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
+    """The same for the careful kernel."""
+    ub, ramp = memory.ub, memory.ramp
+    functions = [careful.queries(c, ub, ramp), careful.values(c, ub, ramp)]
+    if "ones" in c.full.products:
+        functions.append(prepare.ones(c, ub))
+    bounds: list[Node] = [
+        Call(core.add(careful.keys(c, ub, ramp)), ()),
+        Barrier("ALL"),
+        SyncAll(),
+        Invalidate("keyBound", "float"),
+    ]
+    for function in functions:  # each has all of UB behind the ramp
+        bounds += [Call(core.add(function), ()), Barrier("ALL")]
+    return bounds[:-1]
 
 
 def _load_weights(c: Context, memory: VectorMemory) -> list[Node]:
@@ -100,8 +126,19 @@ def _loop(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
     ]
     turn = [If("t < tiles", probabilities), If(f"t >= {LAG}", output)]
     tiles = For("t", 0, f"tiles + {LAG}", turn)
-    last, merge = Call(end, ("entry", "head", "start")), list[Node]()
+    last, merge = [Call(end, ("entry", "head", "start"))], list[Node]()
+    if c.kernel.repaired and not c.kernel.decode:
+        look, report = core.add(close.look(c, memory)), core.add(close.report(c, memory))
+        place = ("entry", "head", "tile", f"Div(firstRow, {c.half})")
+        last += [
+            *close.no_damage(memory),
+            Call(look, ("entry", "start")),
+            Call(report, place),
+        ]
     if c.kernel.decode:
-        last = Call(core.add(close.store_state(c, memory)), ("item",))
-        merge = [Barrier("ALL"), SyncAll(), Call(core.add(close.merge(c, memory, end)), ())]
-    return [*c.items([Call(begin, ()), tiles, last, Advance("tileTurn", "tiles")]), *merge]
+        last = [Call(core.add(close.store_state(c, memory)), ("item",))]
+        merged = core.add(close.merge(c, memory, core, end))
+        merge = [Barrier("ALL"), SyncAll(), Call(merged, ())]
+    first = Call(begin, ("entry", "head", "tile") if begin.parameters else ())
+    items = c.items([first, tiles, *last, Advance("tileTurn", "tiles")])
+    return [*items, *merge, *close.tell(c, memory)]
