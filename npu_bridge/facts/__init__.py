@@ -1,0 +1,162 @@
+"""What AscendC has on this chip, as its own headers say: `dav_2201.toml` and how it is asked.
+
+The generator, the emulator and `npu_bridge.check` take their lists of types, modes and limits from
+here, so that none of them can hold a belief of its own.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from pasa_jax.core.errors import LoweringError
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of AscendC; the file says what each field means.
+
+    Arguments:
+      types: modes by what stands for the template letters, ("float", "half"); () if there are none.
+    """
+
+    name: str
+    source: str
+    operands: tuple[str, ...] = ()
+    types: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    mode: str = ""
+    newer: str = ""
+    listed: bool = True
+    tpipe: bool = False
+    scratch: bool = False
+    scalar: bool = False
+    flags: tuple[int, ...] = ()
+    choices: tuple[str, ...] = ()
+
+    def require(self, *types: str, mode: str = "", choice: str = "") -> None:
+        """Raises where the call cannot be emitted so.
+
+        Arguments:
+          types: C++ types of the template letters, in the order in which they first appear.
+          mode: of rounding, comparing or quantising.
+          choice: the template argument, "PIPE_V" or "MTE2_V".
+
+        Raises:
+          LoweringError: the sentence names the call, what it takes, what was asked, and the header.
+        """
+        problem = self.problem(*types, mode=mode, choice=choice)
+        if problem:
+            raise LoweringError(problem)
+
+    def problem(self, *types: str, mode: str = "", choice: str = "") -> str:
+        """What `require` would say; nothing if the call can be emitted so."""
+        if self.tpipe:
+            return (
+                f"{self.name} needs a live TPipe, which kernels with static tensors do not have "
+                f"({self.source})"
+            )
+        if types and types not in self.types:
+            return self._refused([_listed(x) for x in self.types], _listed(types))
+        if mode and mode not in self.types[types]:
+            return self._refused(list(self.types[types]), f"{mode} of {_listed(types)}")
+        if choice and choice not in self.choices:
+            return self._refused(list(self.choices), choice)
+        return ""
+
+    def _refused(self, allowed: list[str], seen: str) -> str:
+        return f"{self.name} takes {' or '.join(allowed)} on this chip, not {seen} ({self.source})"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The lowest and the highest value of each number of a group."""
+
+    name: str
+    source: str
+    limits: dict[str, tuple[int, int]]
+
+    def require(self, **values: Any) -> None:
+        """Raises where a value that is known here is out of its limits.
+
+        Raises:
+          LoweringError: the sentence names the field, its limits, the value, and the header.
+        """
+        for name, value in values.items():
+            low, high = self.limits[name]
+            if isinstance(value, int) and not low <= value <= high:
+                raise LoweringError(
+                    f"{self.name}.{name} must be {low} to {high} on this chip; got {value} "
+                    f"({self.source})"
+                )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The whole table.
+
+    Arguments:
+      scratch: the bytes of UB that are kept for the library.
+      first, last: the calls with which a core's program must begin and end.
+    """
+
+    calls: dict[str, Call]
+    fields: dict[str, Fields]
+    scratch: tuple[int, int]
+    first: str
+    last: str
+
+    def call(self, name: str) -> Call:
+        """The entry of a call.
+
+        Raises:
+          LoweringError: there is none, so it must not be emitted.
+        """
+        if name not in self.calls:
+            raise LoweringError(
+                f"{name} is not in npu_bridge/facts/dav_2201.toml, so it cannot be emitted: add "
+                "what the headers say of it first"
+            )
+        return self.calls[name]
+
+    @property
+    def taken_flags(self) -> tuple[int, ...]:
+        """Cross-core flags that calls take themselves."""
+        return tuple(flag for call in self.calls.values() for flag in call.flags)
+
+
+def _listed(types: tuple[str, ...]) -> str:
+    return types[0] if len(types) == 1 else f"({', '.join(types)})"
+
+
+def _call(name: str, entry: dict[str, Any]) -> Call:
+    types = entry.pop("types", {})
+    modes = types if isinstance(types, dict) else dict.fromkeys(types, ())
+    return Call(
+        name,
+        operands=tuple(entry.pop("operands", "").split()),
+        types={tuple(key.split()): tuple(value) for key, value in modes.items()},
+        **{key: tuple(x) if isinstance(x, list) else x for key, x in entry.items()},
+    )
+
+
+def _fields(name: str, entry: dict[str, Any]) -> Fields:
+    source = entry.pop("source")
+    return Fields(name, source, {field: (low, high) for field, (low, high) in entry.items()})
+
+
+def load(text: str) -> Facts:
+    """The table that a file of facts holds."""
+    table = tomllib.loads(text)
+    low, high = table["ub"]["scratch"]
+    return Facts(
+        {name: _call(name, entry) for name, entry in table["calls"].items()},
+        {name: _fields(name, entry) for name, entry in table["fields"].items()},
+        (low, high),
+        table["static_tensors"]["first"],
+        table["static_tensors"]["last"],
+    )
+
+
+FACTS = load(files(__package__).joinpath("dav_2201.toml").read_text("utf-8"))
