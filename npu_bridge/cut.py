@@ -79,7 +79,8 @@ def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
     outputs = {n: x for n, x in traced.outputs.items() if x is not traced.inputs.get(n)}
     if any(isinstance(x, Scalar) for x in outputs.values()):
         raise LoweringError("a state of the softmax is a plain number")
-    vector = [e for e in traced.equations if e.output not in cube.inside]
+    vector = [e for e in traced.equations if e.output not in cube.inside] + cube.more
+    level |= {e.output: level[e.inputs[0]] for e in cube.more}
     repeated = _repeated(vector, set(cube.results) | {traced.inputs[n] for n in _STATE})
     known = {**names, **cube.results}
     carried = _carried(vector, level, last, known, repeated)
@@ -133,6 +134,8 @@ class _Products:
       given: what the vector unit hands over for them, by name.
       waits: result -> what must be computed before it can be multiplied, or None.
       inside: what the cube unit computes.
+      more: equations of what is handed over that the trace has not: a reference with its sign
+        changed, for the cube unit can only add.
     """
 
     products: dict[str, Product] = field(default_factory=dict)
@@ -140,6 +143,7 @@ class _Products:
     given: dict[Var, str] = field(default_factory=dict)
     waits: dict[Var, Var | None] = field(default_factory=dict)
     inside: set[Var] = field(default_factory=set)
+    more: list[Equation] = field(default_factory=list)
 
 
 def _find_products(traced: Trace, names: dict[Var, str]) -> _Products:
@@ -162,7 +166,10 @@ def _find_products(traced: Trace, names: dict[Var, str]) -> _Products:
         if minus is not None:
             out, halves = minus
             waits = halves[0]
-            cube.given.update(zip(halves, ("high", "low"), strict=True))
+            for half, which in zip(halves, ("high", "low"), strict=True):
+                negative = Var(half.aval)
+                cube.more.append(Equation("neg", (half,), negative, {}, eqn.source))
+                cube.given[negative] = which
         result, dtype = _rounded(out, traced.equations)
         cube.inside.update((out, result))
         cube.waits[result] = waits

@@ -21,6 +21,7 @@ from npu_bridge.ir import (
     For,
     Function,
     If,
+    InitSocState,
     Instruction,
     Let,
     Node,
@@ -86,6 +87,8 @@ class CoreRun(ABC):
             match node:
                 case Instruction():
                     self.execute(node, names)
+                case InitSocState():
+                    pass
                 case SetFlag():
                     self.set_flag(node, evaluate(node.id, names))
                 case WaitFlag():

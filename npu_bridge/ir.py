@@ -111,7 +111,7 @@ class Instruction(ABC):
     @property
     @abstractmethod
     def pipe(self) -> str:
-        """Which pipe executes it: "V", "M", "MTE1", "MTE2", "MTE3" or "FIX"."""
+        """Which pipe executes it: "S", "V", "M", "MTE1", "MTE2", "MTE3" or "FIX"."""
 
     @property
     def writes(self) -> tuple[Slice, ...]:
@@ -138,6 +138,13 @@ class Instruction(ABC):
     @abstractmethod
     def run(self, machine: Machine) -> None:
         """What it does, in NumPy."""
+
+
+@dataclass(eq=False)
+class InitSocState:
+    """Sets the core's registers to what a kernel may rely on: atomics off, every lane of the vector
+    unit on. An earlier kernel may have left them otherwise.
+    """
 
 
 @dataclass(eq=False)
@@ -295,6 +302,8 @@ def _lines(node: Node) -> list[str]:
     match node:
         case Instruction():
             return [f"{node.text};"]
+        case InitSocState():
+            return ["InitSocState();"]
         case SetFlag() | WaitFlag():
             return [f"{type(node).__name__}<HardEvent::{node.source}_{node.to}>({node.id});"]
         case CrossSet():

@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 
 from npu_bridge import cut, interface, numbers, stages
 from npu_bridge.dtypes import C_TYPES
-from npu_bridge.ir import Barrier, Buffer, Comment, For, Function, Let, Node, SyncAll
+from npu_bridge.ir import (
+    Barrier,
+    Buffer,
+    Comment,
+    For,
+    Function,
+    InitSocState,
+    Let,
+    Node,
+    SyncAll,
+)
 from npu_bridge.layout import DEPTH, VECTOR_CORES, Slabs
 from npu_bridge.memory import Memory
 from npu_bridge.specification import Kernel
@@ -155,6 +165,11 @@ def workspace_slot(t: str) -> str:
 def query_row(row: str) -> str:
     """Where a row of queries or outputs lies, in rows."""
     return f"int64_t(entry) * queryLength * heads + ({row}) * rowStride + head * headStride"
+
+
+def whole(body: list[Node]) -> list[Node]:
+    """A core's program: what stands first and last in every kernel around ``body``."""
+    return [InitSocState(), *body, Barrier("ALL")]
 
 
 def prologue(work: list[Node]) -> list[Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores.context import Context, Core, prologue, workspace_slot
+from npu_bridge.cores.context import Context, Core, prologue, whole, workspace_slot
 from npu_bridge.cores.products import CubeMemory, Products, matrix_in
 from npu_bridge.ir import (
     Advance,
@@ -34,7 +34,7 @@ def cube_core(c: Context) -> Core:
         before = [SyncAll(), Call(core.add(_shift_keys(products)), ())]
     loop = _loop(products, core)
     both, l1_ids = range(2), range(6)
-    core.body = [
+    body: list[Node] = [
         *[SetFlag("MTE1", "MTE2", i) for i in l1_ids],
         *[SetFlag("M", "MTE1", i) for i in both],
         *[SetFlag("FIX", "M", i) for i in both],
@@ -46,6 +46,7 @@ def cube_core(c: Context) -> Core:
         *[WaitFlag("M", "MTE1", i) for i in both],
         *[WaitFlag("FIX", "M", i) for i in both],
     ]
+    core.body = whole(body)
     return core
 
 

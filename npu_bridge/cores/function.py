@@ -35,12 +35,20 @@ class VectorFunction:
     Arguments:
       alone: whether the function runs before all that stays in UB is used, so that its values may
         lie anywhere.
+      ramp: the numbers 0, 1, 2, … in UB, if the function may use them.
     """
 
     def __init__(
-        self, ub: Memory, name: str, parameters: tuple[str, ...] = (), *, alone: bool = False
+        self,
+        ub: Memory,
+        name: str,
+        parameters: tuple[str, ...] = (),
+        *,
+        alone: bool = False,
+        ramp: Buffer | None = None,
     ) -> None:
         self.name, self.parameters = name, parameters
+        self._ramp = ramp
         self._buffers: list[Buffer] = []
         self._ub = ub
         self._base = 0 if alone else ub.staying
@@ -75,7 +83,7 @@ class VectorFunction:
           names: how variables are called.
           spare: inputs whose memory may be overwritten.
         """
-        low = Lowering(self._allocate, inputs, names=names)
+        low = Lowering(self._allocate, inputs, names=names, ramp=self._ramp)
         low.lower(equations)
         self._leave(low, outputs)
         self._buffers += self._placed(low.body, spare)

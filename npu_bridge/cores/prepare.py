@@ -13,8 +13,9 @@ from npu_bridge.cores.slabs import (
     spread_units,
     zero_bits,
 )
+from npu_bridge.dtypes import BLOCK, ITEMSIZE
 from npu_bridge.expressions import Scalar
-from npu_bridge.instructions import Duplicate
+from npu_bridge.instructions import Duplicate, SetValue, WithScalar
 from npu_bridge.ir import Barrier, Buffer, For, Function, If, Let, Node, SetFlag, WaitFlag
 from npu_bridge.layout import DEPTH, LEAST, SINGLE, SUB
 from npu_bridge.lower import Vector
@@ -151,6 +152,25 @@ def ones(c: Context, ub: Memory) -> Function:
     body = computed([fill], [copy(c.globals["ones"].at(0), buffer.at(), size)])
     comment = "Ones, by which the cube unit multiplies P to add it up."
     return f.done(comment, [If("vectorCore == 0", body)])
+
+
+def ramp(ub: Memory, buffer: Buffer) -> Function:
+    """0, 1, 2, … in a buffer that stays: the scalar unit writes a block, which is doubled."""
+    f = VectorFunction(ub, "MakeRamp")
+    length = BLOCK // ITEMSIZE[buffer.dtype]
+    body: list[Node] = [
+        *[SetValue(buffer.at(i, 1), Scalar(i)) for i in range(length)],
+        SetFlag("S", "V", SINGLE),
+        WaitFlag("S", "V", SINGLE),
+    ]
+    while length < buffer.count:
+        more = min(length, buffer.count - length)
+        body += [
+            WithScalar("Adds", buffer.at(length, more), buffer.at(0, more), Scalar(length), more),
+            Barrier("V"),
+        ]
+        length += more
+    return f.done("Indices of rows and columns, by which positions are compared.", body)
 
 
 def minus(c: Context, ub: Memory) -> Function:

@@ -8,8 +8,8 @@ from npu_bridge.cores.slabs import cleared, copy, slab
 from npu_bridge.cores.vector_memory import VectorMemory
 from npu_bridge.cut import Stage, Step
 from npu_bridge.expressions import Scalar, times
-from npu_bridge.instructions import Duplicate, FirstBlocks, RowsIn, RowsOut, WithScalar
-from npu_bridge.ir import Advance, Barrier, For, Function, If, Let, Node, Slice
+from npu_bridge.instructions import Duplicate, FirstBlocks, RowsIn, RowsOut
+from npu_bridge.ir import Advance, For, Function, If, Let, Node, Slice
 from npu_bridge.layout import CARRIED, DEPTH, LEAST, SINGLE, SOFTMAX, UPDATE
 from npu_bridge.lower import Value, Vector
 from npu_bridge.specification import COLUMNS
@@ -30,13 +30,13 @@ class Tile:
         self.c, self.memory, self.rows = c, memory, rows
 
     def refer(self, name: str, stage: Stage, mask: str) -> Function:
-        """r of each row, in two halves, for the cube core.
+        """−r of each row, in two halves, for the cube core.
 
         Arguments:
           mask: "with" or "without", for the comment.
         """
         c, r = self.c, self.rows
-        f = VectorFunction(self.memory.ub, name, PARAMETERS)
+        f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
         halves = self.memory.minus
         assert halves is not None
         both = halves.at(0, 2 * r)
@@ -44,7 +44,6 @@ class Tile:
         outputs = {n: Output(places[n]) for n in stage.outputs if n in places}
         outputs |= {n: Output(self._carried(n)) for n in stage.outputs if n not in places}
         compute = self._stage(f, stage, outputs)
-        compute += [Barrier("V"), WithScalar("Muls", both, both, Scalar(-1.0), 2 * r)]
         slot = f"(int64_t(core) * {DEPTH} + {slot_of(DEPTH, 't')}) * {LEAST * c.block_q}"
         to = c.globals["minus"].at(f"{slot} + firstRow + row")
         stores: list[Node] = [RowsOut(to, both, 2, r, f"{c.block_q - r}")]
@@ -61,7 +60,7 @@ class Tile:
           mask: "with" or "without", for the comment.
         """
         c, r = self.c, self.rows
-        f = VectorFunction(self.memory.ub, name, PARAMETERS)
+        f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
         p = self.memory.rings["p"]
         outputs: dict[str, Output] = {}
         for out in step.softmax.outputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from npu_bridge.cores import close, prepare
-from npu_bridge.cores.context import Context, Core, prologue
+from npu_bridge.cores.context import Context, Core, prologue, whole
 from npu_bridge.cores.slabs import copy
 from npu_bridge.cores.tile import ARGUMENTS, Tile
 from npu_bridge.cores.vector_memory import VectorMemory
@@ -30,17 +30,19 @@ def vector_core(c: Context) -> Core:
     before = _prepare(c, core, memory)
     loop = _loop(c, core, memory)
     ids = [SOFTMAX, SOFTMAX + 1, UPDATE, UPDATE + 1, SINGLE]
-    core.body = [
+    body: list[Node] = [
         *[SetFlag("V", "MTE2", i) for i in ids],
         *[SetFlag("MTE3", "V", i) for i in ids],
         SetFlag("MTE3", "MTE2", 0),
         *prologue(before),
+        Call(core.add(prepare.ramp(memory.ub, memory.ramp)), ()),
         *_load_weights(c, memory),
         *loop,
         *[WaitFlag("V", "MTE2", i) for i in ids],
         *[WaitFlag("MTE3", "V", i) for i in ids],
         WaitFlag("MTE3", "MTE2", 0),
     ]
+    core.body = whole(body)
     return core
 
 

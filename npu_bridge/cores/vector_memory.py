@@ -18,6 +18,7 @@ class VectorMemory:
 
     Arguments:
       state: m, l, f and o of all rows; with what a stage takes over from the one before.
+      ramp: 0, 1, 2, … up to the keys of a block: indices of rows and columns.
       weights: shift "paper": the share of each column in the row mean, of a full block and of the
         tail.
       rings: what is copied in and out a slab at a time, most of them double-buffered.
@@ -28,6 +29,7 @@ class VectorMemory:
 
     ub: Memory
     state: dict[str, Buffer]
+    ramp: Buffer
     weights: Buffer | None
     rings: dict[str, Buffer]
     minus: Buffer | None
@@ -38,12 +40,15 @@ class VectorMemory:
     def of(c: Context) -> VectorMemory:
         ub = Memory.of(c.kernel.schedule.target, "UB")
         state = _state(c, ub)
+        ramp = ub.stay("ramp", "float", c.n, note="0, 1, 2, …")
         weights = None
         if c.kernel.shift == "paper":
             share = "share of each column in the row mean"
             weights = ub.stay("shares", "float", c.n, 2, share)
         rings, minus = _rings(c, ub)
-        return VectorMemory(ub, state, weights, rings, minus, _closing(c, ub), _merging(c, ub))
+        return VectorMemory(
+            ub, state, ramp, weights, rings, minus, _closing(c, ub), _merging(c, ub)
+        )
 
 
 def _state(c: Context, ub: Memory) -> dict[str, Buffer]:

@@ -131,6 +131,9 @@ void CrossCoreWaitFlag(int64_t id, emulator::Where where = {}) {
   emulator::cross_wait(id, kLastFreeFlag, "CrossCoreWaitFlag", where);
 }
 
+// Sets the core's registers to their defaults, which are all that is emulated.
+inline void InitSocState() {}
+
 // All AIVs, or with `false` every core: each AIC waits for its AIVs, the AICs for one another, and
 // the AIVs for their AIC.
 template <bool vectors_only = true>

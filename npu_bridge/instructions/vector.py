@@ -229,25 +229,30 @@ class Duplicate(VectorInstruction):
 
 
 @dataclass(eq=False)
-class CreateVecIndex(VectorInstruction):
-    """to[i] = i for i < count, float32."""
+class SetValue(Instruction):
+    """to[0] = number, written by the scalar unit: the vector unit must wait for it by a flag."""
 
     to: Slice
-    count: int
+    number: Scalar
+    pipe: ClassVar[str] = "S"
 
     def __post_init__(self) -> None:
-        check_type("CreateVecIndex", self.to.dtype, ("float",))
+        check_type("SetValue", self.to.dtype, ("float",))
 
     @property
     def text(self) -> str:
-        return f"CreateVecIndex({self.to}, 0.0f, {self.count})"
+        b = self.to.buffer
+        return f"{b.name}.SetValue({self.to.offset}, {self.number.text(self.to.dtype)})"
 
     @property
     def work(self) -> Expr:
-        return self.count * ITEMSIZE[self.to.dtype]
+        return ITEMSIZE[self.to.dtype]
+
+    def cycles(self, work: float, rates: Rates) -> float:
+        return rates.head
 
     def run(self, machine: Machine) -> None:
-        machine.array(self.to)[: self.count] = np.arange(self.count)
+        machine.array(self.to)[:1] = machine.number(self.number)
 
 
 @dataclass(eq=False)

@@ -20,10 +20,12 @@ class Emitter:
 
     Arguments:
       allocate: makes a buffer in UB of a name, a C++ type and a number of elements.
+      ramp: the numbers 0, 1, 2, … in UB, float32; None: there are none.
     """
 
-    def __init__(self, allocate: Allocate) -> None:
+    def __init__(self, allocate: Allocate, ramp: Buffer | None = None) -> None:
         self.body: list[Node] = []
+        self._ramp = ramp
         self._allocate = allocate
         # What was made once and is used again.
         self._spread: dict[tuple[Slice, str], Slice] = {}
@@ -43,6 +45,13 @@ class Emitter:
         """A buffer for ``rows`` × ``width`` numbers, whole blocks."""
         padded = -(-rows * width * ITEMSIZE[dtype] // BLOCK) * BLOCK // ITEMSIZE[dtype]
         return Vector(self._allocate(hint, dtype, padded).at(0, rows * width), rows, width)
+
+    def ramp(self, size: int) -> Slice:
+        """The numbers 0 to ``size`` − 1."""
+        longest = 0 if self._ramp is None else self._ramp.count
+        if self._ramp is None or size > longest:
+            raise LoweringError(f"an index over {size} numbers; here they are counted to {longest}")
+        return self._ramp.at(0, size)
 
     def unary(self, name: str, x: Vector, hint: str) -> Vector:
         out = self.new(hint, x.dtype, x.rows, x.width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from npu_bridge.expressions import Scalar
-from npu_bridge.ir import Let, Node
+from npu_bridge.ir import Buffer, Let, Node
 from npu_bridge.lower import conditions
 from npu_bridge.lower.emitter import Allocate, Emitter
 from npu_bridge.lower.rules import NAMES, RULES, Context, unknown
@@ -22,6 +22,7 @@ class Lowering:
       inputs: what the variables that are not computed here are.
       names: how variables are called in the emitted source.
       prefix: of the names of numbers that have none, which are counted.
+      ramp: see `Emitter`.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class Lowering:
         *,
         names: dict[Var, str] | None = None,
         prefix: str = "n",
+        ramp: Buffer | None = None,
     ) -> None:
-        self.emitter = Emitter(allocate)
+        self.emitter = Emitter(allocate, ramp)
         self._values: dict[Var, Value] = dict(inputs)
         self._names = names or {}
         self._prefix = prefix

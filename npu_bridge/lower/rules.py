@@ -9,7 +9,6 @@ from typing import Any
 
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.expressions import Scalar, times
-from npu_bridge.instructions import CreateVecIndex
 from npu_bridge.lower import conditions, reductions
 from npu_bridge.lower.arithmetic import full, number
 from npu_bridge.lower.emitter import Emitter
@@ -55,7 +54,10 @@ def _unary(name: str) -> Rule:
 
 
 def _neg(at: Context, eqn: Equation, x: list[Any]) -> Value:
-    return at.to.with_scalar("Muls", x[0], Scalar(-1.0), at.hint)
+    value = vector(eqn, x[0])
+    # The unit does not multiply bfloat16.
+    wide = at.to.cast(value, "float", "wide") if value.dtype == "bfloat16_t" else value
+    return at.to.cast(at.to.with_scalar("Muls", wide, Scalar(-1.0), at.hint), value.dtype, at.hint)
 
 
 def _tanh(at: Context, eqn: Equation, x: list[Any]) -> Value:
@@ -180,9 +182,7 @@ def _iota(at: Context, eqn: Equation, x: list[Value]) -> Value:
     rows, width = (size, 1) if along_rows and shape[-1] == 1 else (1, size)
     if math.prod(shape) != size:
         raise LoweringError(f"an index over {shape} along axis {dimension}")
-    out = at.to.new("index", "float", rows, width)
-    at.to.emit(CreateVecIndex(out.place, size))
-    return out
+    return Vector(at.to.ramp(size), rows, width)
 
 
 def _slice(at: Context, eqn: Equation, x: list[Value]) -> Value:

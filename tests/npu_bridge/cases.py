@@ -93,5 +93,8 @@ CASES: dict[str, Case] = {
     "head size 256": Case({"head_dim": 256}, _ODD, full=True),
     "value head size 64": Case({"value_head_dim": 64}, _ODD, full=True),
     "4096 keys": Case({"is_causal": True}, {"queries": 1024, "keys": 4096, "heads": 1}, 512, True),
+    "reference, bfloat16": Case(
+        {"shift": "reference", "dtype": "bfloat16", "is_causal": True}, _ODD, full=True
+    ),
     "bias, bfloat16": Case({"bias": "11TS", "dtype": "bfloat16"}, _ODD, full=True),
 }

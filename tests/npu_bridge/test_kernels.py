@@ -165,7 +165,7 @@ class TestMutants:
         print(f"{len(chosen) - len(survivors)} of {len(chosen)} found; not: {survivors}")
         unexplained = [m for m in survivors if not any(e in m.text for e, _ in self.EQUIVALENT)]
         assert unexplained == []
-        assert len(survivors) <= 0.05 * len(chosen) + 1
+        assert stride > 1 or len(survivors) <= 0.05 * len(chosen)
 
 
 @needs_compiler

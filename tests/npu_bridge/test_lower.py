@@ -15,6 +15,7 @@ import pytest
 from jax import lax
 
 from npu_bridge.barriers import with_barriers
+from npu_bridge.cores import prepare
 from npu_bridge.dtypes import C_TYPES, NUMPY
 from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import RowsIn, RowsOut
@@ -53,6 +54,9 @@ def lowered_case(it: Case) -> Lowered:
     names = sorted(jax.eval_shape(it.function, *shapes))  # as jax orders a dict
     ub = Memory.of("ascend_910b", "UB")
     part = Part([], [], {}, {}, {})
+    ramp = ub.stay("ramp", "float", W)
+    part.local.append(ramp)
+    part.nodes += prepare.ramp(ub, ramp).body
     inputs: dict[Any, Any] = {}
     for i, (var, x) in enumerate(zip(variables, it.inputs, strict=True)):
         if not isinstance(x, np.ndarray):
@@ -71,7 +75,7 @@ def lowered_case(it: Case) -> Lowered:
         made.append(Buffer(f"{name}_{len(made)}", "UB", dtype, count))
         return made[-1]
 
-    low = Lowering(allocate, inputs)
+    low = Lowering(allocate, inputs, ramp=ramp)
     low.lower(equations)
     stores, results = [], {}
     for i, (name, x) in enumerate(zip(names, outputs, strict=True)):
@@ -190,7 +194,8 @@ def lowered(function: Callable[..., Any], *shapes: Any) -> Lowering:
             inputs[var] = Vector(buffer.at(), *spec.shape)
         else:
             inputs[var] = Scalar(f"number{i}")
-    low = Lowering(lambda name, dtype, count: Buffer(name, "UB", dtype, count), inputs)
+    ramp = Buffer("ramp", "UB", "float", W)
+    low = Lowering(lambda name, dtype, count: Buffer(name, "UB", dtype, count), inputs, ramp=ramp)
     low.lower(equations)
     return low
 
