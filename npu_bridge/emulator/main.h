@@ -203,6 +203,9 @@ void record(int blocks, Kernel kernel) {
   for (auto& core : machine().cores) {
     machine().core = core.get();
     kernel();
+    if (core->open)
+      machine().complain("end", "PipeBarrier<PIPE_ALL>() is not the last call of the core",
+                         core.get(), core->open, core->opened);
   }
   machine().core = nullptr;
 }

@@ -98,9 +98,9 @@ def test_arithmetic(instruct, dtype):
 
 def test_integers(instruct):
     a, b = numbers(np.int16, 256, 0, -30000, 30000), numbers(np.int16, 256, 1, -30000, 30000)
-    out = instruct("integers", a, b, np.empty((5, 256), np.int16))
+    out = instruct("integers", a, b, np.empty((4, 256), np.int16))
     total = np.clip(a.astype(int) + b, -32768, 32767)
-    np.testing.assert_array_equal(out, [~a, a & b, a | b, total, np.arange(7, 263)])
+    np.testing.assert_array_equal(out, [~a, a & b, a | b, total])
 
 
 def test_strides_and_masks(instruct):
@@ -410,5 +410,5 @@ def test_attention_needs_every_flag(build, tmp_path, third):
         for i in range(third, count, 3)
         if not attention(build, tmp_path, i, policies=policies)[0]["total"]
     ]
-    assert count == 55
+    assert count == 59
     assert silent == []

@@ -21,13 +21,14 @@ LocalTensor<float> local(int address = 0, int count = kCount) {
   return LocalTensor<float>(TPosition::VECCALC, address, count);
 }
 
-enum Skip { kNothing, kBarrier, kFlag, kBackFlag, kBackWait, kLastWait };
+enum Skip { kNothing, kState, kBarrier, kFlag, kBackFlag, kBackWait, kLastWait, kEnd };
 
 // out = 2·exp(in), in turns on two buffers; each AIV does its half.
 template <Skip skip>
 void pipeline(GM_ADDR in, GM_ADDR out, GM_ADDR) {
   if ASCEND_IS_AIC
     return;
+  if (skip != kState) InitSocState();
   int base = GetBlockIdx() * kCount * kTurns;
   for (int i = 0; i < 2; ++i) SetFlag<HardEvent::MTE3_MTE2>(i);
   for (int turn = 0; turn < kTurns; ++turn) {
@@ -45,29 +46,28 @@ void pipeline(GM_ADDR in, GM_ADDR out, GM_ADDR) {
   }
   for (int i = 0; i < 2 && skip != kLastWait && skip != kBackWait; ++i)
     WaitFlag<HardEvent::MTE3_MTE2>(i);
+  if (skip != kEnd) PipeBarrier<PIPE_ALL>();
 }
 
-// Runs on the first AIV, or on the first AIC.
-#define VECTOR_CASE(...)                       \
+// Runs on the first AIV, or on the first AIC; BARE_CASE without what a kernel begins and ends with.
+#define BARE_CASE(core, ...)                   \
   [](GM_ADDR in, GM_ADDR out, GM_ADDR space) { \
     (void)in, (void)out, (void)space;          \
-    if (ASCEND_IS_AIV && GetBlockIdx() == 0) { \
+    if (core && GetBlockIdx() == 0) {          \
       __VA_ARGS__;                             \
     }                                          \
   }
-#define CUBE_CASE(...)                         \
-  [](GM_ADDR in, GM_ADDR out, GM_ADDR space) { \
-    (void)in, (void)out, (void)space;          \
-    if (ASCEND_IS_AIC && GetBlockIdx() == 0) { \
-      __VA_ARGS__;                             \
-    }                                          \
-  }
+#define VECTOR_CASE(...) \
+  BARE_CASE(ASCEND_IS_AIV, InitSocState(); __VA_ARGS__; PipeBarrier<PIPE_ALL>())
+#define CUBE_CASE(...) \
+  BARE_CASE(ASCEND_IS_AIC, InitSocState(); __VA_ARGS__; PipeBarrier<PIPE_ALL>())
 
 // One AIV stores to the workspace, the other loads the same bytes.
 template <bool in_order>
 void through_memory(GM_ADDR, GM_ADDR out, GM_ADDR space) {
   if ASCEND_IS_AIC
     return;
+  InitSocState();
   bool writer = GetSubBlockIdx() == 0;
   if (writer) {
     Duplicate(local(), 1.f, kCount);
@@ -80,11 +80,13 @@ void through_memory(GM_ADDR, GM_ADDR out, GM_ADDR space) {
     SetFlag<HardEvent::MTE2_MTE3>(0), WaitFlag<HardEvent::MTE2_MTE3>(0);
     DataCopy(global(out), local(), kCount);
   }
+  PipeBarrier<PIPE_ALL>();
 }
 
 template <bool barrier>
 void accumulate(GM_ADDR, GM_ADDR out, GM_ADDR space) {
   if (ASCEND_IS_AIV || GetBlockIdx() != 0) return;
+  InitSocState();
   LocalTensor<half> a1(TPosition::A1, 0, 256), a2(TPosition::A2, 0, 256), b2(TPosition::B2, 0, 256);
   LocalTensor<float> c(TPosition::CO1, 0, 256);
   GlobalTensor<half> rows;
@@ -99,6 +101,7 @@ void accumulate(GM_ADDR, GM_ADDR out, GM_ADDR space) {
   Mmad(c, a2, b2, MmadParams(16, 16, 16, 0, false, false));
   SetFlag<HardEvent::M_FIX>(0), WaitFlag<HardEvent::M_FIX>(0);
   Fixpipe<float, float, CFG_ROW_MAJOR>(global(out), c, FixpipeParamsV220(16, 16, 16, 16, false));
+  PipeBarrier<PIPE_ALL>();
 }
 
 using Kernel = void (*)(GM_ADDR, GM_ADDR, GM_ADDR);
@@ -131,8 +134,10 @@ const std::map<std::string, Kernel> kKernels = {
     {"cross_left_over", CUBE_CASE(CrossCoreSetFlag<2, PIPE_FIX>(1))},
     {"cross_counter",
      [](GM_ADDR, GM_ADDR, GM_ADDR) {
+       InitSocState();
        for (int i = 0; i < 16; ++i)
          ASCEND_IS_AIC ? CrossCoreSetFlag<2, PIPE_FIX>(1) : CrossCoreWaitFlag(1);
+       PipeBarrier<PIPE_ALL>();
      }},
     {"cross_reserved", CUBE_CASE(CrossCoreSetFlag<2, PIPE_FIX>(12))},
     {"event_reserved", VECTOR_CASE(SetFlag<HardEvent::MTE2_V>(6); WaitFlag<HardEvent::MTE2_V>(6))},
