@@ -35,35 +35,47 @@ class Call:
     flags: tuple[int, ...] = ()
     choices: tuple[str, ...] = ()
 
-    def require(self, *types: str, mode: str = "", choice: str = "") -> None:
+    def require(self, *tensors: str, mode: str = "", choice: str = "") -> None:
         """Raises where the call cannot be emitted so.
 
         Arguments:
-          types: C++ types of the template letters, in the order in which they first appear.
+          tensors: the C++ types of its tensors, in the order of the call.
           mode: of rounding, comparing or quantising.
           choice: the template argument, "PIPE_V" or "MTE2_V".
 
         Raises:
           LoweringError: the sentence names the call, what it takes, what was asked, and the header.
         """
-        problem = self.problem(*types, mode=mode, choice=choice)
+        problem = self.problem(*tensors, mode=mode, choice=choice)
         if problem:
             raise LoweringError(problem)
 
-    def problem(self, *types: str, mode: str = "", choice: str = "") -> str:
+    def problem(self, *tensors: str, mode: str = "", choice: str = "") -> str:
         """What `require` would say; nothing if the call can be emitted so."""
         if self.tpipe:
             return (
                 f"{self.name} needs a live TPipe, which kernels with static tensors do not have "
                 f"({self.source})"
             )
-        if types and types not in self.types:
-            return self._refused([_listed(x) for x in self.types], _listed(types))
-        if mode and mode not in self.types[types]:
-            return self._refused(list(self.types[types]), f"{mode} of {_listed(types)}")
         if choice and choice not in self.choices:
             return self._refused(list(self.choices), choice)
+        if not tensors or not self.types:
+            return ""
+        letters: dict[str, str] = {}
+        for letter, dtype in zip(self.operands, tensors, strict=False):
+            if letters.setdefault(letter, dtype) != dtype:
+                return self._refused(self._near(()), _listed(tensors))
+        types = tuple(letters.values())
+        if types not in self.types:
+            return self._refused(self._near(types), _listed(types))
+        if mode and mode not in self.types[types]:
+            return self._refused(list(self.types[types]), f"{mode} of {_listed(types)}")
         return ""
+
+    def _near(self, types: tuple[str, ...]) -> list[str]:
+        """What there is that has one of these types in its place; all, if nothing has."""
+        near = [x for x in self.types if any(a == b for a, b in zip(x, types, strict=False))]
+        return [_listed(x) for x in near or self.types]
 
     def _refused(self, allowed: list[str], seen: str) -> str:
         return f"{self.name} takes {' or '.join(allowed)} on this chip, not {seen} ({self.source})"
