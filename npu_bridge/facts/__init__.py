@@ -143,19 +143,20 @@ def _listed(types: tuple[str, ...]) -> str:
 
 
 def _call(name: str, entry: dict[str, Any]) -> Call:
-    types = entry.pop("types", {})
+    types = entry.get("types", {})
     modes = types if isinstance(types, dict) else dict.fromkeys(types, ())
-    return Call(
-        name,
-        operands=tuple(entry.pop("operands", "").split()),
-        types={tuple(key.split()): tuple(value) for key, value in modes.items()},
-        **{key: tuple(x) if isinstance(x, list) else x for key, x in entry.items()},
-    )
+    fixed: dict[str, Any] = {
+        "operands": tuple(entry.get("operands", "").split()),
+        "types": {tuple(key.split()): tuple(value) for key, value in modes.items()},
+        "flags": tuple(entry.get("flags", ())),
+        "choices": tuple(entry.get("choices", ())),
+    }
+    return Call(name, **(entry | fixed))
 
 
 def _fields(name: str, entry: dict[str, Any]) -> Fields:
-    source = entry.pop("source")
-    return Fields(name, source, {field: (low, high) for field, (low, high) in entry.items()})
+    limits = {key: (x[0], x[1]) for key, x in entry.items() if key != "source"}
+    return Fields(name, entry["source"], limits)
 
 
 def load(text: str) -> Facts:
@@ -171,4 +172,4 @@ def load(text: str) -> Facts:
     )
 
 
-FACTS = load(files(__package__).joinpath("dav_2201.toml").read_text("utf-8"))
+FACTS = load(files("npu_bridge.facts").joinpath("dav_2201.toml").read_text("utf-8"))

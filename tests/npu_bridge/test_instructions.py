@@ -163,9 +163,9 @@ UB = {name: Buffer(name, "UB", name, 64) for name in ("half", "bfloat16_t", "flo
         ),
         (
             lambda b: Compare("GE", b["uint16_t"].at(), b["bfloat16_t"].at(), Scalar(0), 128),
-            "CompareScalar takes (uint8_t, half) or (uint8_t, float) or (uint8_t, int32_t) on this "
-            "chip, not (uint8_t, bfloat16_t) (impl/basic_api/dav_c220/kernel_operator_vec_cmp_impl.h:"
-            "219)",
+            "CompareScalar takes (uint8_t, half) or (uint8_t, float) or (uint8_t, int32_t) on "
+            "this chip, not (uint8_t, bfloat16_t) (impl/basic_api/dav_c220/"
+            "kernel_operator_vec_cmp_impl.h:219)",
         ),
         (
             lambda b: Mmad(b["float"].at(), b["float"].at(), b["float"].at(), 16, 16, 16, "true"),
