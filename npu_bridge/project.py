@@ -22,7 +22,6 @@ from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 
 NAME = "pasa_attention"
-_KERNELS = (f"{NAME}.cpp", f"package/op_kernel/{NAME}.cpp")  # the package's kernel is the first
 _COMMENTS = {
     "AIC": ("CubeCore", "The cube core: products, ahead of the vector cores."),
     "AIV": ("VectorCore", "A vector core: half of the rows of each tile."),
@@ -54,10 +53,10 @@ def files(program: Program) -> dict[str, str]:
     texts = {
         path: env.get_template(template).render(values) for path, template in templates.items()
     }
-    for path in _KERNELS:
-        wrong = problems(texts[path])
-        if wrong:
-            raise LoweringError(f"{path} would hold what the chip does not have: {wrong[0]}")
+    entry = f"package/op_kernel/{NAME}.cpp"  # which includes the kernel
+    wrong = problems(texts[f"{NAME}.cpp"] + texts[entry])
+    if wrong:
+        raise LoweringError(f"the kernel would call what the chip does not have: {wrong[0]}")
     texts["kernel.json"] = describe(program.kernel)
     return texts
 
