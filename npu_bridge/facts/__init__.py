@@ -111,6 +111,7 @@ class Facts:
     Arguments:
       scratch: the bytes of UB that are kept for the library.
       first, last: the calls with which a core's program must begin and end.
+      static_tensors: the page of the guide that says so.
     """
 
     calls: dict[str, Call]
@@ -118,6 +119,7 @@ class Facts:
     scratch: tuple[int, int]
     first: str
     last: str
+    static_tensors: str
 
     def call(self, name: str) -> Call:
         """The entry of a call.
@@ -169,6 +171,7 @@ def load(text: str) -> Facts:
         (low, high),
         table["static_tensors"]["first"],
         table["static_tensors"]["last"],
+        table["static_tensors"]["source"].rsplit(":", 1)[0],
     )
 
 

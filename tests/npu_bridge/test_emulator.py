@@ -289,6 +289,14 @@ DEFECTS = {
     "accumulate_without_barrier": "race",
     "overlapping_stores": "race",
     "scalar_store": "race",
+    "scalar_store_after_vector": "race",
+    "scalar_store_to_global": "race",
+    "no_state": "state",
+    "late_state": "state",
+    "no_end": "end",
+    "after_the_end": "end",
+    "index_by_tpipe": "tpipe",
+    "over_the_scratch": "scratch",
     "deadlock": "deadlock",
     "cross_deadlock": "deadlock",
     "double_set": "double set",
@@ -307,6 +315,7 @@ DEFECTS = {
     "null_buffer": "bounds",
     "unaligned": "alignment",
     "unaligned_fractal": "alignment",
+    "odd_maximum": "alignment",
     "uninitialised": "uninitialised",
     "uninitialised_global": "uninitialised",
     "read_only": "read-only",
@@ -317,6 +326,16 @@ DEFECTS = {
     "odd_length": "field",
     "partial_repeat": "field",
     "no_such_rounding": "field",
+    "repeat_0": "field",
+    "count_0": "field",
+    "load_0": "field",
+    "copy_0": "field",
+    "long_copy": "field",
+    "many_rows": "field",
+    "row_stride": "field",
+    "tall_product": "field",
+    "tall_result": "field",
+    "integers_in_order": "field",
     "quantisation": "field",
     "partial_overlap": "overlap",
     "written_twice": "overlap",
@@ -364,7 +383,14 @@ def test_names_what_is_stuck(build, tmp_path):
     assert "AIC0 PIPE_MTE2 stands at an instruction behind PIPE_S: DataCopy" in text
 
 
-SOUND = ["none", "none_through_memory", "none_accumulate", "none_scalar_store", "none_scalar_wait"]
+SOUND = [
+    "none",
+    "none_through_memory",
+    "none_accumulate",
+    "none_scalar_store",
+    "none_scalar_store_to_global",
+    "none_scalar_wait",
+]
 
 
 @pytest.mark.parametrize("name", SOUND)

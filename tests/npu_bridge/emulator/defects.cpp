@@ -121,6 +121,52 @@ const std::map<std::string, Kernel> kKernels = {
                  SetFlag<HardEvent::V_MTE3>(0), WaitFlag<HardEvent::V_MTE3>(0);
                  DataCopy(global(out), local(), kCount); DataCopy(global(out)[8], local(), 8))},
     {"scalar_store", VECTOR_CASE(local().SetValue(0, 1.f); Muls(local(512), local(), 2.f, 1))},
+    {"scalar_store_after_vector",
+     VECTOR_CASE(Duplicate(local(), 1.f, 8); local().SetValue(0, 2.f); SetFlag<HardEvent::S_V>(0);
+                 WaitFlag<HardEvent::S_V>(0); Muls(local(512), local(), 2.f, 8))},
+    {"scalar_store_to_global",
+     VECTOR_CASE(for (int i = 0; i < 8; ++i) local().SetValue(i, 1.f);
+                 SetFlag<HardEvent::S_V>(0); WaitFlag<HardEvent::S_V>(0);
+                 DataCopy(global(out), local(), 8))},
+    {"none_scalar_store_to_global",
+     VECTOR_CASE(Duplicate(local(), 1.f, 8); SetFlag<HardEvent::V_S>(0);
+                 WaitFlag<HardEvent::V_S>(0); local().SetValue(0, 2.f);
+                 SetFlag<HardEvent::S_MTE3>(0); WaitFlag<HardEvent::S_MTE3>(0);
+                 DataCopy(global(out), local(), 8))},
+    {"no_state", pipeline<kState>},
+    {"late_state", BARE_CASE(ASCEND_IS_AIV, Duplicate(local(), 1.f, 8); InitSocState();
+                             PipeBarrier<PIPE_ALL>())},
+    {"no_end", pipeline<kEnd>},
+    {"after_the_end", BARE_CASE(ASCEND_IS_AIC, InitSocState(); PipeBarrier<PIPE_ALL>();
+                                DataCopy(LocalTensor<float>(TPosition::A1, 0, 8), global(in), 8))},
+    {"index_by_tpipe", VECTOR_CASE(CreateVecIndex(local(), 0.f, kCount))},
+    {"repeat_0", VECTOR_CASE(Duplicate(local(), 1.f, 64, 0, 1, 8))},
+    {"count_0", VECTOR_CASE(Duplicate(local(), 1.f, 0))},
+    {"load_0", CUBE_CASE(LoadData(LocalTensor<half>(TPosition::A2, 0, 256),
+                                  LocalTensor<half>(TPosition::A1, 0, 256),
+                                  LoadData2DParams(0, 0, 1, 0, 0, false, 0)))},
+    {"copy_0", VECTOR_CASE(DataCopy(local(), global(in), DataCopyParams(0, 1, 0, 0)))},
+    {"long_copy", VECTOR_CASE(DataCopy(local(0, 1 << 20), global(in, 1 << 20), 1 << 20))},
+    {"many_rows", VECTOR_CASE(DataCopyPad(local(), global(in), DataCopyExtParams(4096, 4, 0, 0, 0),
+                                          DataCopyPadExtParams<float>()))},
+    {"row_stride", CUBE_CASE(DataCopy(LocalTensor<float>(TPosition::A1, 0, 256), global(in),
+                                      Nd2NzParams(1, 16, 8, 0, 65536, 16, 1, 0)))},
+    {"tall_product",
+     CUBE_CASE(Mmad(LocalTensor<float>(TPosition::CO1, 0, 256),
+                    LocalTensor<half>(TPosition::A2, 0, 256),
+                    LocalTensor<half>(TPosition::B2, 0, 256),
+                    MmadParams(4096, 16, 16, 0, false, true)))},
+    {"tall_result", CUBE_CASE(Fixpipe<float, float, CFG_ROW_MAJOR>(
+                        global(out), LocalTensor<float>(TPosition::CO1, 0, 256),
+                        FixpipeParamsV220(16, 8193, 16, 16, false)))},
+    {"over_the_scratch", VECTOR_CASE(Duplicate(local(184 * 1024, 8), 1.f, 8))},
+    {"odd_maximum",
+     VECTOR_CASE(Duplicate(local(), 1.f, 64); PipeBarrier<PIPE_V>(); WholeReduceMax<float>(
+                     local(1028), local(), 64, 1, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE))},
+    {"integers_in_order",
+     VECTOR_CASE(LocalTensor<int32_t> x(TPosition::VECCALC, 0, 64); Duplicate(x, 1, 64);
+                 PipeBarrier<PIPE_V>();
+                 CompareScalar(local(4096).ReinterpretCast<uint8_t>(), x, 0, CMPMODE::LT, 64))},
     {"none_scalar_wait", VECTOR_CASE(for (int i = 0; i < 2; ++i) {
        SetFlag<HardEvent::V_S>(0);
        WaitFlag<HardEvent::V_S>(0);
