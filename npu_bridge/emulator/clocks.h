@@ -53,6 +53,14 @@ class Clocks {
     gates_[thread / kPipes][sequence] = known_[thread];
   }
 
+  const Clock& known(size_t thread) const { return known_[thread]; }
+
+  // Whether a byte was written by something that is not complete at this clock.
+  static bool written_since(const Clock& clock, const Memory& memory, uint64_t byte) {
+    const Cell& cell = memory.cells.get()[byte >> memory.cell_bits()];
+    return cell.written && (clock.size() <= cell.writer || clock[cell.writer] < cell.written);
+  }
+
   bool knows(size_t thread, size_t other, uint32_t sequence) const {
     return known_[thread][other] >= sequence;
   }

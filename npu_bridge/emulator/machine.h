@@ -127,7 +127,17 @@ struct Access {
   uint64_t end() const { return offset + (count - 1) * stride + length; }
 };
 
-enum class Kind : uint8_t { Work, SetFlag, WaitFlag, Barrier, BarrierAll, CrossSet, CrossWait };
+enum class Kind : uint8_t {
+  Work,
+  SetFlag,
+  WaitFlag,
+  Barrier,
+  BarrierAll,
+  CrossSet,
+  CrossWait,
+  Look,       // a scalar reads what an instruction has written
+  Invalidate  // drops what the scalars' cache holds
+};
 
 struct Instruction {
   const char* name;
@@ -140,6 +150,7 @@ struct Instruction {
   std::vector<uint32_t> drained{};  // BarrierAll: instructions of each pipe before it
   std::vector<Access> reads{}, writes{};
   std::function<void()> run{};
+  uint64_t looked = 0;  // Look: the bytes that were read
 };
 
 enum class CoreKind : uint8_t { AIC, AIV };
@@ -154,6 +165,8 @@ struct Core {
   bool begun = false;          // the first call was made
   const char* open = nullptr;  // the last call, unless it was PipeBarrier<PIPE_ALL>
   Where opened;
+  bool looking = false;          // its scalar program waits for what its last instruction reads
+  std::function<void()> wait{};  // lets the other programs go on until that is there
 
   std::string name() const {
     std::string text = kKindNames[int(kind)] + std::to_string(block);
@@ -347,6 +360,20 @@ class Call {
 
   // Everything recorded after this call waits until PIPE_S has passed it.
   void gate() { core_.gates = uint32_t(core_.queues[PIPE_S].size()); }
+
+  // Reads up to 8 bytes for the scalar program, which waits for them.
+  uint64_t look(const Span& span, uint64_t offset, uint64_t length) {
+    read(span, offset, length);
+    if (!ok_) return 0;
+    Core& core = core_;
+    auto& queue = core.queues[PIPE_S];
+    record();
+    gate();
+    size_t at = queue.size() - 1;
+    core.looking = true;
+    core.wait();
+    return core.queues[PIPE_S][at].looked;
+  }
 
   bool ok() const { return ok_; }
 

@@ -1,6 +1,8 @@
 // Runs a kernel as a job file says and writes a report; see README.md for both formats.
 #pragma once
 
+#include <ucontext.h>
+
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -197,27 +199,78 @@ inline std::map<std::string, uint64_t> unwritten(const Job& job) {
   return result;
 }
 
-template <class Kernel>
-void record(int blocks, Kernel kernel) {
-  machine().start(blocks);
-  for (auto& core : machine().cores) {
-    machine().core = core.get();
-    kernel();
-    if (core->open)
-      machine().complain("end", "PipeBarrier<PIPE_ALL>() is not the last call of the core",
-                         core.get(), core->open, core->opened);
+// The scalar programs of all cores. Each runs until it ends or waits for what it looks at.
+class Programs {
+ public:
+  template <class Kernel>
+  Programs(int blocks, Kernel kernel) {
+    machine().start(blocks);
+    Schedule::reset(machine());
+    for (auto& core : machine().cores) {
+      contexts_[core.get()] = std::make_unique<Context>();
+      start(*core, kernel);
+    }
   }
-  machine().core = nullptr;
-}
 
-// Replays the trace under every policy; all must give the same bytes.
-inline std::map<std::string, uint64_t> replay(const Job& job) {
+  // Lets a program that waits go on.
+  void resume(Core& core) {
+    Context& context = *contexts_.at(&core);
+    core.looking = false;
+    machine().core = &core;
+    swapcontext(&outside_, &context.inside);
+    machine().core = nullptr;
+  }
+
+ private:
+  struct Context {
+    ucontext_t inside;
+    std::vector<char> stack = std::vector<char>(kStack);
+    std::function<void()> program;
+  };
+  static constexpr size_t kStack = 1 << 20;
+  std::map<Core*, std::unique_ptr<Context>> contexts_;
+  ucontext_t outside_;
+
+  template <class Kernel>
+  void start(Core& core, Kernel kernel) {
+    Context& context = *contexts_.at(&core);
+    context.program = [kernel, &core] {
+      kernel();
+      if (core.open)
+        machine().complain("end", "PipeBarrier<PIPE_ALL>() is not the last call of the core", &core,
+                           core.open, core.opened);
+    };
+    core.wait = [this, &context] { swapcontext(&context.inside, &outside_); };
+    getcontext(&context.inside);
+    context.inside.uc_stack.ss_sp = context.stack.data();
+    context.inside.uc_stack.ss_size = context.stack.size();
+    context.inside.uc_link = &outside_;
+    auto pointer = reinterpret_cast<uintptr_t>(&context);  // makecontext passes ints
+    makecontext(&context.inside, reinterpret_cast<void (*)()>(&enter), 2, int(pointer >> 32),
+                int(pointer & 0xffffffff));
+    resume(core);
+  }
+
+  static void enter(int high, int low) {
+    uintptr_t pointer = uintptr_t(uint32_t(high)) << 32 | uint32_t(low);
+    reinterpret_cast<Context*>(pointer)->program();
+  }
+};
+
+// Runs the programs under the first policy, and what they recorded under every other one: all must
+// give the same bytes.
+inline std::map<std::string, uint64_t> run(const Job& job, Programs& programs) {
   std::vector<std::vector<uint8_t>> first;
   std::map<std::string, uint64_t> holes;
   for (const Policy& policy : job.policies) {
     bool check = &policy == &job.policies.front();
     machine().policy = policy.name;
-    Schedule(machine(), check).run(policy);
+    if (check) {
+      Schedule(machine(), true).run(policy, [&](Core& core) { programs.resume(core); });
+    } else {
+      Schedule::reset(machine());
+      Schedule(machine(), false).run(policy);
+    }
     if (check) {
       first = outputs(job);
       holes = unwritten(job);
@@ -232,12 +285,12 @@ inline std::map<std::string, uint64_t> replay(const Job& job) {
 }
 
 template <class... A, size_t... I>
-void call(const Job& job, void (*kernel)(A...), std::index_sequence<I...>) {
+Programs programs(const Job& job, void (*kernel)(A...), std::index_sequence<I...>) {
   static_assert((std::is_pointer_v<A> && ...), "a kernel takes pointers to global memory");
-  auto pointer = [&](size_t i) {
+  auto pointer = [&job](size_t i) {
     return job.arguments[i].memory ? job.arguments[i].memory->data.data() : nullptr;
   };
-  record(job.blocks, [&] { kernel(reinterpret_cast<A>(pointer(I))...); });
+  return Programs(job.blocks, [=] { kernel(reinterpret_cast<A>(pointer(I))...); });
 }
 
 }  // namespace AscendC::emulator
@@ -254,8 +307,8 @@ int emulate(int argc, char** argv, void (*kernel)(A...)) {
     fail("the kernel takes " + std::to_string(sizeof...(A)) + " arguments, the job has " +
          std::to_string(job.arguments.size()));
   for (Argument& argument : job.arguments) allocate(argument);
-  call(job, kernel, std::index_sequence_for<A...>());
-  std::string text = report(job, replay(job));
+  Programs started = programs(job, kernel, std::index_sequence_for<A...>());
+  std::string text = report(job, run(job, started));
   if (job.report.empty())
     std::cout << text;
   else

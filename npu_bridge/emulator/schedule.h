@@ -28,20 +28,25 @@ class Schedule {
     states_.resize(machine.cores.size());
   }
 
-  void run(const Policy& policy) {
-    reset_memories();
-    std::vector<size_t> threads;
-    for (size_t t = 0; t < machine_.cores.size() * kPipes; ++t)
-      if (!queue(t).empty()) threads.push_back(t);
+  // Runs all that is recorded. Arguments: resume(core): lets its scalar program go on, which waited
+  // for what it looked at; of a trace that is complete, nothing.
+  void run(const Policy& policy, const std::function<void(Core&)>& resume = nullptr) {
+    resume_ = resume;
     std::mt19937_64 random(policy.seed);
-    while (!threads.empty()) {
+    for (;;) {
+      std::vector<size_t> threads;
+      for (size_t t = 0; t < machine_.cores.size() * kPipes; ++t)
+        if (!done(t)) threads.push_back(t);
+      if (threads.empty()) return left_over();
       if (policy.random) std::shuffle(threads.begin(), threads.end(), random);
       if (!pass(threads, policy, false) && !pass(threads, policy, true)) return deadlock(threads);
-      threads.erase(
-          std::remove_if(threads.begin(), threads.end(), [&](size_t t) { return done(t); }),
-          threads.end());
     }
-    left_over();
+  }
+
+  static void reset(Machine& machine) {
+    for (auto& memory : machine.buffers) memory->reset();
+    for (auto& core : machine.cores)
+      for (Memory& memory : core->memories) memory.reset();
   }
 
  private:
@@ -60,11 +65,13 @@ class Schedule {
     std::map<std::pair<int, int>, Flag> flags;  // by event and id
     Counter counters[kCrossFlags];
     std::deque<Clock> pending[kCrossFlags];  // sets that wait for the other cores' sets
+    Clock cached;  // what was complete when the scalars' cache was dropped last
   };
 
   Machine& machine_;
   std::unique_ptr<Clocks> clocks_;
   std::vector<State> states_;
+  std::function<void(Core&)> resume_;
 
   std::vector<Instruction>& queue(size_t t) {
     return machine_.cores[t / kPipes]->queues[t % kPipes];
@@ -72,13 +79,7 @@ class Schedule {
   State& state(size_t t) { return states_[t / kPipes]; }
   uint32_t& next(size_t t) { return state(t).next[t % kPipes]; }
   bool done(size_t t) { return next(t) == queue(t).size(); }
-  const Core* core(size_t t) { return machine_.cores[t / kPipes].get(); }
-
-  void reset_memories() {
-    for (auto& memory : machine_.buffers) memory->reset();
-    for (auto& core : machine_.cores)
-      for (Memory& memory : core->memories) memory.reset();
-  }
+  Core* core(size_t t) { return machine_.cores[t / kPipes].get(); }
 
   static bool delayed(size_t thread, const Policy& policy) {
     int kind = thread / kPipes % 3 != 0;
@@ -134,7 +135,33 @@ class Schedule {
         return cross_set(t, sequence, item);
       case Kind::CrossWait:
         return cross_wait(t, sequence, item);
+      case Kind::Invalidate:
+        if (clocks_) state(t).cached = clocks_->known(t);
+        return;
+      case Kind::Look:
+        return look(t, queue(t)[sequence - 1]);
     }
+  }
+
+  void look(size_t t, Instruction& item) {
+    const Access& access = item.reads.front();
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, access.memory->data.data() + access.offset, access.length);
+    if (clocks_) {
+      written_before(t, item, access);
+      for (uint64_t byte = access.offset; byte < access.end(); ++byte)
+        if (Clocks::written_since(state(t).cached, *access.memory, byte)) {
+          complain("cache", "reads " + access.memory->name +
+                   ", which the scalars' cache may hold as it was before it was written", t, item);
+          break;
+        }
+    }
+    if (!resume_) {
+      if (bytes != item.looked) complain("order", "a scalar reads another number", t, item);
+      return;
+    }
+    item.looked = bytes;
+    resume_(*core(t));  // records more: `item` may be moved
   }
 
   void work(size_t t, const Instruction& item) {

@@ -117,6 +117,18 @@ inline void InitSocState(emulator::Where where = {}) {
   core.begun = true;
 }
 
+enum class CacheLine : uint64_t { SINGLE_CACHE_LINE, ENTIRE_DATA_CACHE };
+enum class DcciDst : uint64_t { CACHELINE_ALL, CACHELINE_UB, CACHELINE_OUT, CACHELINE_ATOMIC };
+
+// Drops what the scalars' cache holds, all of it or one line.
+template <class T, CacheLine line, DcciDst to = DcciDst::CACHELINE_OUT>
+void DataCacheCleanAndInvalid(const GlobalTensor<T>& tensor, emulator::Where where = {}) {
+  static_assert(line == CacheLine::ENTIRE_DATA_CACHE, "only whole caches are emulated");
+  emulator::Call call(PIPE_S, "DataCacheCleanAndInvalid", where, emulator::Kind::Invalidate);
+  call.require(tensor.span().memory != nullptr, "bounds", "is of no buffer of the kernel");
+  call.sync(0, 0);
+}
+
 // All AIVs, or with `false` every core: each AIC waits for its AIVs, the AICs for one another, and
 // the AIVs for their AIC. Pipes and flags are those of the header.
 template <bool vectors_only = true>

@@ -109,11 +109,17 @@ class GlobalTensor {
 
   uint64_t GetSize() const { return end_ > begin_ ? (end_ - begin_) / sizeof(T) : 0; }
 
-  // Scalars read only what no instruction writes.
+  // An input is there from the start. For anything else the scalar program waits until it has been
+  // written, as far as flags and barriers say; what its cache may still hold of it is an error.
   T GetValue(uint64_t index, emulator::Where where = {}) const {
+    static_assert(sizeof(T) <= 8);
+    if (!memory_ || !memory_->read_only) {
+      uint64_t bytes = emulator::Call(PIPE_S, "GetValue", where, emulator::Kind::Look)
+                           .look(span(), index * sizeof(T), sizeof(T));
+      return emulator::load<T>(reinterpret_cast<const uint8_t*>(&bytes));
+    }
     emulator::Call call(PIPE_S, "GetValue", where);
     call.read(span(), index * sizeof(T), sizeof(T));
-    if (call.ok() && !memory_->read_only) call.complain("scalar", "a scalar can read only inputs");
     return call.ok() ? emulator::load<T>(memory_->data.data() + begin_ + index * sizeof(T)) : T();
   }
 

@@ -343,7 +343,9 @@ DEFECTS = {
     "cube_memory_on_vector": "memory",
     "wrong_memory": "memory",
     "scalar_read": "scalar",
-    "scalar_read_of_output": "scalar",
+    "scalar_read_of_nothing": "uninitialised",
+    "scalar_read_too_early": "race",
+    "scalar_cache": "cache",
 }
 
 
@@ -390,6 +392,7 @@ SOUND = [
     "none_scalar_store",
     "none_scalar_store_to_global",
     "none_scalar_wait",
+    "none_scalar_look",
 ]
 
 
@@ -398,6 +401,9 @@ def test_is_silent(build, tmp_path, name):
     report, results = run_defect(build, tmp_path, name)
     assert report["complaints"] == []
     assert len(report["policies"]) == 13
+    if name == "none_scalar_look":
+        x = numbers(np.float32, 1024)[:16]
+        np.testing.assert_array_equal(results["out"][:16], x * x[0])
     if name == "none":
         expected = 2 * np.exp(numbers(np.float32, 1024).astype(np.float64))
         np.testing.assert_allclose(results["out"], expected, rtol=2e-7)

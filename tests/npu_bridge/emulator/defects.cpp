@@ -49,6 +49,26 @@ void pipeline(GM_ADDR in, GM_ADDR out, GM_ADDR) {
   if (skip != kEnd) PipeBarrier<PIPE_ALL>();
 }
 
+// out[0…15] = in[0…15], times what a scalar reads after it was written: in[0].
+template <bool flag, bool invalidate>
+void looks(GM_ADDR in, GM_ADDR out, GM_ADDR space) {
+  if (ASCEND_IS_AIC || GetBlockIdx() != 0) return;
+  InitSocState();
+  DataCopy(local(), global(in), 16);
+  SetFlag<HardEvent::MTE2_MTE3>(0), WaitFlag<HardEvent::MTE2_MTE3>(0);
+  DataCopy(global(space), local(), 16);
+  if (flag) SetFlag<HardEvent::MTE3_S>(0), WaitFlag<HardEvent::MTE3_S>(0);
+  if (invalidate)
+    DataCacheCleanAndInvalid<float, CacheLine::ENTIRE_DATA_CACHE, DcciDst::CACHELINE_OUT>(
+        global(space));
+  float x = global(space).GetValue(0);
+  SetFlag<HardEvent::MTE2_V>(0), WaitFlag<HardEvent::MTE2_V>(0);
+  Muls(local(), local(), x, 16);
+  SetFlag<HardEvent::V_MTE3>(0), WaitFlag<HardEvent::V_MTE3>(0);
+  DataCopy(global(out), local(), 16);
+  PipeBarrier<PIPE_ALL>();
+}
+
 // Runs on the first AIV, or on the first AIC; BARE_CASE without what a kernel begins and ends with.
 #define BARE_CASE(core, ...)                   \
   [](GM_ADDR in, GM_ADDR out, GM_ADDR space) { \
@@ -227,7 +247,10 @@ const std::map<std::string, Kernel> kKernels = {
               LocalTensor<half>(TPosition::B2, 0, 256), MmadParams(16, 16, 16, 0, false, true)))},
     {"pipe_of_other_core", CUBE_CASE(PipeBarrier<PIPE_V>())},
     {"scalar_read", VECTOR_CASE(local().GetValue(0))},
-    {"scalar_read_of_output", VECTOR_CASE(global(out).GetValue(0))},
+    {"scalar_read_of_nothing", VECTOR_CASE(global(out).GetValue(0))},
+    {"scalar_read_too_early", looks<false, true>},
+    {"scalar_cache", looks<true, false>},
+    {"none_scalar_look", looks<true, true>},
     {"quantisation",
      CUBE_CASE(GlobalTensor<half> to; to.SetGlobalBuffer((half*)out, 256);
                Fixpipe<half, float, CFG_ROW_MAJOR>(to, LocalTensor<float>(TPosition::CO1, 0, 256),
