@@ -25,6 +25,7 @@ class Call:
     name: str
     source: str
     operands: tuple[str, ...] = ()
+    forms: tuple[tuple[str, ...], ...] = ()
     types: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
     mode: str = ""
     newer: str = ""
@@ -71,6 +72,12 @@ class Call:
         if mode and mode not in self.types[types]:
             return self._refused(list(self.types[types]), f"{mode} of {_listed(types)}")
         return ""
+
+    def formed(self, arguments: int) -> str:
+        """What is wrong with a number of arguments; nothing if there is such a form."""
+        if not self.forms or any(len(form) == arguments for form in self.forms):
+            return ""
+        return self._refused([f"({', '.join(form)})" for form in self.forms], f"{arguments}")
 
     def _near(self, types: tuple[str, ...]) -> list[str]:
         """What there is that has one of these types in its place; all, if nothing has."""
@@ -150,6 +157,7 @@ def _call(name: str, entry: dict[str, Any]) -> Call:
     fixed: dict[str, Any] = {
         "operands": tuple(entry.get("operands", "").split()),
         "types": {tuple(key.split()): tuple(value) for key, value in modes.items()},
+        "forms": tuple(tuple(form.split()) for form in entry.get("forms", ())),
         "flags": tuple(entry.get("flags", ())),
         "choices": tuple(entry.get("choices", ())),
     }

@@ -49,7 +49,7 @@ class Found:
         call = FACTS.calls[name]
         mode = re.search(rf"{call.mode}(\w+)", ", ".join(self.arguments)) if call.mode else None
         choice = self.template.split(", ")[-1].removeprefix("HardEvent::")
-        return call.problem(
+        return call.formed(len(self.arguments)) or call.problem(
             *self.tensors,
             mode=mode[1] if mode else "",
             choice=choice if call.choices else "",

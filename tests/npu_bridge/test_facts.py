@@ -298,6 +298,7 @@ EDITS = [
     ("MTE1_MTE2>(0)", "MTE1_MTE2>(7)", "uses the reserved event id 7"),
     ("TPosition::VECCALC, 0, ", "TPosition::VECCALC, 188416, ", "are the library's: Select"),
     ("FIX_M>(0)", "FIX_V>(0)", "not FIX_V"),
+    (_SYNC, f"{_SYNC}        Exp(a, a, 64, 1);\n", "Exp takes (dst, src, count) or"),
 ]
 
 
