@@ -42,6 +42,9 @@ def kernel(
     logits_soft_cap: float | None = None,
     beta: float | None = None,
     bias: str | None = None,
+    mask: str | None = None,
+    segments: bool = False,
+    sinks: bool = False,
     lengths: bool = False,
     return_lse: bool = False,
     decode: bool = False,
@@ -61,10 +64,14 @@ def kernel(
       is_causal, causal_alignment, local_window_size, logits_soft_cap, beta: as
         `pasa_jax.dot_product_attention` takes them.
       bias: the axes that a bias of ``dtype`` has, "BNTS" with 1 for B or N that are broadcast.
+      mask: the axes that a mask of bytes has, likewise: 1 where a query sees a key, else 0.
+      segments: whether queries [B, T] and keys [B, S] carry int32 numbers of segments: a query sees
+        the keys of its own.
+      sinks: whether the kernel takes a float32 score [N] of one more key a head, of value 0.
       lengths: whether the kernel takes a number of keys for each batch entry.
       return_lse: whether it also writes the log-sum-exp, float32.
       decode: a kernel for one query (T = 1): the N/K query heads of a key head, 128 at most, are
-        the rows of a tile, and the keys are split over the cores. Takes no bias.
+        the rows of a tile, and the keys are split over the cores. Takes no bias, mask or segments.
 
     Raises:
       ValueError: an argument is not one of these; the message says which are.
@@ -75,15 +82,19 @@ def kernel(
     check_choice("target", target, tuple(TARGETS))
     check_choice("dtype", dtype, DTYPES)
     check_choice("shift", shift, SHIFTS)
-    if bias is not None:
-        check_choice("bias", bias, ("BNTS", "1NTS", "B1TS", "11TS"))
+    for name, axes in (("bias", bias), ("mask", mask)):
+        if axes is not None:
+            check_choice(name, axes, ("BNTS", "1NTS", "B1TS", "11TS"))
     check_choice("causal_alignment", causal_alignment, ("top_left", "bottom_right"))
     if beta is not None and shift != "paper":
         raise wrong("beta", "be given with shift='paper' only", repr(beta))
     if beta is not None:
         check_beta(beta)
-    if decode and bias is not None:
-        raise wrong("bias", "be None for a decoding kernel", repr(bias), "Use decode=False.")
+    for name, given in (("bias", bias), ("mask", mask), ("segments", segments or None)):
+        if decode and given is not None:
+            raise wrong(
+                name, "not be given for a decoding kernel", repr(given), "Use decode=False."
+            )
     described = Kernel(
         head_dim=head_dim,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
@@ -99,6 +110,9 @@ def kernel(
         else positive("logits_soft_cap", logits_soft_cap),
         beta=beta,
         bias=bias,
+        mask_axes=mask,
+        segments=segments,
+        sinks=sinks,
         lengths=lengths,
         return_lse=return_lse,
         decode=decode,

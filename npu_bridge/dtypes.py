@@ -13,6 +13,7 @@ C_TYPES = {
     "bfloat16": "bfloat16_t",
     "float32": "float",
     "int32": "int32_t",
+    "bool": "uint8_t",
     "uint8": "uint8_t",
 }
 # What holds each C++ type in NumPy.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pasa_jax
+from npu_bridge.interface import passed
 from npu_bridge.project import read_description
 from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import EmulationError
@@ -97,6 +98,16 @@ def problem(
         size = {"B": batch, "N": heads, "T": queries, "S": keys, "1": 1}
         shape = tuple(size[axis] for axis in kernel.bias)
         inputs["bias"] = jnp.asarray(rng.normal(0, 2, shape), kernel.dtype)
+    if kernel.mask_axes is not None:
+        size = {"B": batch, "N": heads, "T": queries, "S": keys, "1": 1}
+        shape = tuple(size[axis] for axis in kernel.mask_axes)
+        inputs["mask"] = jnp.asarray(rng.random(shape) < 0.7)
+    if kernel.segments:
+        for name, length in (("querySegments", queries), ("keySegments", keys)):
+            cuts = np.sort(rng.integers(0, length, (batch, 3)), axis=1)[:, :, None]
+            inputs[name] = jnp.asarray(np.sum(np.arange(length) >= cuts, axis=1) - 2**30, jnp.int32)
+    if kernel.sinks:
+        inputs["sinks"] = jnp.asarray(rng.normal(0, 2, heads), jnp.float32)
     if kernel.lengths:
         lengths = rng.integers(1, keys + 1, batch)
         inputs["lengths"] = jnp.asarray(lengths, jnp.int32)
@@ -110,6 +121,9 @@ def expected(kernel: Kernel, inputs: dict[str, jax.Array], scale: float | None =
         inputs["key"],
         inputs["value"],
         bias=inputs.get("bias"),
+        mask=inputs.get("mask"),
+        segment_ids=_segments(inputs),
+        sinks=inputs.get("sinks"),
         scale=scale,
         is_causal=kernel.is_causal,
         causal_alignment=kernel.causal_alignment,
@@ -123,6 +137,12 @@ def expected(kernel: Kernel, inputs: dict[str, jax.Array], scale: float | None =
         implementation="lax",
         return_residual=True,
     )
+
+
+def _segments(inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array] | None:
+    if "querySegments" not in inputs:
+        return None
+    return inputs["querySegments"], inputs["keySegments"]
 
 
 def run(
@@ -230,7 +250,7 @@ def _executed(
     arrays: dict[str, bytes] = {name: _bytes(x) for name, x in inputs.items()}
     arrays |= {name: x.tobytes() for name, x in constants(kernel, keys).items()}
     lines = [f"blocks {cores}", f"report {work / 'report.json'}"]
-    for name in ("query", "key", "value", "bias", "lengths", "matrices", "weights"):
+    for name in passed(kernel):
         if name in arrays:
             (work / name).write_bytes(arrays[name])
             lines.append(f"arg {name} in {len(arrays[name])} {work / name}")

@@ -31,6 +31,9 @@ _SHAPES = {
     "key": "BSKD",
     "value": "BSKE",
     "lengths": "B",
+    "querySegments": "BT",
+    "keySegments": "BS",
+    "sinks": "N",
     "matrices": "2nn",
     "weights": "2n",
     "output": "BTNE",
@@ -41,6 +44,10 @@ _NOTES = {
     "key": "",
     "value": "",
     "bias": "added to the scores",
+    "mask": "1 where a query sees a key, else 0",
+    "querySegments": "a query sees the keys of its own segment",
+    "keySegments": "",
+    "sinks": "score of one more key of each head, whose value is 0",
     "lengths": "how many keys of each batch entry count",
     "matrices": "the matrix of 'paper' for full blocks and for the last; see paper_constants.h",
     "weights": "share of each key in the row mean; see paper_constants.h",
@@ -53,6 +60,7 @@ _TYPES = {
     "bfloat16_t": ("bfloat16", "BF16", "BF16"),
     "float": ("float32", "FLOAT", "FLOAT"),
     "int32_t": ("int32", "INT32", "INT32"),
+    "uint8_t": ("uint8", "UINT8", "UINT8"),
 }
 
 
@@ -91,6 +99,12 @@ def arguments(kernel: Kernel) -> dict[str, str]:
         types["lse"] = "float"
     if kernel.bias is not None:
         types["bias"] = dtype
+    if kernel.mask_axes is not None:
+        types["mask"] = "uint8_t"
+    if kernel.segments:
+        types |= {"querySegments": "int32_t", "keySegments": "int32_t"}
+    if kernel.sinks:
+        types["sinks"] = "float"
     if kernel.lengths:
         types["lengths"] = "int32_t"
     if kernel.shift == "paper":
@@ -106,7 +120,7 @@ def passed(kernel: Kernel) -> list[str]:
 
 def argument(kernel: Kernel, name: str) -> Argument:
     """How the projects describe the kernel's argument ``name``."""
-    axes = kernel.bias if name == "bias" else _SHAPES[name]
+    axes = {"bias": kernel.bias, "mask": kernel.mask_axes}.get(name, _SHAPES.get(name))
     assert axes is not None
     c_type = arguments(kernel)[name]
     dtype, ge, acl = _TYPES[c_type]

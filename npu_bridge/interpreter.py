@@ -71,14 +71,15 @@ class NumpyRun(CoreRun):
         node.run(self.memories)
 
 
-class _Lengths:
-    """The array of lengths as a kernel reads it."""
+class _Numbers:
+    """An array in global memory as the scalar unit reads it."""
 
-    def __init__(self, lengths: np.ndarray) -> None:
-        self.lengths = lengths
+    def __init__(self, raw: np.ndarray, dtype: np.dtype) -> None:
+        self.raw, self.dtype = raw, dtype
 
-    def GetValue(self, entry: int) -> int:
-        return int(self.lengths[entry])
+    def GetValue(self, index: int) -> Any:
+        number = self.raw.view(self.dtype)[index]
+        return int(number) if self.dtype.kind in "iu" else number
 
 
 def run(
@@ -110,8 +111,8 @@ def run(
     shared = _shared(program, inputs, given, shapes)
     numbers = values_of(kernel, given)
     numbers["scale"] = np.float32(numbers["scale"])
-    if "lengths" in inputs:
-        numbers["lengths"] = _Lengths(np.asarray(inputs["lengths"]))
+    types = {name: NUMPY[buffer.dtype] for name, buffer in program.globals.items()}
+    numbers |= {name: _Numbers(raw, types[name]) for name, raw in shared.items()}
     with np.errstate(all="ignore"):
         run_together([_block(program, numbers, i, shared) for i in range(cores)])
     types = arguments(kernel)

@@ -33,6 +33,9 @@ class Kernel:
       shift: "none", "paper", "mean" or "reference".
       is_causal, causal_alignment, window, logits_soft_cap: as `dot_product_attention` takes them.
       bias: which of the axes [B, N, T, S] a bias has, as a string like "1NTS"; None: no bias.
+      mask_axes: which of the axes [B, N, T, S] a boolean mask has, likewise; None: no mask.
+      segments: whether queries and keys carry numbers of segments; a query sees those of its own.
+      sinks: whether each query head has one more key of a given score and value 0.
       lengths: whether each batch entry has a length of its own for its keys.
       return_lse: whether the log-sum-exp is written too.
       decode: one query (T = 1): the query heads of a key head are the rows of a tile, and the keys
@@ -51,6 +54,9 @@ class Kernel:
     logits_soft_cap: float | None = None
     beta: float | None = None
     bias: str | None = None
+    mask_axes: str | None = None
+    segments: bool = False
+    sinks: bool = False
     lengths: bool = False
     return_lse: bool = False
     decode: bool = False
@@ -89,7 +95,10 @@ class Kernel:
 
     def mask(self, queries: Index, keys: Index) -> Mask:
         """The mask of one batch entry, its lengths known at run time only."""
+        # What hides keys by data is not looked at here: only that there is such a thing.
+        data = jnp.zeros(1, bool) if self.hides_by_data else None
         return Mask(
+            array=data,
             query_length=queries,  # type: ignore[arg-type]  # used in sums alone
             key_length=self.schedule.block_kv * _MANY,
             is_causal=self.is_causal,
@@ -101,7 +110,12 @@ class Kernel:
     @property
     def masked(self) -> bool:
         """Whether a tile may need a mask for another reason than that the keys end in it."""
-        return self.is_causal or self.window is not None
+        return self.is_causal or self.window is not None or self.hides_by_data
+
+    @property
+    def hides_by_data(self) -> bool:
+        """Whether a mask or segments hide keys: no tile is then seen whole by its place alone."""
+        return self.mask_axes is not None or self.segments
 
     def walk(self, rows: int, queries: Index, keys: Index, **parts: Any) -> TracedWalk:
         return TracedWalk(
@@ -139,7 +153,13 @@ class TracedWalk(Walk):
         return self.parts.get("bias")
 
     def array(self, start: Index, j: Index) -> Array | None:
-        return None
+        p, shown = self.parts, None
+        if "querySegments" in p:
+            shown = p["querySegments"] == p["keySegments"]
+        if "mask" in p:
+            array = p["mask"] != 0
+            shown = array if shown is None else shown & array
+        return shown
 
     def sinks(self) -> Array | None:
-        return None
+        return self.parts.get("sinks")

@@ -170,6 +170,8 @@ def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
         shapes["weights"] = jax.ShapeDtypeStruct((n, 1), jnp.float32)
     if kernel.bias is not None:
         shapes["bias"] = jax.ShapeDtypeStruct((rows, n), dtype)
+    if masked:
+        shapes |= _shown_shapes(kernel, rows)
 
     def fold(
         m: Array, l: Array, o: Array, f: Array, start: Array, queries: Array, keys: Array,  # noqa: E741
@@ -183,6 +185,18 @@ def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
         return new._asdict()
 
     return trace(fold, shapes)
+
+
+def _shown_shapes(kernel: Kernel, rows: int) -> dict[str, Any]:
+    """What hides keys by data."""
+    n = kernel.schedule.block_kv
+    shapes: dict[str, Any] = {}
+    if kernel.mask_axes is not None:
+        shapes["mask"] = jax.ShapeDtypeStruct((rows, n), jnp.uint8)
+    if kernel.segments:
+        shapes["querySegments"] = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+        shapes["keySegments"] = jax.ShapeDtypeStruct((1, n), jnp.int32)
+    return shapes
 
 
 # After the loop.
@@ -225,11 +239,14 @@ def merge(kernel: Kernel, rows: int) -> Trace:
 def close(kernel: Kernel, rows: int) -> Trace:
     """The output and the log-sum-exp of a slab that has seen all its keys."""
 
-    def closed(m: Array, l: Array, o: Array, f: Array) -> dict[str, Any]:  # noqa: E741
-        walk = kernel.walk(rows, 0, 0)
+    def closed(m: Array, l: Array, o: Array, f: Array, **parts: Array) -> dict[str, Any]:  # noqa: E741
+        walk = kernel.walk(rows, 0, 0, **parts)
         plain = tile.QueryTile(o, jnp.ones((1, 1)), None)
         done = walk.close(0, plain, tile.State(m, l, o, f))
         out, _ = walk.rounded(done.out, jnp.dtype(kernel.dtype))
         return {"out": out, "lse": done.lse if kernel.return_lse else None}
 
-    return trace(closed, _state_shapes(kernel, rows, settled=kernel.decode)).needed()
+    shapes = _state_shapes(kernel, rows, settled=kernel.decode)
+    if kernel.sinks:
+        shapes["sinks"] = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
+    return trace(closed, shapes).needed()

@@ -117,14 +117,14 @@ class _TimedRun(CoreRun):
         self.parts.pop()
 
 
-class _Lengths:
-    """Stands for the array of lengths: every entry is as long as it may be."""
+class _Number:
+    """Stands for an array that the scalar unit reads: one number throughout."""
 
-    def __init__(self, keys: int) -> None:
-        self.keys = keys
+    def __init__(self, number: int) -> None:
+        self.number = number
 
-    def GetValue(self, entry: int) -> int:
-        return self.keys
+    def GetValue(self, index: int) -> int:
+        return self.number
 
 
 def cost(
@@ -152,7 +152,9 @@ def cost(
         k, batch=batch, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys,
         cores=rates.blocks,
     )  # fmt: skip
-    numbers = {**values_of(k, given), "lengths": _Lengths(keys)}
+    # Every entry is as long as it may be; other numbers do not change the time.
+    read = {name: _Number(keys if name == "lengths" else 0) for name in program.globals}
+    numbers = {**values_of(k, given), **read}
     rounds = -(-numbers["items"] // rates.blocks)
     followed = rounds if items is None else min(rounds, items)
     cycles, block = _followed(program, rates, numbers, followed)

@@ -7,10 +7,10 @@ from __future__ import annotations
 from npu_bridge import stages
 from npu_bridge.cores.context import Context, query_row
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
-from npu_bridge.cores.slabs import computed, copy, slab, spread_units
+from npu_bridge.cores.slabs import cleared, computed, copy, slab, spread_units, zero_bits
 from npu_bridge.cores.vector_memory import VectorMemory
 from npu_bridge.expressions import Expr, Scalar, times
-from npu_bridge.instructions import Brcb, Duplicate, RowsOut
+from npu_bridge.instructions import Brcb, Duplicate, RowsIn, RowsOut
 from npu_bridge.ir import Barrier, Call, For, Function, If, Let, Node, SetFlag, WaitFlag
 from npu_bridge.layout import CLOSING, PADDING, SINGLE
 from npu_bridge.lower import Value, Vector
@@ -58,6 +58,9 @@ def close(c: Context, memory: VectorMemory) -> Function:
     # Settling has put f into m.
     settled = _settled(c, memory, "") | {"f": Scalar(0.0)} if decode else None
     state = settled or _state(c, memory, "row")
+    loads: list[Node] = []
+    if c.kernel.sinks:
+        state["sinks"], loads = _sinks(c, memory)
     out, row = memory.closing["out"], query_row("first")
     outputs = {traced.outputs["out"]: Output(out.at())}
     to = c.globals["output"].at(f"({row}) * {c.e}")
@@ -69,14 +72,28 @@ def close(c: Context, memory: VectorMemory) -> Function:
         lse, column = memory.closing["lse"], memory.closing["column"]
         compute += [Barrier("V"), Brcb(lse.at(), column.at(), r)]
         stores.append(RowsOut(c.globals["lse"].at(row), lse.at(), "valid", 1, "rowStride - 1"))
+    last: list[Node] = [If("valid > 0", stores)]
+    of_head = c.kernel.sinks and not decode
     body: list[Node] = [
+        *([Let("sink", "sinks.GetValue(head)", "float")] if of_head else []),
         Let("first", "start" if decode else "start + firstRow + row"),
         Let("valid", f"Max(0, Min({r}, queryLength - first))"),
-        *computed(compute, [If("valid > 0", stores)]),
+        *(slab(SINGLE, loads, compute, last) if loads else computed(compute, last)),
     ]
     if not decode:  # decoding: one slab, which `Merge` has made
         body = [For("row", 0, c.half, body, r)]
     return f.done("O/l, rounded to the output's type (eq. 14).", body)
+
+
+def _sinks(c: Context, memory: VectorMemory) -> tuple[Value, list[Node]]:
+    """The sink of each row's head: one number where all rows are of one head. And its loads."""
+    source = c.globals["sinks"]
+    if not c.kernel.decode:
+        return Scalar("sink"), []
+    to = memory.closing["sinks"]
+    load = RowsIn(to.at(), source.at("head * queryLength + first"), 1, "valid", 0, CLOSING)
+    zeros = If(f"valid < {CLOSING}", cleared(zero_bits(to.at(), CLOSING)))
+    return Vector(to.at(), CLOSING, 1), [zeros, If("valid > 0", [load])]
 
 
 def store_state(c: Context, memory: VectorMemory) -> Function:

@@ -162,7 +162,8 @@ def _values(products: Products) -> Function:
 def _shift_keys(products: Products) -> Function:
     c, memory = products.c, products.memory
     chunk, l1 = memory.chunk_d, memory.l1
-    m = c.globals["matrices"].at(f"(int64_t(j == Div(keys, {c.n})) * {c.n} + row) * {c.n} + sub")
+    last = f"int64_t(j == Div(keyLength, {c.n}))"
+    m = c.globals["matrices"].at(f"({last} * {c.n} + row) * {c.n} + sub")
     left: list[Node] = [matrix_in(l1["left"].slot("slot"), m, SUB, SUB, str(c.n))]
     right = products.rows_in(l1["right"].slot("slot"), "key", SUB, chunk, "sub", "column")
     to = c.globals["shiftedKey"].at(f"(int64_t(unit) * {c.n} + row) * {c.d} + column")

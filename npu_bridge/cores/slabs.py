@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from npu_bridge.expressions import Expr, Scalar
+from npu_bridge.dtypes import ITEMSIZE
+from npu_bridge.expressions import Expr, Scalar, times
 from npu_bridge.instructions import DataCopy, Duplicate, RowsIn
 from npu_bridge.ir import Buffer, For, If, Instruction, Node, SetFlag, Slice, WaitFlag, instructions
 from npu_bridge.layout import PADDING, SINGLE
@@ -72,8 +73,18 @@ def cleared(zeros: Instruction) -> list[Node]:
 
 
 def zero_bits(to: Slice, count: int) -> Duplicate:
-    """Zeros of any 16-bit type."""
-    return Duplicate(to.of_type("half"), Scalar(0), count)
+    """``count`` zeros of any type."""
+    bits = of_halves(to, count)
+    return Duplicate(bits, Scalar(0), int(bits.count))
+
+
+def of_halves(to: Slice, count: int) -> Slice:
+    """The bytes of ``count`` elements as float16."""
+    size = ITEMSIZE[to.dtype]
+    offset = to.offset
+    if size != 2 and offset != 0:
+        offset = f"({offset}) / 2" if size == 1 else times(offset, size // 2)
+    return Slice(to.buffer, offset, count * size // 2, "half")
 
 
 def padded_load(

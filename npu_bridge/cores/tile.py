@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from npu_bridge.cores.context import Context, slot_of
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
-from npu_bridge.cores.slabs import cleared, copy, slab
+from npu_bridge.cores.slabs import cleared, copy, slab, zero_bits
 from npu_bridge.cores.vector_memory import VectorMemory
 from npu_bridge.cut import Stage, Step
 from npu_bridge.expressions import Scalar, times
-from npu_bridge.instructions import Duplicate, FirstBlocks, RowsIn, RowsOut
+from npu_bridge.instructions import FirstBlocks, RowsIn, RowsOut
 from npu_bridge.ir import Advance, For, Function, If, Let, Node, Slice
 from npu_bridge.layout import CARRIED, DEPTH, LEAST, SINGLE, SOFTMAX, UPDATE
 from npu_bridge.lower import Value, Vector
@@ -119,14 +119,17 @@ class Tile:
         """What a stage reads, by its name there."""
         c, r, m = self.c, self.rows, self.memory
         if name in m.rings:
-            width = {"offsets": COLUMNS, "update": c.e, "sums": COLUMNS}.get(name, c.n)
-            return Vector(self._ring(name, width), r, width)
+            if name == "keySegments":
+                return Vector(m.rings[name].slot("slot"), 1, c.n)
+            width = {"offsets": COLUMNS, "update": c.e, "sums": COLUMNS, "querySegments": 1}
+            columns = width.get(name, c.n)
+            return Vector(self._ring(name, columns), r, columns)
         if name == "o":
             return Vector(m.state["o"].at(f"row * {c.e}", r * c.e), r, c.e)
         if name == "weights":
             assert m.weights is not None
             # The second row of shares is the tail's.
-            place = f"Pick(j == Div(keys, {c.n}), {c.n}, 0)"
+            place = f"Pick(j == Div(keyLength, {c.n}), {c.n}, 0)"
             return Vector(m.weights.at(place, c.n), c.n, 1)
         if name in c.full.carried:
             return Vector(self._carried(name), r, 1)
@@ -174,8 +177,16 @@ class Tile:
         if "offsets" in stage.inputs:
             source = c.globals["offsets"].at(f"place * {LEAST}")
             loads.append(self._first_columns(rings["offsets"].slot("slot"), source))
-        if "bias" in stage.inputs:
-            loads += self._bias()
+        arrays = [name for name in ("bias", "mask") if name in stage.inputs]
+        if arrays or "querySegments" in stage.inputs:
+            loads += [
+                Let("seenRows", f"Max(0, Min({r}, queryLength - first))"),
+                Let("seenKeys", f"Min({c.n}, keyLength - j * {c.n})"),
+            ]
+        for name in arrays:
+            loads += self._of_scores(name)
+        if "querySegments" in stage.inputs:
+            loads += self._segments()
         return loads
 
     def _first_columns(self, to: Slice, source: Slice) -> FirstBlocks:
@@ -188,23 +199,36 @@ class Tile:
             LEAST // COLUMNS,
         )
 
-    def _bias(self) -> list[Node]:
-        """Loads a slab of the bias; what lies beyond its end is zero, and masked."""
+    def _of_scores(self, name: str) -> list[Node]:
+        """Loads a slab of "bias" or "mask"; what lies beyond its end is zero, and masked."""
         c, r = self.c, self.rows
-        axes = c.kernel.bias or ""
+        axes = (c.kernel.bias if name == "bias" else c.kernel.mask_axes) or ""
         assert axes[2:] == "TS", axes
         b, n = ("entry" if axes[0] == "B" else "0"), ("head" if axes[1] == "N" else "0")
         heads = "heads" if axes[1] == "N" else "1"
         at = f"((int64_t({b}) * {heads} + {n}) * queryLength + first) * keyLength + j * {c.n}"
-        to = self.memory.rings["bias"].slot("slot")
+        to = self._ring(name, c.n)
         load = RowsIn(
-            to, c.globals["bias"].at(at), "seenRows", "seenKeys", "keyLength - seenKeys", c.n
+            to, c.globals[name].at(at), "seenRows", "seenKeys", "keyLength - seenKeys", c.n
         )
+        return self._cut_short(f"(seenRows < {r}) | (seenKeys < {c.n})", to, "seenRows > 0", load)
+
+    def _segments(self) -> list[Node]:
+        """Loads the segments of a slab's queries and of the block's keys, likewise."""
+        c, r, rings = self.c, self.rows, self.memory.rings
+        rows, keys = self._ring("querySegments", 1), rings["keySegments"].slot("slot")
+        row, key = "int64_t(entry) * queryLength + first", f"int64_t(entry) * keyLength + j * {c.n}"
+        queries_in = RowsIn(rows, c.globals["querySegments"].at(row), 1, "seenRows", 0, r)
+        keys_in = RowsIn(keys, c.globals["keySegments"].at(key), 1, "seenKeys", 0, c.n)
         return [
-            Let("seenRows", f"Max(0, Min({r}, queryLength - first))"),
-            Let("seenKeys", f"Min({c.n}, keyLength - j * {c.n})"),
-            If(
-                f"(seenRows < {r}) | (seenKeys < {c.n})", cleared(Duplicate(to, Scalar(0), r * c.n))
-            ),
-            If("seenRows > 0", [load]),
+            *self._cut_short(f"seenRows < {r}", rows, "seenRows > 0", queries_in),
+            *self._cut_short(f"seenKeys < {c.n}", keys, "1", keys_in),
         ]
+
+    @staticmethod
+    def _cut_short(short: str, to: Slice, some: str, load: RowsIn) -> list[Node]:
+        """A load that zeros come before where it is ``short``, and that is left out where there is
+        not ``some``.
+        """
+        assert isinstance(to.count, int)
+        return [If(short, cleared(zero_bits(to, to.count))), If(some, [load])]

@@ -78,11 +78,21 @@ def _rings(c: Context, ub: Memory) -> tuple[dict[str, Buffer], Buffer | None]:
         rings["sums"] = ub.stay("sumsIn", p["ones"].dtype, r * COLUMNS, slots, "row sums of P")
     if c.kernel.bias is not None:
         rings["bias"] = ub.stay("biasIn", c.dtype, r * c.n, 2, "bias of a slab")
+    masked = c.slabs.masked
+    if c.kernel.mask_axes is not None:
+        rings["mask"] = ub.stay("maskIn", "uint8_t", masked * c.n, 2, "mask of a slab")
+    if c.kernel.segments:
+        rows = -(-masked // 8) * 8
+        note = "segments of a slab's queries"
+        rings["querySegments"] = ub.stay("querySegmentsIn", "int32_t", rows, 2, note)
+        rings["keySegments"] = ub.stay("keySegmentsIn", "int32_t", c.n, 2, "segments of the keys")
     return rings, minus
 
 
 def _closing(c: Context, ub: Memory) -> dict[str, Buffer]:
     closing = {"out": ub.stay("outOut", c.dtype, CLOSING * c.e, note="output rows")}
+    if c.kernel.sinks and c.kernel.decode:
+        closing["sinks"] = ub.stay("sinksIn", "float", CLOSING, note="sinks of the rows' heads")
     if c.kernel.return_lse:
         spread = "log-sum-exp, a block each"
         closing["lse"] = ub.stay("lseOut", "float", CLOSING * 8, note=spread)

@@ -324,7 +324,7 @@ class Cast(VectorInstruction):
 
     @property
     def work(self) -> Expr:
-        return self.count * ITEMSIZE["float"]  # one side is always float32
+        return self.count * max(ITEMSIZE[self.to.dtype], ITEMSIZE[self.x.dtype])
 
     def run(self, machine: Machine) -> None:
         x = machine.array(self.x)[: self.count]

@@ -11,6 +11,8 @@ from npu_bridge.lower.emitter import Emitter
 from npu_bridge.lower.values import Bits, Margin, Value, Vector
 from pasa_jax.core.errors import LoweringError
 
+_COMPARED_AS = {"bfloat16_t": "float", "uint8_t": "half"}
+
 
 def bits(to: Emitter, x: Value, rows: int, width: int) -> Bits:
     """A condition as bits of all ``rows`` × ``width`` numbers."""
@@ -28,12 +30,13 @@ def bits(to: Emitter, x: Value, rows: int, width: int) -> Bits:
 
 
 def compared(to: Emitter, mode: str, x: Vector, y: Vector | Scalar) -> Bits:
-    """Bits of whole repeats: beyond a short column stand zeros. bfloat16, which the unit does not
-    compare, is compared as float32.
+    """Bits of whole repeats: beyond a short column stand zeros. What the unit does not compare is
+    compared in another type.
     """
-    if x.dtype == "bfloat16_t":
-        wide = to.cast(y, "float", "wide") if isinstance(y, Vector) else y
-        return compared(to, mode, to.cast(x, "float", "wide"), wide)
+    if x.dtype in _COMPARED_AS:
+        wide = _COMPARED_AS[x.dtype]
+        other = to.cast(y, wide, "wide") if isinstance(y, Vector) else y
+        return compared(to, mode, to.cast(x, wide, "wide"), other)
     if isinstance(y, Vector):
         shape = max(x.rows, y.rows), max(x.width, y.width)
         x, y = full(to, x, *shape), full(to, y, *shape)

@@ -95,6 +95,10 @@ def _compare(mode: str) -> Rule:
         if isinstance(a, Scalar):
             assert isinstance(b, Vector)
             return conditions.compared(at.to, _SWAPPED.get(mode, mode), b, a)
+        if isinstance(b, Vector) and "int32_t" in (a.dtype, b.dtype):
+            # A difference of 32 bits is 0 in float32 only if it is 0.
+            apart = at.to.cast(number(at.to, "Sub", a, b, "apart"), "float", "apart")
+            return conditions.compared(at.to, mode, apart, Scalar(0.0))
         return conditions.compared(at.to, mode, a, b)
 
     return rule

@@ -65,6 +65,35 @@ CASES: dict[str, Case] = {
     "bias, broadcast, paper": Case(
         {"bias": "11TS", "shift": "paper", "precision": HALF}, {"batch": 2, **_ODD}, full=True
     ),
+    "mask": Case({"mask": "B1TS"}, {"batch": 2, **_ODD}, full=True),
+    "mask, bias, causal, bfloat16": Case(
+        {"mask": "1NTS", "bias": "B1TS", "is_causal": True, "dtype": "bfloat16"}, _ODD, full=True
+    ),
+    "segments, mask, sinks, log-sum-exp": Case(
+        {"segments": True, "mask": "11TS", "sinks": True, "return_lse": True},
+        {"batch": 2, **_ODD},
+    ),
+    "segments, causal, reference": Case(
+        {"segments": True, "is_causal": True, "shift": "reference"}, _ODD, full=True
+    ),
+    "segments, lengths, window, paper": Case(
+        {
+            "segments": True,
+            "lengths": True,
+            "local_window_size": (300, 300),
+            "shift": "paper",
+            "precision": HALF,
+        },
+        {"batch": 2, **_ODD},
+        full=True,
+    ),
+    "sinks": Case({"sinks": True, "return_lse": True, "is_causal": True}, _ODD, full=True),
+    "decode, sinks": Case(
+        {"decode": True, "sinks": True, "lengths": True, "return_lse": True},
+        {"batch": 2, "keys": 500, "heads": 20, "kv_heads": 2},
+        128,
+        full=True,
+    ),
     "soft cap": Case({"logits_soft_cap": 3.0}, _ODD, full=True),
     "bfloat16": Case({"dtype": "bfloat16"}, _ODD, full=True),
     "8 query heads a key head": Case(

@@ -41,6 +41,9 @@ FULL = replace(
     shift="paper",
     precision=Precision.named("float16"),
     bias="1NTS",
+    mask_axes="B1TS",
+    segments=True,
+    sinks=True,
     lengths=True,
     return_lse=True,
 )

@@ -24,7 +24,7 @@ def test_skipped_tiles_cost_nothing() -> None:
 def test_no_pipe_is_busier_than_there_is_time() -> None:
     found = npu_bridge.cost(npu_bridge.kernel(), queries=2048, heads=24)
     assert set(found.busy) == {f"AIC {p}" for p in ("MTE2", "MTE1", "M", "FIX")} | {
-        f"AIV {p}" for p in ("MTE2", "V", "MTE3")
+        f"AIV {p}" for p in ("S", "MTE2", "V", "MTE3")
     }
     assert all(0 < t <= 1.05 * found.cycles for t in found.busy.values())
 

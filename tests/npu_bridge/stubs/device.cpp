@@ -13,8 +13,12 @@ void Call(void (*kernel)(A...), const std::vector<uint8_t*>& arguments, std::ind
 
 template <class... A>
 void Run(void (*kernel)(A...), uint32_t cores, const std::vector<uint8_t*>& arguments) {
-    if (arguments.size() != sizeof...(A)) AscendC::emulator::fail("wrong number of arguments");
-    AscendC::emulator::record(cores, [&] { Call(kernel, arguments, std::index_sequence_for<A...>()); });
+    using namespace AscendC::emulator;
+    if (arguments.size() != sizeof...(A)) fail("wrong number of arguments");
+    Programs programs(cores, [=] { Call(kernel, arguments, std::index_sequence_for<A...>()); });
+    const Policy policy{"round_robin"};
+    machine().policy = policy.name;
+    Schedule(machine(), true).run(policy, [&](Core& core) { programs.resume(core); });
 }
 
 }  // namespace
@@ -37,9 +41,6 @@ uint32_t fake::Launch(uint32_t cores, const std::vector<uint8_t*>& arguments) {
         memories.push_back(&memory);
     }
     Run(pasa_attention, cores, places);
-    const Policy policy{"round_robin"};
-    machine().policy = policy.name;
-    Schedule(machine(), true).run(policy);
     for (size_t i = 0; i < arguments.size(); ++i) {
         std::copy(memories[i]->data.begin(), memories[i]->data.end(), arguments[i]);
     }
