@@ -40,7 +40,8 @@ class Call:
         """Raises where the call cannot be emitted so.
 
         Arguments:
-          tensors: the C++ types of its tensors, in the order of the call.
+          tensors: the C++ types of its tensors, in the order of the call; of the first ones, if
+            no more are known.
           mode: of rounding, comparing or quantising.
           choice: the template argument, "PIPE_V" or "MTE2_V".
 
@@ -60,13 +61,13 @@ class Call:
             )
         if choice and choice not in self.choices:
             return self._refused(list(self.choices), choice)
-        if not tensors or not self.types:
-            return ""
         letters: dict[str, str] = {}
         for letter, dtype in zip(self.operands, tensors, strict=False):
             if letters.setdefault(letter, dtype) != dtype:
                 return self._refused(self._near(()), _listed(tensors))
         types = tuple(letters.values())
+        if not types or len(types) < len(set(self.operands)):
+            return ""  # no tensors, or not all are known
         if types not in self.types:
             return self._refused(self._near(types), _listed(types))
         if mode and mode not in self.types[types]:

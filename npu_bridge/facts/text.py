@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from npu_bridge.facts import FACTS
 
@@ -28,7 +28,7 @@ class Found:
     """A call in the text.
 
     Arguments:
-      tensors: the C++ types of those of its arguments that are tensors, in their order.
+      tensors: the C++ types of its first arguments, as far as they are tensors with a known type.
     """
 
     name: str
@@ -68,7 +68,7 @@ def calls(text: str) -> Iterator[Found]:
     for types, start, end in _scopes(text):
         for m in _CALL.finditer(text, start, end):
             arguments = _arguments(text, m.end() - 1)
-            tensors = [dtype for a in arguments if (dtype := _dtype(a, types))]
+            tensors = list(takewhile(bool, (_dtype(a, types) for a in arguments)))
             if m["name"] in defined and not (tensors and m["name"] in FACTS.calls):
                 continue
             line = text.count("\n", 0, m.start()) + 1
@@ -106,7 +106,7 @@ def _arguments(text: str, at: int) -> list[str]:
     return [part for part in parts if part]
 
 
-def _dtype(argument: str, types: dict[str, str]) -> str | None:
-    """The type of a tensor; None if it is none that the text declares."""
+def _dtype(argument: str, types: dict[str, str]) -> str:
+    """The type of a tensor; nothing if it is none that the text declares."""
     m = _TENSOR.fullmatch(argument)
-    return (m[2] or types[m[1]]) if m and m[1] in types else None
+    return (m[2] or types[m[1]]) if m and m[1] in types else ""
