@@ -12,10 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from npu_bridge import interface, numbers
 from npu_bridge.cores.context import Core
 from npu_bridge.expressions import prelude
+from npu_bridge.facts.text import problems
 from npu_bridge.ir import Buffer, render
 from npu_bridge.layout import POSITIONS
 from npu_bridge.program import Program
 from npu_bridge.specification import Kernel
+from pasa_jax.core.errors import LoweringError
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 
@@ -27,7 +29,11 @@ _COMMENTS = {
 
 
 def files(program: Program) -> dict[str, str]:
-    """Path -> text of the direct-launch project and, in package/, of the operator package."""
+    """Path -> text of the direct-launch project and, in package/, of the operator package.
+
+    Raises:
+      LoweringError: a kernel would call what the chip does not have.
+    """
     env = Environment(
         loader=PackageLoader("npu_bridge"),
         undefined=StrictUndefined,
@@ -47,6 +53,10 @@ def files(program: Program) -> dict[str, str]:
     texts = {
         path: env.get_template(template).render(values) for path, template in templates.items()
     }
+    entry = f"package/op_kernel/{NAME}.cpp"  # which includes the kernel
+    wrong = problems(texts[f"{NAME}.cpp"] + texts[entry])
+    if wrong:
+        raise LoweringError(f"the kernel would call what the chip does not have: {wrong[0]}")
     texts["kernel.json"] = describe(program.kernel)
     return texts
 
