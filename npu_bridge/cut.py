@@ -10,7 +10,7 @@ from typing import Any
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.expressions import Scalar
 from npu_bridge.lower import Equation, Var
-from npu_bridge.specification import Kernel
+from npu_bridge.specification import COLUMNS, Kernel
 from npu_bridge.stages import Trace, loop_body, needed
 from pasa_jax.core.errors import LoweringError
 
@@ -40,6 +40,20 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """A stage in two parts: what is computed slab by slab, and what is only columns, for all rows
+    at once.
+
+    Arguments:
+      kept: the columns that the second part takes over from the first, by name, and their types.
+    """
+
+    slab: Stage
+    columns: Stage
+    kept: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Step:
     """One key tile: products and the vector stages between them.
 
@@ -54,8 +68,8 @@ class Step:
 
     products: dict[str, Product]
     refer: Stage | None
-    softmax: Stage
-    accumulate: Stage
+    softmax: Parts
+    accumulate: Parts
     carried: tuple[str, ...]
 
 
@@ -94,7 +108,51 @@ def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
         before = {x: n for n, x in carried.items() if level[x] < at}
         stages.append(_stage(body, {**known, **before}, wanted))
     refer = stages[0] if last == 3 else None
-    return Step(cube.products, refer, stages[-2], stages[-1], tuple(carried))
+    softmax = _in_parts(stages[-2], "masked" if masked else "full")
+    accumulate = _in_parts(stages[-1], "update")
+    return Step(cube.products, refer, softmax, accumulate, tuple(carried))
+
+
+def _in_parts(stage: Stage, name: str) -> Parts:
+    """The two parts of a stage; what they hand over is called after ``name``."""
+    made = _by_slabs(stage)
+    first = [e for e in stage.equations if e.output in made]
+    rest = [e for e in stage.equations if e.output not in made]
+    read = {x for e in rest for x in e.inputs}
+    between = [e.output for e in first if e.output in read]
+    kept = {f"{name}{i}": x for i, x in enumerate(between, 1)}
+    types = {n: C_TYPES[str(x.aval.dtype)] for n, x in kept.items()}
+    known = {x: n for n, x in stage.inputs.items()}
+    outputs = {n: x for n, x in stage.outputs.items() if x in made}
+    columns = {n: x for n, x in stage.outputs.items() if x not in made}
+    return Parts(
+        _stage(first, known, outputs | kept),
+        _stage(rest, known | {x: n for n, x in kept.items()}, columns),
+        types,
+    )
+
+
+def _by_slabs(stage: Stage) -> set[Var]:
+    """What must be computed slab by slab: tiles, what they are made of, and columns of 16 bits
+    that are made of them, a few rows of which are no whole block of memory.
+    """
+    made: set[Var] = set()
+    size = -1
+    while len(made) > size:
+        size = len(made)
+        for eqn in stage.equations:
+            narrow = any(x in made and x.aval.dtype != "float32" for x in eqn.inputs)
+            if narrow or any(_wide(x) for x in (eqn.output, *eqn.inputs)):
+                made.add(eqn.output)
+        for eqn in reversed(stage.equations):
+            if eqn.output in made:
+                made.update(x for x in eqn.inputs if isinstance(x, Var))
+    return made
+
+
+def _wide(x: Any) -> bool:
+    """Whether a variable is a tile or a row of one, not a column."""
+    return isinstance(x, Var) and x.aval.ndim == 2 and x.aval.shape[1] > COLUMNS
 
 
 def _stage(body: list[Equation], known: dict[Var, str], outputs: dict[str, Any]) -> Stage:
@@ -149,10 +207,12 @@ class _Products:
 def _find_products(traced: Trace, names: dict[Var, str]) -> _Products:
     cube = _Products()
     for eqn in traced.equations:
-        if eqn.primitive != "dot_general" or eqn.output.aval.shape[1] == 1:
+        if eqn.primitive != "dot_general":
             continue
         left, right = eqn.inputs
         name = names.get(right, "")
+        if eqn.output.aval.shape[1] == 1 and name != "kappa":
+            continue
         if isinstance(right, Scalar) and right.value == 1:
             name = "ones"
         if name not in _RESULTS:

@@ -14,6 +14,7 @@ from npu_bridge.cores.context import Core
 from npu_bridge.expressions import Expr, evaluate
 from npu_bridge.ir import (
     Advance,
+    Assign,
     Barrier,
     Call,
     CrossSet,
@@ -104,6 +105,8 @@ class CoreRun(ABC):
                     names[node.name] = evaluate(node.value, names)
                 case Advance():
                     self.members[node.name] += evaluate(node.by, names)
+                case Assign():
+                    self.members[node.name] = evaluate(node.value, names)
                 case For():
                     inner = names.new_child()
                     bounds = (evaluate(x, names) for x in (node.lo, node.hi, node.step))

@@ -81,9 +81,11 @@ class Slice:
 
     def of_type(self, dtype: str) -> Slice:
         """The same bytes, read as ``dtype``."""
-        assert self.offset == 0
+        same = ITEMSIZE[self.dtype] == ITEMSIZE[dtype]
+        assert same or self.offset == 0
         assert isinstance(self.count, int)
-        return Slice(self.buffer, 0, self.count * ITEMSIZE[self.dtype] // ITEMSIZE[dtype], dtype)
+        count = self.count * ITEMSIZE[self.dtype] // ITEMSIZE[dtype]
+        return Slice(self.buffer, self.offset, count, dtype)
 
 
 class Machine(Protocol):
@@ -247,6 +249,14 @@ class Advance:
 
 
 @dataclass(eq=False)
+class Assign:
+    """A number that the core keeps takes another value."""
+
+    name: str
+    value: Expr
+
+
+@dataclass(eq=False)
 class Alias:
     """A name for memory of another buffer."""
 
@@ -356,6 +366,8 @@ def _lines(node: Node) -> list[str]:
             return [f"LocalTensor<{b.dtype}> {b.name} = {b.alias};"]
         case Advance():
             return [f"++{node.name};" if node.by == 1 else f"{node.name} += {node.by};"]
+        case Assign():
+            return [f"{node.name} = {node.value};"]
         case Comment():
             return [f"// {line}" for line in node.text.splitlines()]
         case For():

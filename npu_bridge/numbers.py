@@ -12,7 +12,7 @@ from typing import Any
 from npu_bridge.cut import Product
 from npu_bridge.dtypes import C_TYPES, ITEMSIZE
 from npu_bridge.expressions import Expr, evaluate
-from npu_bridge.layout import DEPTH, LEAST, SUB, VECTOR_CORES
+from npu_bridge.layout import DEPTH, LEAST, QUERIES, SUB, VECTOR_CORES
 from npu_bridge.specification import Kernel
 
 
@@ -91,9 +91,11 @@ class Size:
     per_core: bool = False
 
 
+_QUERIES = Size(f"{QUERIES}, block_q", f"uint64_t(cores) * {QUERIES} * PASA_BLOCK_Q", per_core=True)
 _ROWS = Size("B, N, padded T", QUERY_ROWS.name)
 _HEADS = Size("B, K", ENTRIES.name)
 _BLOCKS = Size("blocks", BLOCKS.name)
+_GROUPED = Size("blocks in whole groups", f"(({BLOCKS.name} + {LEAST - 1}) / {LEAST} * {LEAST})")
 _ITEM_ROWS = Size("items, block_q", f"{QUERY_ROWS.name} * {PARTS.name}")
 _CORE_ROWS = Size(f"{DEPTH}, block_q", CORE_ROWS.name, per_core=True)
 _CORE_COLUMNS = Size(f"{DEPTH}, {LEAST}, block_q", f"{CORE_ROWS.name} * {LEAST}", per_core=True)
@@ -142,7 +144,7 @@ def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
     types = {p.name: p.dtype for p in products.values()}
     dtype = C_TYPES[kernel.dtype]
     arrays = [
-        Array("scaledQuery", dtype, (_ROWS, _D), "query rows as they are multiplied"),
+        Array("scaledQuery", dtype, (_QUERIES, _D), "query rows as they are multiplied"),
     ]
     if kernel.keys_shifted:
         arrays.append(Array("shiftedKey", dtype, (_HEADS, _BLOCKS, _N, _D), "K'"))
@@ -164,8 +166,8 @@ def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
         arrays.append(Array("shifted", types["shifted"], (_CORE_ROWS, _N), "S − r"))
         arrays.append(Array("minus", dtype, (_CORE_COLUMNS,), "−r in two halves"))
     if "offsets" in types:
-        arrays.append(Array("kappa", dtype, (_HEADS, _BLOCKS, _LEAST, _D), "κ, rows equal"))
-        arrays.append(Array("offsets", types["offsets"], (_CORE_ROWS, _LEAST), "q·κ"))
+        arrays.append(Array("kappa", dtype, (_HEADS, _GROUPED, _D), "κ"))
+        arrays.append(Array("offsets", types["offsets"], (_CORE_COLUMNS,), "q·κ"))
     if "sums" in types:
         arrays.append(Array("ones", dtype, (_ONES,), "ones"))
         arrays.append(Array("sums", types["sums"], (_CORE_ROWS, _LEAST), "row sums of P"))

@@ -17,8 +17,8 @@ from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.walk import Walk
 
 Array = jax.Array
-# The columns of q·κ, and of P's row sums, that the vector cores read: all are equal, and as many
-# make one block of float32. (The cube unit multiplies by twice as many at least.)
+# The columns of P's row sums that the vector cores read: all are equal, and as many make one block
+# of float32. (The cube unit multiplies by twice as many at least.)
 COLUMNS = 8
 _MANY = 2**20  # blocks of keys that a static length stands for; the true one comes at run time
 

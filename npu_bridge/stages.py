@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr
 from npu_bridge.expressions import Scalar
 from npu_bridge.ir import Node
 from npu_bridge.lower import Equation, Lowering, Value, Var, flatten
-from npu_bridge.specification import COLUMNS, Array, Kernel
+from npu_bridge.specification import Array, Kernel
 from pasa_jax.core import tile
 from pasa_jax.core.errors import LoweringError
 
@@ -117,24 +117,24 @@ def queries(kernel: Kernel, rows: int) -> Trace:
 
 
 def key_total(kernel: Kernel, rows: int) -> Trace:
-    """The sum of a slab of keys, added to ``total`` [1, D]."""
+    """A slab of keys, added to ``total`` row by row."""
 
     def added(key: Array, total: Array) -> dict[str, Any]:
-        wide = tile.wide_type(key.dtype)
-        return {"total": total + jnp.sum(key.astype(wide), axis=0, keepdims=True)}
+        return {"total": total + key.astype(tile.wide_type(key.dtype))}
 
     key = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.dtype(kernel.dtype))
-    total = jax.ShapeDtypeStruct((1, kernel.head_dim), jnp.float32)
+    total = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.float32)
     return trace(added, {"key": key, "total": total})
 
 
-def kappa(kernel: Kernel) -> Trace:
-    """κ of a block from the sum of its keys and their number."""
+def kappa(kernel: Kernel, rows: int) -> Trace:
+    """κ of a block from sums of its keys and their number."""
 
     def mean(total: Array, count: Array) -> dict[str, Any]:
-        return {"kappa": tile.mean_key(total, count, jnp.dtype(kernel.dtype))}
+        whole = jnp.sum(total, axis=0, keepdims=True)
+        return {"kappa": tile.mean_key(whole, count, jnp.dtype(kernel.dtype))}
 
-    total = jax.ShapeDtypeStruct((1, kernel.head_dim), jnp.float32)
+    total = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.float32)
     return trace(mean, {"total": total, "count": _FLOAT})
 
 
@@ -297,7 +297,7 @@ def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
     if kernel.shift == "reference":
         shapes["raw"] = jax.ShapeDtypeStruct((n, d), dtype)
     if kernel.shift in ("mean", "reference"):
-        shapes["kappa"] = jax.ShapeDtypeStruct((COLUMNS, d), dtype)
+        shapes["kappa"] = jax.ShapeDtypeStruct((1, d), dtype)
     if kernel.shift == "paper":
         shapes["weights"] = jax.ShapeDtypeStruct((n, 1), jnp.float32)
     if kernel.bias is not None:

@@ -17,7 +17,7 @@ def tuned(kernel: Kernel, *, queries: int = 4096) -> Schedule:
     """The schedule whose predicted time is the least, of those that fit."""
     best: tuple[float, Schedule] | None = None
     failed: PlanError | None = None
-    for block_kv in (512, 384, 256, 128):
+    for block_kv in (1024, 768, 512, 384, 256, 128):
         schedule = replace(kernel.schedule, block_kv=block_kv)
         try:
             program = build(replace(kernel, schedule=schedule))

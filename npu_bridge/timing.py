@@ -100,6 +100,7 @@ class _TimedRun(CoreRun):
             self.hold(self.now_at("all"))
         elif pipe == "V":
             self.now["V"] += self.rates.drain
+            self.busy["V"] += self.rates.drain
 
     def now_at(self, pipe: str) -> float:
         return self.now[pipe] if pipe in self.now else max(self.now.values())

@@ -5,13 +5,13 @@ can leave its range, and nothing that is not finite reaches a row that does not 
 from __future__ import annotations
 
 from npu_bridge import stages
-from npu_bridge.cores.context import Context, query_row
+from npu_bridge.cores.context import GROUPED, Context
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
-from npu_bridge.cores.slabs import computed, copy, padded_load, slab, spread_units
+from npu_bridge.cores.slabs import computed, copy, padded_load, slab, spread_units, zero_bits
 from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import Duplicate, RowsOut
 from npu_bridge.ir import Barrier, Buffer, For, Function, If, Let, Node
-from npu_bridge.layout import LEAST, SINGLE
+from npu_bridge.layout import SINGLE
 from npu_bridge.lower import Vector
 from npu_bridge.memory import Memory
 
@@ -59,16 +59,20 @@ def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
     loads: list[Node] = [
         Let("first", f"j * {c.n} + slab"),
         Let("valid", f"Max(0, Min({_ROWS}, keys - first))"),
-        *padded_load(k_in, c.globals["key"].at(f"{at} * {c.d}"), _ROWS, "valid", c.d, _gap(c.d)),
-        *padded_load(v_in, c.globals["value"].at(f"{at} * {c.e}"), _ROWS, "valid", c.e, _gap(c.e)),
+        *padded_load(
+            k_in.at(), c.globals["key"].at(f"{at} * {c.d}"), _ROWS, "valid", c.d, _gap(c.d)
+        ),
+        *padded_load(
+            v_in.at(), c.globals["value"].at(f"{at} * {c.e}"), _ROWS, "valid", c.e, _gap(c.e)
+        ),
     ]
     shifted = c.globals["shiftedKey"].at(f"({block} + slab) * {c.d}")
-    rows_alike = c.globals["kappa"].at(f"((int64_t(unit) * keyBlocks + j) * {LEAST} + row) * {c.d}")
+    to_kappa = copy(c.globals["kappa"].at(f"{c.kappa_row('j')} * {c.d}"), kappa.at(), c.d)
     of_block: list[Node] = [
         Barrier("V"),
         *[Duplicate(rows[n].at(), Scalar(0), c.d) for n in ("total", "count")],
         For("slab", 0, c.n, slab(SINGLE, loads, adding, []), _ROWS),
-        *computed(finding, [For("row", 0, LEAST, [copy(rows_alike, kappa.at(), c.d)])]),
+        *computed(finding, [to_kappa]),
         For(
             "slab",
             0,
@@ -88,6 +92,13 @@ def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
         Duplicate(rows["keyTop"].at(), Scalar(0), c.d),
         Duplicate(value_top.at(), Scalar(0), c.e),
         For("j", 0, f"CeilDiv(keys, {c.n})", of_block),
+        # The cube unit multiplies by whole groups of κ.
+        For(
+            "j",
+            f"CeilDiv(keys, {c.n})",
+            GROUPED,
+            computed([zero_bits(kappa.at(), c.d)], [to_kappa]),
+        ),
         *computed(bounding, stores),
     ]
     comment = "K' of the keys that are finite, and how large they and the values are (eq. 7, 12)."
@@ -96,44 +107,6 @@ def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
 
 def _gap(width: int) -> str:
     return f"(kvHeads - 1) * {width}"
-
-
-def queries(c: Context, ub: Memory, ramp: Buffer) -> Function:
-    """Query rows divided by their guard, and the guards; zeros beyond T."""
-    f = VectorFunction(ub, "CarefulQueries", alone=True, ramp=ramp)
-    source = f.temporary("rowsIn", c.dtype, _ROWS * c.d)
-    to = f.temporary("rowsOut", c.dtype, _ROWS * c.d)
-    guard = f.temporary("guardOut", "float", _ROWS)
-    traced = stages.guarded_queries(c.kernel, _ROWS)
-    values = {
-        "query": Vector(source.at(), _ROWS, c.d),
-        "scale": Scalar("scale"),
-        "keyBound": Scalar("bound"),
-    }
-    outputs = {
-        traced.outputs["scaled"]: Output(to.at()),
-        traced.outputs["guard"]: Output(guard.at()),
-    }
-    compute = f.lowered(traced.equations, inputs_of(traced.inputs, values), outputs)
-    at = f"({query_row('row')}) * {c.d}"
-    gap = f"(rowStride - 1) * {c.d}"
-    loads = padded_load(source, c.globals["query"].at(at), _ROWS, "valid", c.d, gap)
-    stores: list[Node] = [
-        copy(c.globals["scaledQuery"].at(f"int64_t(unit) * {_ROWS * c.d}"), to.at(), _ROWS * c.d),
-        copy(c.globals["guard"].at(f"int64_t(unit) * {_ROWS}"), guard.at(), _ROWS),
-    ]
-    slabs = f"queryTiles * {c.block_q // _ROWS}"
-    body: list[Node] = [
-        Let("slabs", slabs),
-        Let("row", f"Mod(unit, slabs) * {_ROWS}"),
-        Let("head", "Mod(Div(unit, slabs), heads)"),
-        Let("entry", "Div(unit, slabs * heads)"),
-        Let("valid", f"Max(0, Min({_ROWS}, queryLength - row))"),
-        Let("bound", "keyBound.GetValue(entry * kvHeads + Div(head, groups))", "float"),
-        *slab(SINGLE, loads, compute, stores),
-    ]
-    comment = "Query rows divided by a power of two that keeps their scores in range (eq. 12)."
-    return f.done(comment, spread_units(f"batch * heads * {slabs}", body))
 
 
 def values(c: Context, ub: Memory, ramp: Buffer) -> Function:
@@ -153,8 +126,12 @@ def values(c: Context, ub: Memory, ramp: Buffer) -> Function:
     compute = f.lowered(traced.equations, inputs, {traced.outputs["values"]: Output(v_out.at())})
     at = "((int64_t(entry) * keyLength + first) * kvHeads + kvHead)"
     loads = [
-        *padded_load(k_in, c.globals["key"].at(f"{at} * {c.d}"), _ROWS, "valid", c.d, _gap(c.d)),
-        *padded_load(v_in, c.globals["value"].at(f"{at} * {c.e}"), _ROWS, "valid", c.e, _gap(c.e)),
+        *padded_load(
+            k_in.at(), c.globals["key"].at(f"{at} * {c.d}"), _ROWS, "valid", c.d, _gap(c.d)
+        ),
+        *padded_load(
+            v_in.at(), c.globals["value"].at(f"{at} * {c.e}"), _ROWS, "valid", c.e, _gap(c.e)
+        ),
     ]
     to = c.globals["valueCopy"].at(f"(int64_t(unit) * {c.n} + slab) * {c.e}")
     rows: list[Node] = [

@@ -20,28 +20,37 @@ _SETTLED = ("m", "l", "o")
 
 
 def begin(c: Context, memory: VectorMemory) -> Function:
-    """The state before any key."""
-    f = VectorFunction(memory.ub, "Begin", ("entry", "head", "tile") if memory.guard else ())
+    """The row statistics before any key."""
+    careful = ("entry", "head", "tile") if memory.guard else ()
+    f = VectorFunction(memory.ub, "Begin", ("side", *careful))
     body: list[Node] = [Barrier("V")]
     if memory.guard:
         row = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {c.block_q} + firstRow"
-        load = copy(memory.guard.at(), c.globals["guard"].at(row), c.half)
-        flags = [("V", "MTE2", PADDING), ("MTE2", "V", SINGLE)]
-        before, after = ([SetFlag(*x), WaitFlag(*x)] for x in flags)
-        body += [*before, load, *after]
-    for name in ("m", "l", "f", "o"):
+        load = copy(memory.guard.slot("side"), c.globals["guard"].at(row), c.half)
+        flags = [("V", "MTE2", PADDING), ("MTE3", "MTE2", 1), ("MTE2", "V", SINGLE)]
+        first, second, after = ([SetFlag(*x), WaitFlag(*x)] for x in flags)
+        body += [*first, *second, load, *after]
+    for name in ("m", "l", "f"):
         b = memory.state[name]
         lowest = name == "m"
         value = Scalar(_LOWEST[b.dtype] if lowest else 0)
-        body.append(Duplicate(b.at(), value, b.count, spelled=not lowest))
-    return f.done("The state before any key (eq. 10).", body)
+        body.append(Duplicate(b.slot("side"), value, b.count, spelled=not lowest))
+    return f.done("The row statistics before any key (eq. 10).", body)
+
+
+def clear(memory: VectorMemory) -> Function:
+    """O before any key."""
+    o = memory.state["o"]
+    body: list[Node] = [Barrier("V"), Duplicate(o.at(), Scalar(0), o.count, spelled=True)]
+    return VectorFunction(memory.ub, "Clear").done("O before any key (eq. 10).", body)
 
 
 def _state(c: Context, memory: VectorMemory, row: Expr) -> dict[str, Value]:
     """The state of `CLOSING` rows from ``row`` on."""
     r = CLOSING
     state: dict[str, Value] = {
-        name: Vector(memory.state[name].at(row, r), r, 1) for name in ("m", "l", "f")
+        name: Vector(memory.state[name].at(f"side * {c.half} + {row}", r), r, 1)
+        for name in ("m", "l", "f")
     }
     state["o"] = Vector(memory.state["o"].at(times(row, c.e), r * c.e), r, c.e)
     return state
@@ -60,7 +69,7 @@ def close(c: Context, memory: VectorMemory) -> Function:
     """O/l, rounded to the output's type, and the log-sum-exp."""
     r, decode = CLOSING, c.kernel.decode
     traced = stages.close(c.kernel, r)
-    f = VectorFunction(memory.ub, "Close", ("entry", "head", "start"))
+    f = VectorFunction(memory.ub, "Close", ("entry", "head", "start", "side"))
     # Settling has put f into m.
     settled = _settled(c, memory, "") | {"f": Scalar(0.0)} if decode else None
     state = settled or _state(c, memory, "row")
@@ -69,10 +78,12 @@ def close(c: Context, memory: VectorMemory) -> Function:
         state["sinks"], loads = _sinks(c, memory)
     lets: list[Node] = []
     if memory.guard:
-        at = memory.guard.at("0" if decode else "row", r)
+        at = memory.guard.at(0 if decode else f"side * {c.half} + row", r)
         state |= {"guard": Vector(at, r, 1), "valueGain": Scalar("gain")}
         of_head = "entry * kvHeads + Div(head, groups)"
         lets.append(Let("gain", f"valueGain.GetValue({of_head})", "float"))
+    if c.kernel.sinks and not decode:
+        lets.append(Let("sink", "sinks.GetValue(head)", "float"))
     out, row = memory.closing["out"], query_row("first")
     outputs = {traced.outputs["out"]: Output(out.at())}
     to = c.globals["output"].at(f"({row}) * {c.e}")
@@ -84,9 +95,14 @@ def close(c: Context, memory: VectorMemory) -> Function:
         lse, column = memory.closing["lse"], memory.closing["column"]
         compute += [Barrier("V"), Brcb(lse.at(), column.at(), r)]
         stores.append(RowsOut(c.globals["lse"].at(row), lse.at(), "valid", 1, "rowStride - 1"))
-    last: list[Node] = [If("valid > 0", stores)]
-    if c.kernel.sinks and not decode:
-        lets.append(Let("sink", "sinks.GetValue(head)", "float"))
+    stored = "valid > 0"
+    if c.kernel.careful:  # what was right stays as it was
+        tile, half = (
+            ("0", "0") if decode else (f"Div(start, {c.block_q})", f"Div(firstRow, {c.half})")
+        )
+        place = c.damage_at(tile, half)
+        stored = f"({stored}) & (damage.GetValue({place}) != 0.0f)"
+    last: list[Node] = [If(stored, stores)]
     body: list[Node] = [
         Let("first", "start" if decode else "start + firstRow + row"),
         Let("valid", f"Max(0, Min({r}, queryLength - first))"),
@@ -95,6 +111,17 @@ def close(c: Context, memory: VectorMemory) -> Function:
     if not decode:  # decoding: one slab, which `Merge` has made
         body = [For("row", 0, c.half, body, r)]
     return f.done("O/l, rounded to the output's type (eq. 14).", [*lets, *body])
+
+
+def _sinks(c: Context, memory: VectorMemory) -> tuple[Value, list[Node]]:
+    """The sink of each row's head: one number where all rows are of one head. And its loads."""
+    source = c.globals["sinks"]
+    if not c.kernel.decode:
+        return Scalar("sink"), []
+    to = memory.closing["sinks"]
+    load = RowsIn(to.at(), source.at("head * queryLength + first"), 1, "valid", 0, CLOSING)
+    zeros = If(f"valid < {CLOSING}", cleared(zero_bits(to.at(), CLOSING)))
+    return Vector(to.at(), CLOSING, 1), [zeros, If("valid > 0", [load])]
 
 
 def undamaged(memory: VectorMemory) -> list[Node]:
@@ -107,13 +134,13 @@ def undamaged(memory: VectorMemory) -> list[Node]:
 def look(c: Context, memory: VectorMemory) -> Function:
     """Whether the rows of an item, or of a slab where states were merged, have a right result."""
     decode = c.kernel.decode
-    f = VectorFunction(memory.ub, "Look", ("entry", "start"), ramp=memory.ramp)
+    f = VectorFunction(memory.ub, "Look", ("entry", "start", "side"), ramp=memory.ramp)
     rows = CLOSING if decode else c.half
     traced = stages.damage(c.kernel, rows)
     places = memory.merging if decode else memory.state
     totals = {n: memory.damage[n] for n in ("total", "core")}
     values = {
-        "l": Vector(places["l"].at(0, rows), rows, 1),
+        "l": Vector(places["l"].at(0 if decode else f"side * {c.half}", rows), rows, 1),
         "o": Vector(places["o"].at(0, rows * c.e), rows, c.e),
         **{n: Vector(b.at(0, 1), 1, 1) for n, b in totals.items()},
         **{n: Scalar(n) for n in ("first", "queries", "keys", "valid")},
@@ -149,28 +176,15 @@ def tell(c: Context, memory: VectorMemory) -> list[Node]:
     """After the last item: whether any of this core's was damaged."""
     if not memory.damage:
         return []
-    store = RowsOut(
-        c.globals["coreDamage"].at("vectorCore"), memory.damage["core"].at(0, 1), 1, 1, 0
-    )
-    return computed([Barrier("V")], [store])
-
-
-def _sinks(c: Context, memory: VectorMemory) -> tuple[Value, list[Node]]:
-    """The sink of each row's head: one number where all rows are of one head. And its loads."""
-    source = c.globals["sinks"]
-    if not c.kernel.decode:
-        return Scalar("sink"), []
-    to = memory.closing["sinks"]
-    load = RowsIn(to.at(), source.at("head * queryLength + first"), 1, "valid", 0, CLOSING)
-    zeros = If(f"valid < {CLOSING}", cleared(zero_bits(to.at(), CLOSING)))
-    return Vector(to.at(), CLOSING, 1), [zeros, If("valid > 0", [load])]
+    to = c.globals["coreDamage"].at("vectorCore")
+    return computed([Barrier("V")], [RowsOut(to, memory.damage["core"].at(0, 1), 1, 1, 0)])
 
 
 def store_state(c: Context, memory: VectorMemory) -> Function:
     """Decoding: keeps m, l and O of a part of the keys."""
     r = CLOSING
     traced = stages.settle(c.kernel, r)
-    f = VectorFunction(memory.ub, "StoreState", ("item",))
+    f = VectorFunction(memory.ub, "StoreState", ("item", "side"))
     outputs = {traced.outputs[name]: Output(memory.merging[name].at()) for name in _SETTLED}
     inputs = inputs_of(traced.inputs, _state(c, memory, "row"))
     compute = f.lowered(traced.equations, inputs, outputs)
@@ -216,10 +230,10 @@ def merge(c: Context, memory: VectorMemory, core: Core, close: Function) -> Func
     rows: list[Node] = [
         *slab(SINGLE, first, [], []),
         For("part", 1, "parts", slab(SINGLE, more, compute, [])),
-        Call(close, ("entry", "head", "row")),
+        Call(close, ("entry", "head", "row", 0)),
     ]
     if memory.damage:
-        rows.append(Call(core.add(look(c, memory)), ("entry", "row")))
+        rows.append(Call(core.add(look(c, memory)), ("entry", "row", 0)))
     rows += [  # the next slab is loaded where this one was computed
         SetFlag("V", "MTE2", PADDING),
         WaitFlag("V", "MTE2", PADDING),
@@ -228,8 +242,6 @@ def merge(c: Context, memory: VectorMemory, core: Core, close: Function) -> Func
     if memory.damage:
         tell = Call(core.add(report(c, memory)), ("entry", "head", "0", "0"))
         work = [*no_damage(memory), *work, tell]
-    if c.kernel.careful:
-        work = [If(f"damage.GetValue({c.damage_at('0', 0)}) != 0.0f", work)]
     body: list[Node] = [
         Let("head", "Mod(unit, heads)"),
         Let("entry", "Div(unit, heads)"),

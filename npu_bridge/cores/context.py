@@ -14,16 +14,18 @@ from npu_bridge.ir import (
     Comment,
     For,
     Function,
-    If,
     InitSocState,
     Invalidate,
     Let,
     Node,
     SyncAll,
 )
-from npu_bridge.layout import DEPTH, VECTOR_CORES, Slabs
+from npu_bridge.layout import LEAST, VECTOR_CORES, Slabs
 from npu_bridge.memory import Memory
 from npu_bridge.specification import Kernel
+
+# Blocks of keys of a head, filled up to whole groups.
+GROUPED = f"(CeilDiv(keyBlocks, {LEAST}) * {LEAST})"
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Context:
 
     Arguments:
       full, masked: the loop's body on a slab without and with the mask.
+      columns, columns_masked: the same on all rows of a vector core, for what is only columns.
+      update: the same on a slab of P·V.
       globals: the arrays in global memory, by name: arguments, then the workspace.
       workspace: of those, the arrays of the workspace.
     """
@@ -60,6 +64,9 @@ class Context:
     slabs: Slabs
     full: cut.Step
     masked: cut.Step
+    columns: cut.Step
+    columns_masked: cut.Step
+    update: cut.Step
     globals: dict[str, Buffer]
     workspace: list[numbers.Array]
 
@@ -71,6 +78,7 @@ class Context:
           names: how arrays of the workspace are called, where that is not by their own name.
         """
         full = cut.step(kernel, slabs.rows, masked=False)
+        half = kernel.schedule.block_q // VECTOR_CORES
         arrays = numbers.workspace(kernel, full.products)
         arguments = {name: (dtype, "") for name, dtype in interface.arguments(kernel).items()}
         types = arguments | {a.name: (a.dtype, a.note) for a in arrays}
@@ -84,6 +92,9 @@ class Context:
             slabs,
             full,
             cut.step(kernel, slabs.masked, masked=True),
+            cut.step(kernel, half, masked=False),
+            cut.step(kernel, half, masked=True),
+            cut.step(kernel, slabs.update, masked=False),
             places,
             arrays,
         )
@@ -128,6 +139,10 @@ class Context:
             return Let("keys", f"Max(0, Min(keyLength, lengths.GetValue({entry})))")
         return Let("keys", "keyLength")
 
+    def kappa_row(self, j: str) -> str:
+        """Which row of all κ is that of block j: each head has whole groups of `LEAST`."""
+        return f"((int64_t(entry) * kvHeads + kvHead) * {GROUPED} + {j})"
+
     def key_blocks(self) -> list[Node]:
         """What the unit of work ``unit`` is where each is a block of keys."""
         return [
@@ -137,6 +152,15 @@ class Context:
             self.keys_of("entry"),
         ]
 
+    def item(self) -> list[Node]:
+        """Which queries the item ``item`` is of."""
+        return [
+            Let("tile", "Mod(item, queryTiles)"),
+            Let("head", "Mod(Div(item, queryTiles), heads)"),
+            Let("entry", "Mod(Div(item, queryTiles * heads), batch)"),
+            Let("start", "0" if self.kernel.decode else f"tile * {self.block_q}"),
+        ]
+
     def damage_at(self, tile: str, core: Expr) -> str:
         """Where in `damage` a vector core of the block says how its rows of a query tile are."""
         return f"((entry * heads + head) * queryTiles + {tile}) * {VECTOR_CORES} + {core}"
@@ -144,17 +168,9 @@ class Context:
     def items(self, body: list[Node]) -> list[Node]:
         """The loop over this core's items, and what each is."""
         bounds, names = stages.key_range(self.kernel)
-        if self.kernel.careful:
-            at = self.damage_at("tile", 0)
-            damaged = [f"damage.GetValue({at}) != 0.0f", f"damage.GetValue({at} + 1) != 0.0f"]
-            condition = damaged[0] if self.kernel.decode else f"({damaged[0]}) | ({damaged[1]})"
-            body = [If(condition, body)]
         lets: list[Node] = [
-            Let("tile", "Mod(item, queryTiles)"),
-            Let("head", "Mod(Div(item, queryTiles), heads)"),
-            Let("entry", "Mod(Div(item, queryTiles * heads), batch)"),
+            *self.item(),
             Let("kvHead", "Div(head, groups)"),
-            Let("start", "0" if self.kernel.decode else f"tile * {self.block_q}"),
             self.keys_of("entry"),
             Comment("The key tiles that these queries see."),
             *bounds,
@@ -174,14 +190,9 @@ def _part(lo: str, hi: str) -> list[Node]:
     ]
 
 
-def slot_of(depth: int, t: str) -> str:
-    """The slot, of ``depth`` ones, for tile ``t`` of this item."""
-    return f"Mod(tileTurn + {t}, {depth})"
-
-
-def workspace_slot(t: str) -> str:
-    """The slot of the workspace for tile ``t`` of this item, among those of all cores."""
-    return f"int64_t(core) * {DEPTH} + {slot_of(DEPTH, t)}"
+def slot_of(depth: int, turn: str) -> str:
+    """The slot, of ``depth`` ones, for the tile that is the core's ``turn``-th."""
+    return f"Mod({turn}, {depth})"
 
 
 def query_row(row: str) -> str:

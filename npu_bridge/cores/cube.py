@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, whole, workspace_slot
-from npu_bridge.cores.products import CubeMemory, Products, matrix_in
+from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, slot_of, whole
+from npu_bridge.cores.products import CubeMemory, Products, matrix_in, when
+from npu_bridge.expressions import Expr
 from npu_bridge.ir import (
     Advance,
+    Assign,
     Call,
     CrossSet,
     CrossWait,
@@ -15,43 +17,66 @@ from npu_bridge.ir import (
     Let,
     Node,
     SetFlag,
+    Slice,
     SyncAll,
     WaitFlag,
 )
-from npu_bridge.layout import AHEAD, FLAGS, LEAST, SUB
+from npu_bridge.layout import AHEAD, CHUNK, DEPTH, FLAGS, LEAST, QUERIES, SUB
 
-_PARAMETERS = ("entry", "kvHead", "keys", "j", "t")
-_COUNTERS = ("queryTurn", "keyTurn", "pairTurn", "l0Turn", "l0cTurn", "tileTurn")
+_TILE = ("entry", "kvHead", "keys", "j", "querySlot")  # which keys and queries a tile is of
+_COUNTERS = (
+    "itemTurn",
+    "scoreTurn",
+    "valueTurn",
+    "offsetTurn",
+    "keyTurn",
+    "pairTurn",
+    "l0Turn",
+    "pieceTurn",
+)
 
 
 def cube_core(c: Context) -> Core:
     """Goes through this core's items: scores ahead of the vector cores, P·V behind them."""
     memory = CubeMemory.of(c)
     products = Products(c, memory)
-    counters = (*_COUNTERS, "damagedCores") if c.kernel.repaired else _COUNTERS
+    # A reference is taken off the scores of its own tile, so those are one tile ahead only.
+    ahead = 1 if c.refers else AHEAD
+    counters = (*_COUNTERS, *_earlier(ahead), *(["damagedCores"] if c.kernel.repaired else []))
     core = Core("AIC", memory.memories, counters)
     before: list[Node] = []
     if c.kernel.shift == "paper":
         before = [SyncAll(), Call(core.add(_shift_keys(products)), ())]
     if c.kernel.careful:
         before = [SyncAll()]
-    loop = _loop(products, core)
-    both, l1_ids = range(2), range(6)
+    step = core.add(_step(products, core, ahead))
+    both, l1_ids, products_ids = range(2), range(6), range(memory.flags)
+    last: list[Node] = [
+        Call(step, (0, 0, 0, 0, 0, 0, 0, f"scoreTurn - valueTurn > {ahead - 1 - u}"))
+        for u in range(ahead)
+    ]
     body: list[Node] = [
         *[SetFlag("MTE1", "MTE2", i) for i in l1_ids],
         *[SetFlag("M", "MTE1", i) for i in both],
-        *[SetFlag("FIX", "M", i) for i in both],
+        *[SetFlag("FIX", "M", i) for i in products_ids],
         *prologue(before),
         *_load_ones(products),
-        *c.items(_item(products, loop)),
+        *c.items(_item(products, step, ahead)),
+        *last,
+        If("itemTurn > 0", [SetFlag("MTE1", "MTE2", "4 + Mod(itemTurn - 1, 2)")]),
         *([SyncAll()] if c.kernel.decode else []),  # the vector cores merge what they have
         *[WaitFlag("MTE1", "MTE2", i) for i in l1_ids],
         *[WaitFlag("M", "MTE1", i) for i in both],
-        *[WaitFlag("FIX", "M", i) for i in both],
+        *[WaitFlag("FIX", "M", i) for i in products_ids],
         *(look_for_damage() if c.kernel.repaired else []),
     ]
     core.body = whole(c, body)
     return core
+
+
+def _earlier(ahead: int) -> tuple[str, ...]:
+    """Where the core keeps which keys the tiles are of whose P·V is still to come."""
+    return tuple(f"{name}{i}" for i in range(1, ahead + 1) for name in _TILE)
 
 
 def _load_ones(products: Products) -> list[Node]:
@@ -62,78 +87,102 @@ def _load_ones(products: Products) -> list[Node]:
     return [matrix_in(l1["ones"].at(), c.globals["ones"].at(0), SUB, LEAST, str(LEAST))]
 
 
-def _item(products: Products, loop: Node) -> list[Node]:
+def _item(products: Products, step: Function, ahead: int) -> list[Node]:
     """One item: loads its query tile, then goes through the key tiles."""
     c = products.c
-    at = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {SUB * c.d}"
+    at = f"(int64_t(core) * {QUERIES} + querySlot) * {SUB * c.d}"
     to = products.memory.l1["query"].slot("querySlot")
+    tile: tuple[Expr, ...] = ("entry", "kvHead", "keys", "lo + t", "querySlot")
+    opens = f"(t == 0) | (Mod(lo + t, {LEAST}) == 0)"
+    weighing = f"scoreTurn - valueTurn >= {ahead}"
     return [
-        _query_slot(),
+        Let("querySlot", f"Mod(itemTurn, {QUERIES})"),
+        CrossWait("MTE2", FLAGS["QUERY_READY"], "QUERY_READY"),
         WaitFlag("MTE1", "MTE2", "4 + querySlot"),
         matrix_in(to, c.globals["scaledQuery"].at(at), SUB, c.d, str(c.d)),
+        CrossSet("MTE2", FLAGS["QUERY_TAKEN"], "QUERY_TAKEN"),
         SetFlag("MTE2", "MTE1", "4 + querySlot"),
         WaitFlag("MTE2", "MTE1", "4 + querySlot"),
-        loop,
-        SetFlag("MTE1", "MTE2", "4 + querySlot"),
-        Advance("queryTurn"),
-        Advance("tileTurn", "tiles"),
+        For("t", 0, "tiles", [Call(step, (*tile, opens, 1, weighing))]),
+        # A reference may still be taken off this item's scores, but not off the one's before.
+        If("itemTurn > 0", [SetFlag("MTE1", "MTE2", "5 - querySlot")]),
+        Advance("itemTurn"),
     ]
 
 
-def _loop(products: Products, core: Core) -> For:
-    """The scores of tile t, and P·V of an earlier one."""
+def _step(products: Products, core: Core, ahead: int) -> Function:
+    """The scores of a tile, and P·V of an earlier one: sub-tile by sub-tile in turns, so that
+    scores leave while P·V is multiplied.
+    """
     c = products.c
+    chunks = c.e // CHUNK
+    now = _TILE
+    earlier = tuple(f"{name}{ahead}" for name in _TILE)
     scores, values = core.add(_scores(products)), core.add(_values(products))
-    # A reference is taken off the scores of its own tile, so those are one tile ahead only.
-    ahead = 1 if c.refers else AHEAD
-    now = ("entry", "kvHead", "keys", "lo + t", "t")
-    earlier = ("entry", "kvHead", "keys", f"lo + t - {ahead}", f"t - {ahead}")
-    shifting: list[Node] = []
+    offsets: list[Node] = []
+    if "kappa" in c.full.products:
+        offsets = [If("opens", [Call(core.add(_offsets(products)), now)])]
+    score: list[Node] = [Call(scores, (*now, "sub"))]
+    scored: list[Node] = [CrossSet("FIX", FLAGS["SCORES_READY"], "SCORES_READY")]
+    p_ready: list[Node] = [CrossWait("MTE2", FLAGS["P_READY"], "P_READY")]
+    value = [Call(values, (*earlier[:4], "turn"))]
+    valued: list[Node] = [CrossSet("FIX", FLAGS["UPDATE_READY"], "UPDATE_READY")]
     if c.refers:
-        shifting = [
+        shifted = Call(core.add(_shifted(products)), (*earlier, "sub"))
+        shifting: list[Node] = [
             CrossWait("MTE2", FLAGS["REFERENCE_READY"], "REFERENCE_READY"),
-            Call(core.add(_shifted(products)), earlier),
+            For("sub", 0, c.n, [shifted], SUB),
             CrossSet("FIX", FLAGS["SHIFTED_READY"], "SHIFTED_READY"),
         ]
-    first: list[Node] = [
-        Call(scores, now),
-        CrossSet("FIX", FLAGS["SCORES_READY"], "SCORES_READY"),
+        turns = For("turn", 0, chunks * c.n // SUB, value)
+        body: list[Node] = [
+            If("scoring", [*offsets, For("sub", 0, c.n, score, SUB), *scored]),
+            If("weighing", [*shifting, *p_ready, turns, *valued]),
+        ]
+    else:
+        turns = For("turn", f"sub / {SUB} * {chunks}", f"(sub / {SUB} + 1) * {chunks}", value)
+        last = f"sub == {c.n - SUB}"
+        both: list[Node] = [
+            If("scoring", [*score, If(last, scored)]),
+            If("weighing", [If("sub == 0", p_ready), turns, If(last, valued)]),
+        ]
+        body = [*([If("scoring", offsets)] if offsets else []), For("sub", 0, c.n, both, SUB)]
+    kept: list[Node] = [
+        Assign(f"{name}{i}", name if i == 1 else f"{name}{i - 1}")
+        for i in range(ahead, 0, -1)
+        for name in _TILE
     ]
-    second: list[Node] = [
-        *shifting,
-        CrossWait("MTE2", FLAGS["P_READY"], "P_READY"),
-        Call(values, earlier),
-        CrossSet("FIX", FLAGS["UPDATE_READY"], "UPDATE_READY"),
-    ]
-    return For("t", 0, f"tiles + {ahead}", [If("t < tiles", first), If(f"t >= {ahead}", second)])
+    turn = [*kept, Advance("scoreTurn", "scoring"), Advance("valueTurn", "weighing")]
+    comment = "The scores of a tile if it is `scoring`, and P·V of an earlier one if `weighing`."
+    parameters = (*_TILE, "opens", "scoring", "weighing")
+    return Function("Step", parameters, [*body, *turn], comment)
 
 
-def _place(c: Context) -> Let:
-    """The first row of the workspace for tile t."""
-    return Let("place", f"({workspace_slot('t')}) * {c.block_q}", "int64_t")
-
-
-def _query_slot() -> Let:
-    return Let("querySlot", "Mod(queryTurn, 2)")
+def _place(c: Context, counter: str) -> Let:
+    """The first row of the workspace for a tile."""
+    slot = f"int64_t(core) * {DEPTH} + {slot_of(DEPTH, counter)}"
+    return Let("place", f"({slot}) * {c.block_q}", "int64_t")
 
 
 def _scores(products: Products) -> Function:
     c = products.c
-    to = products.memory.l1["key"].slot("slot")
-    load = products.key_rows(to, "sub")
+    load = products.key_rows(products.memory.l1["key"].slot("slot"), "sub")
     out = c.globals["scores"].at(f"place * {c.n} + sub")
-    body: list[Node] = [
-        _place(c),
-        _query_slot(),
-        For("sub", 0, c.n, products.query_times(load, out, SUB, c.n), SUB),
-    ]
-    if "kappa" in c.full.products:
-        at = f"((int64_t(entry) * kvHeads + kvHead) * keyBlocks + j) * {LEAST * c.d}"
-        rows = matrix_in(to, c.globals["kappa"].at(at), LEAST, c.d, str(c.d))
-        out = c.globals["offsets"].at(f"place * {LEAST}")
-        body += products.query_times([rows], out, LEAST, LEAST)
-    comment = "S' = Q·K'ᵀ of a tile (eq. 4, 7), rounded on its way out."
-    return Function("Scores", _PARAMETERS, body, comment)
+    body = [_place(c, "scoreTurn"), *products.query_times(load, out)]
+    comment = "S' = Q·K'ᵀ of a sub-tile (eq. 4, 7), rounded on its way out."
+    return Function("Scores", (*_TILE, "sub"), body, comment)
+
+
+def _offsets(products: Products) -> Function:
+    c = products.c
+    at = f"{c.kappa_row('Div(j, ' + str(LEAST) + ') * ' + str(LEAST))} * {c.d}"
+    to = products.memory.l1["key"].slot("slot")
+    load: list[Node] = [matrix_in(to, c.globals["kappa"].at(at), LEAST, c.d, str(c.d))]
+    slot = f"int64_t(core) * {DEPTH} + {slot_of(DEPTH, 'offsetTurn')}"
+    out = c.globals["offsets"].at(f"({slot}) * {LEAST * SUB}")
+    body = [*products.times_query(load, out), Advance("offsetTurn")]
+    comment = f"q·κ of {LEAST} blocks, a row each (eq. 7)."
+    return Function("Offsets", _TILE, body, comment)
 
 
 def _shifted(products: Products) -> Function:
@@ -142,37 +191,44 @@ def _shifted(products: Products) -> Function:
     load = products.rows_in(l1["key"].slot("slot"), "key", SUB, c.d, "sub")
     load.append(matrix_in(l1["minus"].slot("slot"), at, LEAST, SUB, str(SUB)))
     out = c.globals["shifted"].at(f"place * {c.n} + sub")
-    product = products.query_times(load, out, SUB, c.n, products.minus_product())
-    body = [_place(c), _query_slot(), For("sub", 0, c.n, product, SUB)]
-    comment = "S − r = Q·Kᵀ − r of a tile: −r is two more columns of Q, in halves (eq. 11)."
-    return Function("Shifted", _PARAMETERS, body, comment)
+    body = [_place(c, "valueTurn"), *products.query_times(load, out, products.minus(out))]
+    comment = "S − r = Q·Kᵀ − r of a sub-tile: −r is two more columns of Q, in halves (eq. 11)."
+    return Function("Shifted", (*_TILE, "sub"), body, comment)
 
 
 def _values(products: Products) -> Function:
-    c, memory = products.c, products.memory
-    chunk, l1 = memory.chunk_e, memory.l1
-    p = c.globals["p"].at(f"place * {c.n} + sub")
-    left: list[Node] = [matrix_in(l1["left"].slot("slot"), p, SUB, SUB, str(c.n))]
-    right = products.rows_in(l1["right"].slot("slot"), "value", SUB, chunk, "sub", "column")
-    to = c.globals["update"].at(f"place * {c.e} + column")
-    product = products.accumulated(left, right, to, chunk, c.e)
-    body = [_place(c), For("column", 0, c.e, product, chunk)]
-    if "ones" in l1:
-        sums = c.globals["sums"].at(f"place * {LEAST}")
-        body += products.accumulated(left, [], sums, LEAST, LEAST)
-    return Function("Values", _PARAMETERS, body, "P·V of a tile (eq. 10).")
+    """One product of P·V: a sub-tile of P times a chunk of the values' columns."""
+    c, l1 = products.c, products.memory.l1
+    chunks, subs = c.e // CHUNK, c.n // SUB
+    left = l1["left"]
+    slot = "slot" if chunks == 1 else "Mod(valueTurn, 2)" if subs == 1 else f"row / {SUB}"
+    place = left.slot(slot)
+    p = matrix_in(place, c.globals["p"].at(f"place * {c.n} + row"), SUB, SUB, str(c.n))
+    first: str | bool = "chunk == 0" if chunks > 1 else True
+    column = f"chunk * {CHUNK}"
+    load = when(first, [p])
+    load += products.rows_in(l1["right"].slot("slot"), "value", SUB, CHUNK, "row", column)
+    to = c.globals["update"].at(f"place * {c.e} + {column}")
+    sums = c.globals["sums"].at(f"place * {LEAST}") if "ones" in l1 else None
+    body: list[Node] = [
+        _place(c, "valueTurn"),
+        Let("chunk", f"turn / {subs}"),
+        Let("row", f"Mod(turn, {subs}) * {SUB}"),
+        *products.accumulated(load, place, to, c.e, sums, first),
+    ]
+    return Function("Values", (*_TILE[:4], "turn"), body, "P·V of a tile, a part of it (eq. 10).")
 
 
 def _shift_keys(products: Products) -> Function:
-    c, memory = products.c, products.memory
-    chunk, l1 = memory.chunk_d, memory.l1
+    c, l1 = products.c, products.memory.l1
+    left = Slice(l1["left"], f"slot * {SUB * SUB}", SUB * SUB)
     last = f"int64_t(j == Div(keyLength, {c.n}))"
-    m = c.globals["matrices"].at(f"({last} * {c.n} + row) * {c.n} + sub")
-    left: list[Node] = [matrix_in(l1["left"].slot("slot"), m, SUB, SUB, str(c.n))]
-    right = products.rows_in(l1["right"].slot("slot"), "key", SUB, chunk, "sub", "column")
-    to = c.globals["shiftedKey"].at(f"(int64_t(unit) * {c.n} + row) * {c.d} + column")
-    product = products.accumulated(left, right, to, chunk, c.d)
-    rows = For("row", 0, c.n, [For("column", 0, c.d, product, chunk)], SUB)
-    unit: list[Node] = [*c.key_blocks(), If(f"j * {c.n} < keys", [rows])]
+    m = c.globals["matrices"].at(f"({last} * {c.n} + line) * {c.n} + row")
+    load: list[Node] = [matrix_in(left, m, SUB, SUB, str(c.n))]
+    load += products.rows_in(l1["right"].slot("slot"), "key", SUB, CHUNK, "row", "column")
+    to = c.globals["shiftedKey"].at(f"(int64_t(unit) * {c.n} + line) * {c.d} + column")
+    product = For("row", 0, c.n, products.accumulated(load, left, to, c.d), SUB)
+    lines = For("line", 0, c.n, [For("column", 0, c.d, [product], CHUNK)], SUB)
+    unit: list[Node] = [*c.key_blocks(), If(f"j * {c.n} < keys", [lines])]
     body: list[Node] = [For("unit", "core", "batch * kvHeads * keyBlocks", unit, "cores")]
     return Function("ShiftKeys", (), body, "K' = M·K of each key block (eq. 4).")

@@ -59,11 +59,11 @@ class VectorFunction:
     def done(self, comment: str, body: list[Node]) -> Function:
         return Function(self.name, self.parameters, body, comment, self._buffers)
 
-    def temporary(self, name: str, dtype: str, count: int) -> Buffer:
+    def temporary(self, name: str, dtype: str, count: int, slots: int = 1) -> Buffer:
         """A buffer for the whole function, at the end of the memory: values are placed from its
         start.
         """
-        buffer = Buffer(name, "UB", dtype, count)
+        buffer = Buffer(name, "UB", dtype, count, slots)
         self._end -= buffer.bytes
         buffer.address = self._end
         self._buffers.append(buffer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from npu_bridge import stages
-from npu_bridge.cores.context import Context, query_row
+from npu_bridge.cores.context import GROUPED, Context, query_row
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import (
     computed,
@@ -13,11 +13,12 @@ from npu_bridge.cores.slabs import (
     spread_units,
     zero_bits,
 )
+from npu_bridge.cores.vector_memory import VectorMemory
 from npu_bridge.dtypes import BLOCK, ITEMSIZE
 from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import Duplicate, SetValue, WithScalar
 from npu_bridge.ir import Barrier, Buffer, For, Function, If, Let, Node, SetFlag, WaitFlag
-from npu_bridge.layout import DEPTH, LEAST, SINGLE, SUB
+from npu_bridge.layout import CLOSING, DEPTH, LEAST, QUERIES, SINGLE, SUB
 from npu_bridge.lower import Vector
 from npu_bridge.memory import Memory
 
@@ -25,48 +26,57 @@ _ROWS = 64  # that are loaded at once
 _ONE = {"half": 0x3C00, "bfloat16_t": 0x3F80}  # the bits of 1
 
 
-def queries(c: Context, ub: Memory) -> Function:
-    """Query rows as they are multiplied; zeros beyond T."""
-    rows = min(_ROWS, c.half)
-    traced = stages.queries(c.kernel, rows)
-    f = VectorFunction(ub, "PrepareQueries", alone=True)
-    source = f.temporary("rowsIn", c.dtype, rows * c.d)
-    to = f.temporary("rowsOut", c.dtype, rows * c.d)
-    at = f"({query_row('row')}) * {c.d}"
+def query(c: Context, memory: VectorMemory) -> Function:
+    """The query rows of an item as they are multiplied; zeros beyond T."""
+    rows, careful = CLOSING, c.kernel.careful
+    traced = (stages.guarded_queries if careful else stages.queries)(c.kernel, rows)
+    f = VectorFunction(memory.ub, "PrepareQuery", ("item", "slot"))
+    source, to = memory.query["in"], memory.query["out"]
+    at = f"({query_row('first')}) * {c.d}"
     loads = padded_load(
-        source, c.globals["query"].at(at), rows, "valid", c.d, f"(rowStride - 1) * {c.d}"
+        source.at(), c.globals["query"].at(at), rows, "valid", c.d, f"(rowStride - 1) * {c.d}"
     )
     output = traced.outputs["scaled"]
     if output is traced.inputs["query"]:  # nothing to compute: the rows are only gathered
         compute: list[Node] = [Barrier("V"), copy(to.at(), source.at(), rows * c.d)]
     else:
         values = {"query": Vector(source.at(), rows, c.d), "scale": Scalar("scale")}
-        inputs = inputs_of(traced.inputs, values)
-        compute = f.lowered(traced.equations, inputs, {output: Output(to.at())})
-    scaled = c.globals["scaledQuery"].at(f"int64_t(unit) * {rows * c.d}")
-    slabs = f"queryTiles * {c.block_q // rows}"
-    body: list[Node] = [
-        Let("slabs", slabs),
-        Let("row", f"Mod(unit, slabs) * {rows}"),
-        Let("head", "Mod(Div(unit, slabs), heads)"),
-        Let("entry", "Div(unit, slabs * heads)"),
-        Let("valid", f"Max(0, Min({rows}, queryLength - row))"),
-        *slab(SINGLE, loads, compute, [copy(scaled, to.at(), rows * c.d)]),
+        outputs = {output: Output(to.at())}
+        if careful:
+            values["keyBound"] = Scalar("bound")
+            outputs[traced.outputs["guard"]] = Output(memory.query["guard"].at())
+        compute = f.lowered(traced.equations, inputs_of(traced.inputs, values), outputs)
+    place = f"(int64_t(core) * {QUERIES} + slot) * {c.block_q} + firstRow + row"
+    scaled = c.globals["scaledQuery"].at(f"({place}) * {c.d}")
+    stores: list[Node] = [copy(scaled, to.at(), rows * c.d)]
+    lets = c.item()
+    if careful:
+        row = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {c.block_q}"
+        to_guard = c.globals["guard"].at(f"{row} + firstRow + row")
+        stores.append(copy(to_guard, memory.query["guard"].at(), rows))
+        of_head = "entry * kvHeads + Div(head, groups)"
+        lets.append(Let("bound", f"keyBound.GetValue({of_head})", "float"))
+    slabs: list[Node] = [
+        Let("first", "start + firstRow + row"),
+        Let("valid", f"Max(0, Min({rows}, queryLength - first))"),
+        *slab(SINGLE, loads, compute, stores),
     ]
+    body: list[Node] = [*lets, For("row", 0, c.half, slabs, rows)]
     comment = "Query rows, scaled and rounded as they are multiplied (eq. 12); zeros beyond T."
-    return f.done(comment, spread_units(f"batch * heads * {slabs}", body))
+    return f.done(comment, body)
 
 
 def keys(c: Context, ub: Memory) -> Function:
     """κ of each key block, and the keys without it."""
     f = VectorFunction(ub, "PrepareKeys", alone=True)
-    source = f.temporary("keysIn", c.dtype, _ROWS * c.d)
-    to = f.temporary("keysOut", c.dtype, _ROWS * c.d)
-    total = f.temporary("total", "float", c.d)
+    rows = _ROWS if c.d <= SUB else _ROWS // 2
+    source = f.temporary("keysIn", c.dtype, rows * c.d, 2)
+    to = f.temporary("keysOut", c.dtype, rows * c.d, 2)
+    total = f.temporary("total", "float", rows * c.d)
     kappa = f.temporary("kappaOut", c.dtype, c.d)
     values = {
-        "key": Vector(source.at(), _ROWS, c.d),
-        "total": Vector(total.at(), 1, c.d),
+        "key": Vector(source.slot("slot"), rows, c.d),
+        "total": Vector(total.at(), rows, c.d),
         "kappa": Vector(kappa.at(), 1, c.d),
         "count": Scalar("count"),
     }
@@ -75,34 +85,43 @@ def keys(c: Context, ub: Memory) -> Function:
         inputs = inputs_of(traced.inputs, values)
         return f.lowered(traced.equations, inputs, {traced.outputs[name]: output})
 
-    adding = lowered(stages.key_total(c.kernel, _ROWS), "total", Output(total.at(), total))
-    finding = lowered(stages.kappa(c.kernel), "kappa", Output(kappa.at()))
-    shifting = lowered(stages.shifted_keys(c.kernel, _ROWS), "shifted", Output(to.at()))
+    adding = lowered(stages.key_total(c.kernel, rows), "total", Output(total.at(), total))
+    finding = lowered(stages.kappa(c.kernel, rows), "kappa", Output(kappa.at()))
+    shifted = Output(to.slot("slot"))
+    shifting = lowered(stages.shifted_keys(c.kernel, rows), "shifted", shifted)
     at = f"((int64_t(entry) * keyLength + first) * kvHeads + kvHead) * {c.d}"
     gap = f"(kvHeads - 1) * {c.d}"
     loads: list[Node] = [
         Let("first", f"j * {c.n} + slab"),
-        Let("valid", f"Max(0, Min({_ROWS}, keys - first))"),
-        *padded_load(source, c.globals["key"].at(at), _ROWS, "valid", c.d, gap),
+        Let("valid", f"Max(0, Min({rows}, keys - first))"),
+        *padded_load(source.slot("slot"), c.globals["key"].at(at), rows, "valid", c.d, gap),
     ]
-    shifted = c.globals["shiftedKey"].at(f"(int64_t(unit) * {c.n} + slab) * {c.d}")
-    rows_alike = c.globals["kappa"].at(f"(int64_t(unit) * {LEAST} + row) * {c.d}")
-    copies = For("row", 0, LEAST, [copy(rows_alike, kappa.at(), c.d)])
-    stores: list[Node] = [copy(shifted, to.at(), _ROWS * c.d)]
+    block = "((int64_t(entry) * kvHeads + kvHead) * keyBlocks + j)"
+    out = c.globals["shiftedKey"].at(f"({block} * {c.n} + slab) * {c.d}")
+    to_kappa = copy(c.globals["kappa"].at(f"{c.kappa_row('j')} * {c.d}"), kappa.at(), c.d)
+    stores: list[Node] = [copy(out, to.slot("slot"), rows * c.d)]
+    slot = Let("slot", f"Mod(Div(slab, {rows}), 2)")
     work: list[Node] = [
         Barrier("V"),
-        Duplicate(total.at(), Scalar(0), c.d),
-        For("slab", 0, c.n, slab(SINGLE, loads, adding, []), _ROWS),
-        *computed(finding, [copies]),
-        For("slab", 0, c.n, slab(SINGLE, loads, shifting, stores), _ROWS),
+        Duplicate(total.at(), Scalar(0), rows * c.d),
+        For("slab", 0, c.n, [slot, *slab("slot", loads, adding, [])], rows),
+        *computed(finding, [to_kappa]),
+        For("slab", 0, c.n, [slot, *slab("slot", loads, shifting, stores, "slot")], rows),
     ]
+    # The cube unit multiplies by whole groups of κ: of those that are none, by zeros.
+    zeros = f.temporary("zeros", c.dtype, c.d)
+    to_zeros = copy(c.globals["kappa"].at(f"{c.kappa_row('none')} * {c.d}"), zeros.at(), c.d)
+    nothing = For("none", "Pick(count > 0, j + 1, j)", f"Pick(last, {GROUPED}, j + 1)", [to_zeros])
     body: list[Node] = [
         *c.key_blocks(),
         Let("count", f"Min({c.n}, keys - j * {c.n})"),
+        Let("last", "j == keyBlocks - 1"),
         If("count > 0", work),
+        nothing,
     ]
     comment = "κ of each key block, and the keys without it (eq. 7)."
-    return f.done(comment, spread_units("batch * kvHeads * keyBlocks", body))
+    clear = computed([zero_bits(zeros.at(), c.d)], [])
+    return f.done(comment, [*clear, *spread_units("batch * kvHeads * keyBlocks", body)])
 
 
 def tails(c: Context, ub: Memory) -> Function:
@@ -135,7 +154,7 @@ def _tail(c: Context, name: str, width: int, buffer: Buffer) -> list[Node]:
     to = c.globals[f"{name}Tail"].at(f"(int64_t(unit) * {c.n} + slab) * {width}")
     return [
         WaitFlag("MTE3", "MTE2", 0),
-        *padded_load(buffer, source, _ROWS, "valid", width, gap),
+        *padded_load(buffer.at(), source, _ROWS, "valid", width, gap),
         SetFlag("MTE2", "MTE3", 0),
         WaitFlag("MTE2", "MTE3", 0),
         copy(to, buffer.at(), _ROWS * width),

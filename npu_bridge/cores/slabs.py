@@ -5,7 +5,7 @@ from __future__ import annotations
 from npu_bridge.dtypes import ITEMSIZE
 from npu_bridge.expressions import Expr, Scalar, times
 from npu_bridge.instructions import DataCopy, Duplicate, RowsIn
-from npu_bridge.ir import Buffer, For, If, Instruction, Node, SetFlag, Slice, WaitFlag, instructions
+from npu_bridge.ir import For, If, Instruction, Node, SetFlag, Slice, WaitFlag, instructions
 from npu_bridge.layout import PADDING, SINGLE
 
 
@@ -88,10 +88,10 @@ def of_halves(to: Slice, count: int) -> Slice:
 
 
 def padded_load(
-    to: Buffer, source: Slice, rows: int, valid: str, width: int, gap: Expr
+    to: Slice, source: Slice, rows: int, valid: str, width: int, gap: Expr
 ) -> list[Node]:
     """Loads ``valid`` of ``rows`` rows, and zeros for the others."""
-    whole = to.at(0, rows * width)
+    whole = Slice(to.buffer, to.offset, rows * width)
     load = RowsIn(whole, source, valid, width, gap)
     return [
         If(f"{valid} < {rows}", cleared(zero_bits(whole, rows * width))),

@@ -6,17 +6,20 @@ from npu_bridge.cores.context import Context, slot_of
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import cleared, copy, slab, zero_bits
 from npu_bridge.cores.vector_memory import VectorMemory
-from npu_bridge.cut import Stage, Step
-from npu_bridge.expressions import Scalar, times
+from npu_bridge.cut import Stage
+from npu_bridge.dtypes import BLOCK, ITEMSIZE
+from npu_bridge.expressions import Expr, Scalar, times
 from npu_bridge.instructions import FirstBlocks, RowsIn, RowsOut
-from npu_bridge.ir import Advance, For, Function, If, Let, Node, Slice
-from npu_bridge.layout import CARRIED, DEPTH, LEAST, SINGLE, SOFTMAX, UPDATE
+from npu_bridge.ir import Advance, For, Function, If, Let, Node, SetFlag, Slice, WaitFlag
+from npu_bridge.layout import CARRIED, DEPTH, LEAST, PADDING, SINGLE, SOFTMAX, UPDATE
 from npu_bridge.lower import Value, Vector
 from npu_bridge.specification import COLUMNS
+from pasa_jax.core.errors import PlanError
 
-# Of the functions, and what they are for tile t of an item.
-PARAMETERS = ("entry", "head", "start", "keys", "j", "t")
-ARGUMENTS = ("entry", "head", "start", "keys", "lo + t", "t")
+# Of the functions, and what they are for tile t of an item. ``turn`` counts the tiles of the core;
+# ``side`` is where the row statistics of the item lie.
+PARAMETERS = ("entry", "head", "start", "keys", "j", "t", "turn", "side")
+ARGUMENTS = ("entry", "head", "start", "keys", "lo + t", "t", "tileTurn", "side")
 
 
 class Tile:
@@ -42,9 +45,9 @@ class Tile:
         both = halves.at(0, 2 * r)
         places = {"high": halves.at(0, r), "low": halves.at(r, r)}
         outputs = {n: Output(places[n]) for n in stage.outputs if n in places}
-        outputs |= {n: Output(self._carried(n)) for n in stage.outputs if n not in places}
+        outputs |= {n: self._output(n) for n in stage.outputs if n not in places}
         compute = self._stage(f, stage, outputs)
-        slot = f"(int64_t(core) * {DEPTH} + {slot_of(DEPTH, 't')}) * {LEAST * c.block_q}"
+        slot = f"(int64_t(core) * {DEPTH} + {slot_of(DEPTH, 'turn')}) * {LEAST * c.block_q}"
         to = c.globals["minus"].at(f"{slot} + firstRow + row")
         stores: list[Node] = [RowsOut(to, both, 2, r, f"{c.block_q - r}")]
         body = slab("slot", self._loads(stage), compute, stores, SINGLE)
@@ -53,8 +56,8 @@ class Tile:
         )
         return f.done(comment, self._slabs(body))
 
-    def softmax(self, name: str, step: Step, mask: str) -> Function:
-        """From S' to P and the row statistics.
+    def softmax(self, name: str, stage: Stage, mask: str) -> Function:
+        """From S' to P, and to what the row statistics are made of.
 
         Arguments:
           mask: "with" or "without", for the comment.
@@ -62,37 +65,39 @@ class Tile:
         c, r = self.c, self.rows
         f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
         p = self.memory.rings["p"]
-        outputs: dict[str, Output] = {}
-        for out in step.softmax.outputs:
-            if out == "p":
-                outputs[out] = Output(p.at(0, r * c.n))
-            elif out in step.carried:
-                outputs[out] = Output(self._carried(out))
-            else:
-                state = self.memory.state[out]
-                outputs[out] = Output(state.at("row", r), state)
+        slot = "slot" if p.slots > 1 else 0
+        outputs = {n: self._output(n) for n in stage.outputs if n != "p"}
+        outputs["p"] = Output(Slice(p, times(slot, p.count), r * c.n))
         read = self._ring("shifted" if c.refers else "scores", c.n)
-        compute = self._stage(f, step.softmax, outputs, spare=[read])
-        stores: list[Node] = [copy(c.globals["p"].at(f"place * {c.n}"), p.at(), r * c.n)]
-        body = slab("slot", self._loads(step.softmax), compute, stores, SOFTMAX)
-        comment = f"From S' to P, and the row statistics (eq. 9, 10), {mask} the mask."
-        return f.done(comment, self._slabs(body))
+        compute = self._stage(f, stage, outputs, spare=[read])
+        to = c.globals["p"].at(f"place * {c.n}")
+        stores: list[Node] = [copy(to, Slice(p, times(slot, p.count), r * c.n), r * c.n)]
+        out: Expr = "slot" if p.slots > 1 else SOFTMAX
+        body = slab("slot", self._loads(stage), compute, stores, out)
+        return f.done(f"From S' to P (eq. 9, 10), {mask} the mask.", self._slabs(body))
 
-    def accumulate(self, stage: Stage) -> Function:
-        """Rescales O and adds P·V."""
+    def statistics(self, name: str, stage: Stage) -> Function:
+        """The row statistics of a tile, all rows at once."""
+        f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
+        compute = self._stage(f, stage, {n: self._output(n) for n in stage.outputs})
+        return f.done("The row statistics (eq. 10).", [*self._all_rows(), *compute])
+
+    def accumulate(self, sums: Stage, step: Stage) -> Function:
+        """Rescales O and adds P·V.
+
+        Arguments:
+          sums: what is done with the row sums, all rows at once.
+        """
         c, r, rings = self.c, self.rows, self.memory.rings
-        f = VectorFunction(self.memory.ub, "Accumulate", ("t",))
-        outputs = {}
-        for name in stage.outputs:
-            width = c.e if name == "o" else 1
-            state = self.memory.state[name]
-            outputs[name] = Output(state.at(times("row", width), r * width), state)
-        compute = self._stage(f, stage, outputs)
+        f = VectorFunction(self.memory.ub, "Accumulate", ("turn", "side"))
+        columns: list[Node] = []
+        if sums.outputs:
+            whole = Tile(c, self.memory, c.half)
+            compute = whole._stage(f, sums, {n: whole._output(n) for n in sums.outputs})
+            columns = [*self._all_rows(), *slab(SINGLE, whole._sums(), compute, [])]
+        compute = self._stage(f, step, {n: self._output(n) for n in step.outputs})
         update = c.globals["update"].at(f"place * {c.e}")
         loads: list[Node] = [copy(rings["update"].slot("slot"), update, r * c.e)]
-        if "sums" in rings:
-            sums = c.globals["sums"].at(f"place * {LEAST}")
-            loads.append(self._first_columns(rings["sums"].slot("slot"), sums))
         body: list[Node] = [
             Let("slot", f"Mod(updateTurn, {c.slabs.slots})"),
             self._place(),
@@ -100,7 +105,26 @@ class Tile:
             Advance("updateTurn"),
         ]
         comment = "Rescales O and adds P·V of a tile (eq. 10)."
-        return f.done(comment, [For("row", 0, c.half, body, r)])
+        rows = For("row", 0, c.half, body, r)
+        return f.done(comment, [*([If("1", columns)] if columns else []), rows])
+
+    def _all_rows(self) -> list[Node]:
+        """Names for all rows of the tile."""
+        return [Let("row", 0), self._place()]
+
+    def _output(self, name: str) -> Output:
+        """Where a stage leaves what it makes, by its name there."""
+        c, r, m = self.c, self.rows, self.memory
+        if name in m.kept:
+            place = m.kept[name].at("row", r)
+            if r * ITEMSIZE[place.dtype] % BLOCK:
+                raise PlanError(f"{r} rows of {place.dtype} are not whole blocks of {BLOCK} bytes")
+            return Output(place)
+        if name in c.full.carried:
+            return Output(self._carried(name))
+        if name == "o":
+            return Output(m.state["o"].at(f"row * {c.e}", r * c.e), m.state["o"])
+        return Output(self._column(name), m.state[name])
 
     def _stage(
         self,
@@ -119,11 +143,15 @@ class Tile:
         """What a stage reads, by its name there."""
         c, r, m = self.c, self.rows, self.memory
         if name in m.rings:
+            if name == "offsets":
+                place = f"Mod(j, {LEAST}) * {c.half} + row"
+                return Vector(m.rings[name].at(place, r), r, 1)
+            if name == "sums":
+                return Vector(m.rings[name].at(), r, COLUMNS)
             if name == "keySegments":
                 return Vector(m.rings[name].slot("slot"), 1, c.n)
-            width = {"offsets": COLUMNS, "update": c.e, "sums": COLUMNS, "querySegments": 1}
-            columns = width.get(name, c.n)
-            return Vector(self._ring(name, columns), r, columns)
+            width = {"update": c.e, "querySegments": 1}.get(name, c.n)
+            return Vector(self._ring(name, width), r, width)
         if name == "o":
             return Vector(m.state["o"].at(f"row * {c.e}", r * c.e), r, c.e)
         if name == "weights":
@@ -131,16 +159,22 @@ class Tile:
             # The second row of shares is the tail's.
             place = f"Pick(j == Div(keyLength, {c.n}), {c.n}, 0)"
             return Vector(m.weights.at(place, c.n), c.n, 1)
+        if name in m.kept:
+            return Vector(m.kept[name].at("row", r), r, 1)
         if name in c.full.carried:
             return Vector(self._carried(name), r, 1)
         if name in m.state:
-            return Vector(m.state[name].at("row", r), r, 1)
+            return Vector(self._column(name), r, 1)
         if name == "guard":
             assert m.guard is not None
-            return Vector(m.guard.at("row", r), r, 1)
+            return Vector(m.guard.at(f"side * {c.half} + row", r), r, 1)
         if name == "start":  # all rows of a decoding tile are one position
             return Scalar(0 if c.kernel.decode else "first")
         return Scalar(name)
+
+    def _column(self, name: str) -> Slice:
+        """The rows of m, l or f."""
+        return self.memory.state[name].at(f"side * {self.c.half} + row", self.rows)
 
     def _ring(self, name: str, width: int) -> Slice:
         """The slab of ``width`` columns in the slot whose turn it is."""
@@ -149,7 +183,7 @@ class Tile:
 
     def _carried(self, name: str) -> Slice:
         """Where a column that a later stage reads lies, for the tile t."""
-        place = f"{slot_of(CARRIED, 't')} * {self.c.half} + row"
+        place = f"{slot_of(CARRIED, 'turn')} * {self.c.half} + row"
         return self.memory.state[name].at(place, self.rows)
 
     def _slabs(self, body: list[Node]) -> list[Node]:
@@ -166,7 +200,7 @@ class Tile:
     def _place(self) -> Let:
         """Which row of the workspace the slab's first is."""
         block_q = self.c.block_q
-        slot = f"int64_t(core) * {DEPTH * block_q} + {slot_of(DEPTH, 't')} * {block_q}"
+        slot = f"int64_t(core) * {DEPTH * block_q} + {slot_of(DEPTH, 'turn')} * {block_q}"
         return Let("place", f"{slot} + firstRow + row", "int64_t")
 
     def _loads(self, stage: Stage) -> list[Node]:
@@ -177,9 +211,6 @@ class Tile:
             if name in stage.inputs:
                 source = c.globals[name].at(f"place * {c.n}")
                 loads.append(copy(rings[name].slot("slot"), source, r * c.n))
-        if "offsets" in stage.inputs:
-            source = c.globals["offsets"].at(f"place * {LEAST}")
-            loads.append(self._first_columns(rings["offsets"].slot("slot"), source))
         arrays = [name for name in ("bias", "mask") if name in stage.inputs]
         if arrays or "querySegments" in stage.inputs:
             loads += [
@@ -192,15 +223,27 @@ class Tile:
             loads += self._segments()
         return loads
 
-    def _first_columns(self, to: Slice, source: Slice) -> FirstBlocks:
-        """Loads one block of each row of a float32 array of `LEAST` columns."""
-        r = self.rows
-        return FirstBlocks(
-            Slice(to.buffer, to.offset, r * COLUMNS),
-            Slice(source.buffer, source.offset, r * LEAST),
-            r,
-            LEAST // COLUMNS,
-        )
+    def offsets(self) -> Function:
+        """Loads q·κ of the next group of blocks."""
+        c = self.c
+        slot = f"(int64_t(core) * {DEPTH} + {slot_of(DEPTH, 'offsetTurn')}) * {LEAST * c.block_q}"
+        source = c.globals["offsets"].at(f"{slot} + firstRow")
+        load = RowsIn(self.memory.rings["offsets"].at(), source, LEAST, c.half, c.block_q - c.half)
+        body: list[Node] = [
+            SetFlag("V", "MTE2", PADDING),
+            WaitFlag("V", "MTE2", PADDING),
+            *slab(SINGLE, [load], [], []),
+            Advance("offsetTurn"),
+        ]
+        return Function("LoadOffsets", (), body, f"q·κ of {LEAST} blocks, a row each (eq. 7).")
+
+    def _sums(self) -> list[Node]:
+        """Loads the row sums of P: one block of each row."""
+        if "sums" not in self.memory.rings:
+            return []
+        source = Slice(self.c.globals["sums"], f"place * {LEAST}", self.rows * LEAST)
+        to = self.memory.rings["sums"].at()
+        return [FirstBlocks(to, source, self.rows, LEAST // COLUMNS)]
 
     def _of_scores(self, name: str) -> list[Node]:
         """Loads a slab of "bias" or "mask"; what lies beyond its end is zero, and masked."""

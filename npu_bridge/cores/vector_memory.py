@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from npu_bridge.cores.context import Context
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.ir import Buffer
-from npu_bridge.layout import CARRIED, CLOSING, LEAST
+from npu_bridge.layout import CARRIED, CLOSING, ITEMS, LEAST
 from npu_bridge.memory import Memory
 from npu_bridge.specification import COLUMNS
 
@@ -17,20 +17,25 @@ class VectorMemory:
     """The buffers that stay.
 
     Arguments:
-      state: m, l, f and o of all rows; with what a stage takes over from the one before.
+      query: rows of the next item's queries, as they are given and as they are multiplied.
+      state: m, l and f of all rows of two items, and o; with what a stage takes over from the one
+        before.
       ramp: 0, 1, 2, … up to the keys of a block: indices of rows and columns.
       weights: shift "paper": the share of each column in the row mean, of a full block and of the
         tail.
-      rings: what is copied in and out a slab at a time, most of them double-buffered.
+      kept: columns that are computed slab by slab and used for all rows at once.
+      rings: what is copied in and out a slab at a time, most of them double-buffered; and q·κ.
       minus: shift "reference": −r in two halves.
       closing: rows of the output, and of the log-sum-exp.
       merging: decoding: two settled states.
       damage: "total": of a query tile, "core": of all of the core's; 0 or NaN.
-      guard: a careful kernel's: of each row.
+      guard: a careful kernel's: of each row of several items.
     """
 
     ub: Memory
+    query: dict[str, Buffer]
     state: dict[str, Buffer]
+    kept: dict[str, Buffer]
     ramp: Buffer
     weights: Buffer | None
     rings: dict[str, Buffer]
@@ -44,48 +49,65 @@ class VectorMemory:
     def of(c: Context) -> VectorMemory:
         ub = Memory.of(c.kernel.schedule.target, "UB")
         ramp = ub.stay("ramp", "float", c.n, note="0, 1, 2, …")
+        query = {
+            "in": ub.stay("queryIn", c.dtype, CLOSING * c.d, note="query rows"),
+            "out": ub.stay("queryOut", c.dtype, CLOSING * c.d, note="query rows, scaled"),
+        }
+        if c.kernel.careful:
+            query["guard"] = ub.stay("guardOut", "float", CLOSING, note="their guards")
         state = _state(c, ub)
+        kept = _kept(c, ub)
         weights = None
         if c.kernel.shift == "paper":
             share = "share of each column in the row mean"
             weights = ub.stay("shares", "float", c.n, 2, share)
         rings, minus = _rings(c, ub)
+        closing, merging = _closing(c, ub), _merging(c, ub)
         damage = {}
         if c.kernel.repaired:
             note = "0, or NaN where a result is not right"
             damage = {n: ub.stay(f"{n}DamageUB", "float", 8, note=note) for n in ("total", "core")}
         guard = None
         if c.kernel.careful:
-            guard = ub.stay("guards", "float", c.half, note="guard of each row")
-        closing, merging = _closing(c, ub), _merging(c, ub)
-        return VectorMemory(ub, state, ramp, weights, rings, minus, closing, merging, damage, guard)
+            guard = ub.stay("guards", "float", c.half, ITEMS, "guard of each row")
+        return VectorMemory(
+            ub, query, state, kept, ramp, weights, rings, minus, closing, merging, damage, guard
+        )
 
 
 def _state(c: Context, ub: Memory) -> dict[str, Buffer]:
     stat = C_TYPES[str(c.kernel.numerics.statistics)]
     acc = C_TYPES[c.kernel.precision.accumulator]
-    state = {n: ub.stay(n, stat, c.half, note=f"{n} of each row") for n in ("m", "l", "f")}
+    state = {n: ub.stay(n, stat, c.half, ITEMS, f"{n} of each row") for n in ("m", "l", "f")}
     state["o"] = ub.stay("o", acc, c.half * c.e, note="O, not normalised")
     for name in c.full.carried:
         state[name] = ub.stay(name, stat, c.half, CARRIED, "what the output is multiplied by")
     return state
 
 
+def _kept(c: Context, ub: Memory) -> dict[str, Buffer]:
+    parts = (c.full.softmax, c.masked.softmax, c.update.accumulate)
+    types = {name: dtype for x in parts for name, dtype in x.kept.items()}
+    return {n: ub.stay(n, dtype, c.half, note="of each row") for n, dtype in types.items()}
+
+
 def _rings(c: Context, ub: Memory) -> tuple[dict[str, Buffer], Buffer | None]:
-    r, slots, p = c.slabs.rows, c.slabs.slots, c.full.products
+    r, u, slots, p = c.slabs.rows, c.slabs.update, c.slabs.slots, c.full.products
     rings = {
         "scores": ub.stay("scoresIn", p["key"].dtype, r * c.n, 2, "S' of a slab"),
-        "p": ub.stay("pOut", c.dtype, r * c.n, note="P of a slab"),
-        "update": ub.stay("updateIn", p["value"].dtype, r * c.e, slots, "P·V of a slab"),
+        "p": ub.stay("pOut", c.dtype, r * c.n, slots, "P of a slab"),
+        "update": ub.stay("updateIn", p["value"].dtype, u * c.e, slots, "P·V of a slab"),
     }
     minus = None
     if c.refers:
         rings["shifted"] = ub.stay("shiftedIn", p["raw"].dtype, r * c.n, 2, "S − r of a slab")
         minus = ub.stay("minusOut", c.dtype, 2 * max(r, LEAST), note="−r in two halves")
     if "kappa" in p:
-        rings["offsets"] = ub.stay("offsetsIn", p["kappa"].dtype, r * COLUMNS, 2, "q·κ of a slab")
+        rings["offsets"] = ub.stay(
+            "offsetsIn", p["kappa"].dtype, LEAST * c.half, note=f"q·κ of {LEAST} blocks"
+        )
     if "ones" in p:
-        rings["sums"] = ub.stay("sumsIn", p["ones"].dtype, r * COLUMNS, slots, "row sums of P")
+        rings["sums"] = ub.stay("sumsIn", p["ones"].dtype, c.half * COLUMNS, note="row sums of P")
     if c.kernel.bias is not None:
         rings["bias"] = ub.stay("biasIn", c.dtype, r * c.n, 2, "bias of a slab")
     masked = c.slabs.masked

@@ -9,7 +9,7 @@ from npu_bridge.dtypes import BLOCK, ITEMSIZE, REPEAT
 from npu_bridge.expressions import Expr, Scalar
 from npu_bridge.facts import FACTS
 from npu_bridge.instructions import Binary, BinaryStrided, Strided
-from npu_bridge.ir import Barrier, For, Slice
+from npu_bridge.ir import For
 from npu_bridge.lower.emitter import Emitter
 from npu_bridge.lower.values import Value, Vector
 from pasa_jax.core.errors import LoweringError, PlanError
@@ -136,23 +136,33 @@ def _by_lanes(
     to.body.append(For("lane", 0, out.width, [instruction("lane")], each))
 
 
+_AT_ONCE = 4  # stretches that become one, if there are more than that
+
+
 def fold(to: Emitter, name: str, x: Vector, width: int) -> Vector:
     """[rows, width]: ``name`` of all stretches of ``width`` columns of x."""
-    item = ITEMSIZE[x.dtype]
     if x.width % width:
         raise LoweringError(f"{x.width} columns are no multiple of {width}")
-    part = to.new("lanes", x.dtype, x.rows, width)
-    step, source_step = width * item // BLOCK, _row_blocks(x)
+    while x.width > width:
+        stretches = x.width // width
+        at_once = _AT_ONCE if stretches % _AT_ONCE == 0 else stretches
+        x = _folded(to, name, x, width, at_once)
+    return x
+
+
+def _folded(to: Emitter, name: str, x: Vector, width: int, at_once: int) -> Vector:
+    """Of every ``at_once`` stretches of ``width`` columns, which follow each other, one."""
+    repeats = x.size // (width * at_once)
+    if repeats > 255:
+        raise LoweringError(f"{repeats} stretches are not folded: at most 255 repeats are")
+    part = to.new("lanes", x.dtype, x.rows, x.width // at_once)
+    step = width * ITEMSIZE[x.dtype] // BLOCK
     dst = Strided(part.place, part.place, 1, step)
 
-    def stretch(first: Slice) -> Strided:
-        return Strided(first, x.place, 1, source_step)
+    def stretch(at: Expr) -> Strided:
+        return Strided(x.place.at(at), x.place, 1, step * at_once)
 
-    def folded(a: Strided, second: Expr) -> BinaryStrided:
-        return BinaryStrided(name, dst, a, stretch(x.place.at(second)), width, x.rows)
-
-    to.emit(folded(stretch(x.place), width))
-    if x.width > 2 * width:
-        more = For("lane", 2 * width, x.width, [Barrier("V"), folded(dst, "lane")], width)
-        to.body.append(more)
+    to.emit(BinaryStrided(name, dst, stretch(0), stretch(width), width, repeats))
+    for lane in range(2 * width, at_once * width, width):
+        to.emit(BinaryStrided(name, dst, dst, stretch(lane), width, repeats))
     return part

@@ -120,7 +120,7 @@ class Schedule:
         Key and value tiles are counted as often as there are stages (one is loaded while another
         is used); a GPU's registers are those of the schedule's warps. On an NPU
         the products run in sub-tiles of 128 × 128 × 128, of which one is loaded ahead, and the two
-        vector cores share the rows, of which each works on 16 at a time.
+        vector cores share the rows, of which each works on 16 at a time, or on 8 longer ones.
         """
         item, e = _ITEMSIZE[_type_name(dtype)], value_head_dim or head_dim
         kind = find_target(self.target).kind
@@ -135,7 +135,8 @@ class Schedule:
         if kind == "tpu":
             return {"VMEM": q + kv + scores * (4 + item) + out + rows}
         if kind == "npu":
-            sub, half, slab = 128, (self.block_q + 1) // 2, 16
+            sub, half = 128, (self.block_q + 1) // 2
+            slab = 16 if self.block_kv <= 512 else 8
             tiles = slab * self.block_kv * (3 * item + 4) + slab * e * (4 + item)
             return {
                 "L1": 4 * sub * (head_dim + sub) * item,
@@ -238,5 +239,5 @@ _CANDIDATES: dict[str, tuple[tuple[int, int], ...]] = {
     "cpu": ((512, 512),),
     "tpu": ((1024, 1024), (512, 512), (256, 256), (128, 128)),
     "gpu": ((128, 64), (64, 64), (64, 32), (32, 32), (16, 16)),
-    "npu": ((128, 512), (128, 256), (128, 128), (64, 128)),
+    "npu": ((128, 1024), (128, 512), (128, 256), (128, 128), (64, 128)),
 }
