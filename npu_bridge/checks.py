@@ -1,8 +1,10 @@
 """Static checks of the files of an emitted project, which may have been edited since.
 
-Found here: events that are set and never waited for, ids and flags out of range, local tensors that
-reach beyond their memory or are not aligned, files that differ from what this version emits. The
-emulator finds races, deadlocks and everything that depends on the data.
+Found here: calls, types and modes that the chip does not have (`npu_bridge.facts`), a core's
+program that does not begin and end as it must, events that are set and never waited for, ids and
+flags out of range, local tensors that reach beyond their memory or are not aligned, files that
+differ from what this version emits. The emulator finds races, deadlocks and everything that depends
+on the data.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from npu_bridge.dtypes import ITEMSIZE
+from npu_bridge.facts import FACTS
+from npu_bridge.facts.text import problems
 from npu_bridge.layout import POSITIONS
 from npu_bridge.program import build
 from npu_bridge.project import NAME, files, read_description
@@ -21,7 +25,9 @@ _MEMORIES = {position: memory for memory, position in POSITIONS.items()}
 _TENSOR = re.compile(r"LocalTensor<(\w+)>\(TPosition::(\w+), (\d+), (\d+)\)")
 _EVENT = re.compile(r"(Set|Wait)Flag<HardEvent::(\w+)>\(([^;]*)\);")
 _CROSS = re.compile(r"CrossCore(Set|Wait)Flag<(\d+), PIPE_(\w+)>\((\w+)\);")
+_RUN = re.compile(r"^    __aicore__ inline void Run\(\) \{\n(.*?)^    \}", re.MULTILINE | re.DOTALL)
 _FLAG = re.compile(r"constexpr uint16_t (\w+) = (\d+);")
+_AGAIN = "Careful"  # begins the names of classes that run where a result was not right
 
 
 def check(folder: Path) -> list[str]:
@@ -32,6 +38,8 @@ def check(folder: Path) -> list[str]:
     text = source.read_text()
     kernel = read_description(folder)
     findings = [
+        *problems(text),
+        *_ends(text),
         *_tensors(text, kernel.schedule.target),
         *_events(text),
         *_cross(text),
@@ -60,12 +68,32 @@ def _tensors(text: str, target: str) -> list[str]:
         memory = _MEMORIES[position]
         end = address + count * ITEMSIZE[dtype]
         where = f"line {_line(text, m.start())}"
-        if end > capacity[memory]:
+        if memory == "UB" and end > FACTS.scratch[0]:
+            findings.append(
+                f"{where}: a tensor ends at {end} in UB, where {FACTS.scratch[0]} to "
+                f"{FACTS.scratch[1]} are the library's: Select writes there"
+            )
+        elif end > capacity[memory]:
             findings.append(
                 f"{where}: a tensor ends at {end} of {capacity[memory]} bytes of {memory}"
             )
         if address % 32:
             findings.append(f"{where}: address {address} is not a multiple of 32")
+    return findings
+
+
+def _ends(text: str) -> list[str]:
+    """What each core's program must begin and end with."""
+    findings = []
+    for name, body in _classes(text).items():
+        run = _RUN.search(body)
+        calls = [line.strip() for line in run[1].splitlines()] if run else []
+        calls = [line for line in calls if line and not line.startswith("//")]
+        ends = [(FACTS.first, 0), (FACTS.last, -1)]
+        for what, at in ends[1:] if name.startswith(_AGAIN) else ends:  # which runs after another
+            if not calls or calls[at] != f"{what}();":
+                place = "begins" if at == 0 else "ends"
+                findings.append(f"{name}: its Run() {place} without {what}()")
     return findings
 
 
@@ -76,7 +104,7 @@ def _events(text: str) -> list[str]:
         count: Counter[tuple[str, str]] = Counter()
         for m in _EVENT.finditer(body):
             kind, event, number = m[1], m[2], m[3].strip()
-            if number.isdigit() and int(number) > 5:
+            if number.isdigit() and int(number) > FACTS.fields["Event"].limits["id"][1]:
                 findings.append(f"{name}: {event} uses the reserved event id {number}")
             count[event, number] += 1 if kind == "Set" else -1
         findings += [
@@ -96,16 +124,19 @@ def _slotted(count: Counter[tuple[str, str]], event: str) -> bool:
 def _cross(text: str) -> list[str]:
     """Each cross-core flag is set by one kind of core and waited for by the other."""
     flags = {m[1]: int(m[2]) for m in _FLAG.finditer(text)}
+    _, last = FACTS.fields["CrossCore"].limits["flag"]
     findings = [
-        f"the flag {name} = {number} is reserved: 0 to 10 are free"
+        f"the flag {name} = {number} is reserved: 0 to {last} without SyncAll's "
+        f"{', '.join(map(str, FACTS.taken_flags))} are free"
         for name, number in flags.items()
-        if number > 10
+        if number > last or number in FACTS.taken_flags
     ]
     classes = _classes(text)
     sides: dict[str, dict[str, set[str]]] = {}
     for core, body in classes.items():
         for m in _CROSS.finditer(body):
-            sides.setdefault(m[4], {"Set": set(), "Wait": set()})[m[1]].add(core)
+            side = sides.setdefault(m[4], {"Set": set(), "Wait": set()})[m[1]]
+            side.add(core.removeprefix(_AGAIN))
     for name in flags:
         side = sides.get(name, {"Set": set(), "Wait": set()})
         if len(side["Set"]) != 1 or len(side["Wait"]) != 1 or side["Set"] == side["Wait"]:

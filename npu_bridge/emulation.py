@@ -179,7 +179,8 @@ def run(
     lse = None
     if "lse" in results:
         lse = results["lse"].view(np.float32).reshape(want_lse.shape)
-    top = float(np.max(np.abs(np.asarray(inputs["value"], np.float64)), initial=0)) or 1.0
+    values = np.abs(np.asarray(inputs["value"], np.float64))
+    top = float(np.max(values, where=np.isfinite(values), initial=0)) or 1.0
     error = _difference(output, np.asarray(want_out, np.float64)) / top
     report = results["report"]
     return Run(

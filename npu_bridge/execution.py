@@ -24,6 +24,7 @@ from npu_bridge.ir import (
     If,
     InitSocState,
     Instruction,
+    Invalidate,
     Let,
     Node,
     SetFlag,
@@ -88,7 +89,7 @@ class CoreRun(ABC):
             match node:
                 case Instruction():
                     self.execute(node, names)
-                case InitSocState():
+                case InitSocState() | Invalidate():
                     pass
                 case SetFlag():
                     self.set_flag(node, evaluate(node.id, names))

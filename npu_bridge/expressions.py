@@ -61,6 +61,7 @@ _NAMES: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
     "INFINITY": math.inf,
+    "NAN": math.nan,
     "true": True,
     "false": False,
 }
@@ -150,6 +151,8 @@ class Scalar:
 
 def float_text(x: float) -> str:
     """A float32 as C++ writes it."""
+    if math.isnan(x):
+        return "NAN"
     if math.isinf(x):
         return "-INFINITY" if x < 0 else "INFINITY"
     text = repr(x)

@@ -111,10 +111,15 @@ def run(
     shared = _shared(program, inputs, given, shapes)
     numbers = values_of(kernel, given)
     numbers["scale"] = np.float32(numbers["scale"])
-    types = {name: NUMPY[buffer.dtype] for name, buffer in program.globals.items()}
+    arrays = [buffer for part in program.parts for buffer in part.globals.values()]
+    types = {buffer.name: NUMPY[buffer.dtype] for buffer in arrays}
     numbers |= {name: _Numbers(raw, types[name]) for name, raw in shared.items()}
     with np.errstate(all="ignore"):
-        run_together([_block(program, numbers, i, shared) for i in range(cores)])
+        for part in program.parts:
+            blocks = [_block(part, numbers, i, shared) for i in range(cores)]
+            run_together(blocks)
+            if not any(run.members.get("damagedCores") for run in blocks[0].runs):
+                break
     types = arguments(kernel)
     return {
         name: shared[name].view(NUMPY[types[name]]).reshape(shape)

@@ -14,7 +14,9 @@ import numpy as np
 
 from npu_bridge.dtypes import BLOCK, ITEMSIZE
 from npu_bridge.expressions import Expr, Scalar, plus, times
+from npu_bridge.facts import FACTS
 from npu_bridge.rates import Rates
+from pasa_jax.core.errors import LoweringError
 
 
 @dataclass(eq=False)
@@ -148,39 +150,56 @@ class InitSocState:
 
 
 @dataclass(eq=False)
-class SetFlag:
-    """Tells pipe ``to`` that pipe ``source`` has come so far; ids 0 to 5 per pair of pipes."""
+class Flag:
+    """A flag from one pipe to another of the same core; ids 0 to 5 per pair of pipes."""
 
     source: str
     to: str
     id: Expr
 
+    def __post_init__(self) -> None:
+        FACTS.call(type(self).__name__).require(choice=f"{self.source}_{self.to}")
+        FACTS.fields["Event"].require(id=self.id)
 
-@dataclass(eq=False)
-class WaitFlag:
+
+class SetFlag(Flag):
+    """Tells pipe ``to`` that pipe ``source`` has come so far."""
+
+
+class WaitFlag(Flag):
     """Pipe ``to`` waits until the flag was set."""
 
-    source: str
-    to: str
-    id: Expr
-
 
 @dataclass(eq=False)
-class CrossSet:
+class CrossFlag:
+    """A flag between the cores of a block, of which each core counts the sets."""
+
+    pipe: str
+    flag: int
+    name: str
+    call: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        FACTS.call(self.call).require(choice=f"PIPE_{self.pipe}")
+        FACTS.fields["CrossCore"].require(flag=self.flag)
+        if self.flag in FACTS.taken_flags:
+            taken = FACTS.call("SyncAll")
+            raise LoweringError(
+                f"the cross-core flag {self.flag} is one of SyncAll's {taken.flags} "
+                f"({taken.source})"
+            )
+
+
+class CrossSet(CrossFlag):
     """Tells the other cores of the block that ``pipe`` has come so far."""
 
-    pipe: str
-    flag: int
-    name: str
+    call: ClassVar[str] = "CrossCoreSetFlag"
 
 
-@dataclass(eq=False)
-class CrossWait:
+class CrossWait(CrossFlag):
     """This core waits until the others have set the flag."""
 
-    pipe: str
-    flag: int
-    name: str
+    call: ClassVar[str] = "CrossCoreWaitFlag"
 
 
 @dataclass(eq=False)
@@ -189,10 +208,25 @@ class Barrier:
 
     pipe: str
 
+    def __post_init__(self) -> None:
+        FACTS.call("PipeBarrier").require(choice=f"PIPE_{self.pipe}")
+
 
 @dataclass(eq=False)
 class SyncAll:
     """Every core of the chip waits for every other."""
+
+
+@dataclass(eq=False)
+class Invalidate:
+    """Drops what the scalar unit's cache holds, before it reads what other units have written.
+
+    Arguments:
+      name: of an array in global memory.
+    """
+
+    name: str
+    dtype: str
 
 
 @dataclass(eq=False)
@@ -312,16 +346,17 @@ def _lines(node: Node) -> list[str]:
             return [f"{node.text};"]
         case InitSocState():
             return ["InitSocState();"]
-        case SetFlag() | WaitFlag():
+        case Flag():
             return [f"{type(node).__name__}<HardEvent::{node.source}_{node.to}>({node.id});"]
-        case CrossSet():
-            return [f"CrossCoreSetFlag<2, PIPE_{node.pipe}>({node.name});"]
-        case CrossWait():
-            return [f"CrossCoreWaitFlag<2, PIPE_{node.pipe}>({node.name});"]
+        case CrossFlag():
+            return [f"{node.call}<2, PIPE_{node.pipe}>({node.name});"]
         case Barrier():
             return [f"PipeBarrier<PIPE_{node.pipe}>();"]
         case SyncAll():
             return ["SyncAll<false>();"]
+        case Invalidate():
+            places = "CacheLine::ENTIRE_DATA_CACHE, DcciDst::CACHELINE_OUT"
+            return [f"DataCacheCleanAndInvalid<{node.dtype}, {places}>({node.name});"]
         case Let():
             return [f"const {node.ctype} {node.name} = {node.value};"]
         case Alias():

@@ -6,13 +6,13 @@ rendered from it, and `Tiling` and `values_of` give its value here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from npu_bridge.cut import Product
 from npu_bridge.dtypes import C_TYPES, ITEMSIZE
 from npu_bridge.expressions import Expr, evaluate
-from npu_bridge.layout import DEPTH, LEAST, QUERIES, SUB
+from npu_bridge.layout import DEPTH, LEAST, QUERIES, SUB, VECTOR_CORES
 from npu_bridge.specification import Kernel
 
 
@@ -92,12 +92,15 @@ class Size:
 
 
 _QUERIES = Size(f"{QUERIES}, block_q", f"uint64_t(cores) * {QUERIES} * PASA_BLOCK_Q", per_core=True)
+_ROWS = Size("B, N, padded T", QUERY_ROWS.name)
 _HEADS = Size("B, K", ENTRIES.name)
 _BLOCKS = Size("blocks", BLOCKS.name)
 _GROUPED = Size("blocks in whole groups", f"(({BLOCKS.name} + {LEAST - 1}) / {LEAST} * {LEAST})")
 _ITEM_ROWS = Size("items, block_q", f"{QUERY_ROWS.name} * {PARTS.name}")
 _CORE_ROWS = Size(f"{DEPTH}, block_q", CORE_ROWS.name, per_core=True)
 _CORE_COLUMNS = Size(f"{DEPTH}, {LEAST}, block_q", f"{CORE_ROWS.name} * {LEAST}", per_core=True)
+_ITEMS = Size("items, vector cores", f"{QUERY_ROWS.name} / PASA_BLOCK_Q * {VECTOR_CORES}")
+_CORES = Size("vector cores", f"uint64_t(cores) * {VECTOR_CORES}")
 _ONES = Size(f"{SUB}, {LEAST}", SUB * LEAST)
 _LEAST = Size(str(LEAST), LEAST)
 _N = Size("n", "PASA_BLOCK_KV")
@@ -146,9 +149,19 @@ def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
     if kernel.keys_shifted:
         arrays.append(Array("shiftedKey", dtype, (_HEADS, _BLOCKS, _N, _D), "K'"))
     last = "the last block, if it is not full"
-    if kernel.shift != "mean":  # keys are multiplied as they lie
+    if kernel.careful:
+        arrays.append(Array("valueCopy", dtype, (_HEADS, _BLOCKS, _N, _E), "the finite values"))
+        arrays.append(Array("guard", "float", (_ROWS,), "power of two that a row is divided by"))
+        arrays.append(Array("keyBound", "float", (_HEADS,), "largest magnitude of the keys"))
+        arrays.append(Array("valueGain", "float", (_HEADS,), "factor of the values"))
+    elif kernel.shift != "mean":  # keys are multiplied as they lie
         arrays.append(Array("keyTail", dtype, (_HEADS, _N, _D), last))
-    arrays.append(Array("valueTail", dtype, (_HEADS, _N, _E), last))
+    if not kernel.careful:
+        arrays.append(Array("valueTail", dtype, (_HEADS, _N, _E), last))
+    if kernel.repaired or kernel.careful:
+        note = "0, or NaN where the result must be computed again"
+        arrays.append(Array("damage", "float", (_ITEMS,), note))
+        arrays.append(Array("coreDamage", "float", (_CORES,), "the same of a core's items"))
     if "shifted" in types:
         arrays.append(Array("shifted", types["shifted"], (_CORE_ROWS, _N), "S − r"))
         arrays.append(Array("minus", dtype, (_CORE_COLUMNS,), "−r in two halves"))
@@ -166,6 +179,22 @@ def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
     arrays.append(Array("p", dtype, (_CORE_ROWS, _N), "P"))
     arrays.append(Array("update", types["update"], (_CORE_ROWS, _E), "P·V"))
     return arrays
+
+
+def shared(first: list[Array], second: list[Array]) -> tuple[list[Array], dict[str, str]]:
+    """The arrays of two kernels that run one after the other, and what those of the second are
+    called: an array that both have is one.
+    """
+    arrays, names = list(first), {}
+    of_first = {a.name: a for a in first}
+    for a in second:
+        name = a.name
+        if name in of_first and of_first[name] != a:
+            name = f"careful{a.name[0].upper()}{a.name[1:]}"
+        names[a.name] = name
+        if name not in of_first:
+            arrays.append(replace(a, name=name))
+    return arrays, names
 
 
 # Values.

@@ -15,7 +15,7 @@ from npu_bridge.cores.cube import cube_core
 from npu_bridge.cores.vector import vector_core
 from npu_bridge.ir import Buffer
 from npu_bridge.layout import COMMON_FLAGS, FLAGS, SLABS, SUB, Slabs
-from npu_bridge.numbers import Array
+from npu_bridge.numbers import Array, shared
 from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import PlanError
 
@@ -27,6 +27,8 @@ class Program:
     Arguments:
       rows: of a slab of a vector core.
       globals: the arrays in global memory, by name: arguments, then the workspace.
+      workspace: its arrays, those of ``careful`` included.
+      careful: what runs afterwards for the query tiles whose result is not finite.
     """
 
     kernel: Kernel
@@ -36,6 +38,12 @@ class Program:
     globals: dict[str, Buffer]
     workspace: list[Array]
     flags: dict[str, int]
+    careful: Program | None = None
+
+    @property
+    def parts(self) -> tuple[Program, ...]:
+        """The programs that run one after the other."""
+        return (self,) if self.careful is None else (self, self.careful)
 
     @property
     def cores(self) -> tuple[Core, Core]:
@@ -50,10 +58,22 @@ def build(kernel: Kernel) -> Program:
       PlanError: no slab fits; the message says which memory, how much and what would fit.
     """
     check(kernel)
+    program = _fitting(kernel)
+    if not kernel.repaired:
+        return program
+    careful = _fitting(kernel.carefully)
+    arrays, names = shared(program.workspace, careful.workspace)
+    if any(name != called for name, called in names.items()):
+        careful = _fitting(kernel.carefully, names)
+    return replace(program, workspace=arrays, careful=careful)
+
+
+def _fitting(kernel: Kernel, names: dict[str, str] | None = None) -> Program:
+    """The program with the tallest slabs that fit."""
     failed: PlanError | None = None
     for slabs in SLABS:
         try:
-            return _built(kernel, slabs)
+            return _built(kernel, slabs, names)
         except PlanError as error:
             failed = error
     raise PlanError(f"{failed}. {_nearest(kernel)}")
@@ -77,9 +97,9 @@ def check(kernel: Kernel) -> None:
         )
 
 
-def _built(kernel: Kernel, slabs: Slabs) -> Program:
+def _built(kernel: Kernel, slabs: Slabs, names: dict[str, str] | None = None) -> Program:
     """The program with these slabs, if they fit."""
-    c = Context.of(kernel, slabs)
+    c = Context.of(kernel, slabs, names)
     vector, cube = vector_core(c), cube_core(c)
     for core in (vector, cube):
         for memory in core.memories.values():

@@ -12,10 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from npu_bridge import interface, numbers
 from npu_bridge.cores.context import Core
 from npu_bridge.expressions import prelude
+from npu_bridge.facts.text import problems
 from npu_bridge.ir import Buffer, render
 from npu_bridge.layout import POSITIONS
 from npu_bridge.program import Program
 from npu_bridge.specification import Kernel
+from pasa_jax.core.errors import LoweringError
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 
@@ -27,7 +29,11 @@ _COMMENTS = {
 
 
 def files(program: Program) -> dict[str, str]:
-    """Path -> text of the direct-launch project and, in package/, of the operator package."""
+    """Path -> text of the direct-launch project and, in package/, of the operator package.
+
+    Raises:
+      LoweringError: a kernel would call what the chip does not have.
+    """
     env = Environment(
         loader=PackageLoader("npu_bridge"),
         undefined=StrictUndefined,
@@ -47,6 +53,10 @@ def files(program: Program) -> dict[str, str]:
     texts = {
         path: env.get_template(template).render(values) for path, template in templates.items()
     }
+    entry = f"package/op_kernel/{NAME}.cpp"  # which includes the kernel
+    wrong = problems(texts[f"{NAME}.cpp"] + texts[entry])
+    if wrong:
+        raise LoweringError(f"the kernel would call what the chip does not have: {wrong[0]}")
     texts["kernel.json"] = describe(program.kernel)
     return texts
 
@@ -128,20 +138,13 @@ def _values(program: Program) -> dict[str, Any]:
         "core_parameters": _listed([*(f"GM_ADDR {n}" for n in names[:-1]), "TilingPointer tiling"]),
         "arrays_and_workspace": ", ".join(names[:-1]),
         "arguments": ", ".join(names),
-        "globals": [
-            {
-                "name": g.name,
-                "dtype": g.dtype,
-                "source": g.name
-                if g.name in array_arguments
-                else f"workspace + this->tiling->{g.name}Offset",
-            }
-            for g in program.globals.values()
-        ],
         "workspace": program.workspace,
         "kernel_numbers": numbers.kernel_numbers(k),
         "host": {number.name: number.text for number in numbers.host_numbers(k)},
-        "cores": [_core(core) for core in program.cores],
+        "cores": [
+            _core(core, part, array_arguments) for part in program.parts for core in part.cores
+        ],
+        "repaired": program.careful is not None,
         **interface.values(k),
     }
 
@@ -152,9 +155,21 @@ def _listed(parameters: list[str]) -> str:
     return (",\n" + " " * 8).join(lines)
 
 
-def _core(core: Core) -> dict[str, Any]:
+def _core(core: Core, program: Program, arguments: list[str]) -> dict[str, Any]:
     name, comment = _COMMENTS[core.kind]
+    if program.kernel.careful:
+        name, comment = f"Careful{name}", f"{comment} For the tiles that are computed again."
     vector = core.kind == "AIV"
+    places = [
+        {
+            "name": g.name,
+            "dtype": g.dtype,
+            "source": g.name
+            if g.name in arguments
+            else f"workspace + this->tiling->{g.name}Offset",
+        }
+        for g in program.globals.values()
+    ]
     return {
         "name": name,
         "comment": comment,
@@ -172,6 +187,8 @@ def _core(core: Core) -> dict[str, Any]:
             for f in core.functions
         ],
         "counters": core.counters,
+        "globals": places,
+        "repaired": program.careful is not None,
         "buffers": [_declared(b) for m in core.memories.values() for b in m.buffers],
     }
 
@@ -203,9 +220,10 @@ def summary(program: Program) -> list[str]:
         "",
         "Buffers (bytes, address):",
     ]
-    for core in program.cores:
+    for core, careful in ((c, p.kernel.careful) for p in program.parts for c in p.cores):
+        again = " for tiles that are computed again" if careful else ""
         for memory in core.memories.values():
-            lines.append(f"  {memory.name}: {memory.used} of {memory.capacity}")
+            lines.append(f"  {memory.name}{again}: {memory.used} of {memory.capacity}")
             for b in memory.buffers:
                 twice = f", {b.slots} slots" if b.slots > 1 else ""
                 lines.append(f"    {b.address:>6} {b.bytes:>6} {b.name}: {b.note}{twice}")

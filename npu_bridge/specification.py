@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -40,6 +40,8 @@ class Kernel:
       return_lse: whether the log-sum-exp is written too.
       decode: one query (T = 1): the query heads of a key head are the rows of a tile, and the keys
         of a head are split over several cores, whose states are merged.
+      repair: whether query tiles whose result is not finite are computed again, carefully.
+      careful: whether it is the kernel that does so.
     """
 
     head_dim: int
@@ -60,6 +62,8 @@ class Kernel:
     lengths: bool = False
     return_lse: bool = False
     decode: bool = False
+    repair: bool = True
+    careful: bool = False
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -78,6 +82,24 @@ class Kernel:
                 sum_columns=COLUMNS if self.sums_multiplied else 0,
             ),
         )
+
+    @property
+    def repaired(self) -> bool:
+        """Whether it looks at its results, and has a careful kernel behind it. Float16 statistics
+        promise nothing.
+        """
+        wide = "float16" not in (self.precision.statistics, self.precision.accumulator)
+        return self.repair and wide and not self.careful
+
+    @property
+    def carefully(self) -> Kernel:
+        """The kernel that computes damaged query tiles again: with the shift `mean`, which needs no
+        other scale or matrices, whatever the first one was.
+        """
+        precision = self.precision
+        if self.dtype == "bfloat16" and precision.scores == "float16":
+            precision = replace(precision, scores="bfloat16")  # its range is that of the inputs
+        return replace(self, careful=True, shift="mean", beta=None, precision=precision)
 
     @property
     def keys_shifted(self) -> bool:
@@ -135,12 +157,26 @@ class TracedWalk(Walk):
 
     parts: dict[str, Any] = field(default_factory=dict)
 
+    def guard(self) -> tile.Guard | None:
+        """The guard of the rows (eq. 12), of which only one power of two is at hand."""
+        temper = self.parts.get("guard")
+        if temper is None:
+            return None
+        one = jnp.ones((1, 1), temper.dtype)
+        return tile.Guard(down=1 / temper, rest=one, gain=one, temper=temper, beyond=one)
+
     def query(self, start: Index) -> tile.QueryTile:
-        # As `tile.query_tile` leaves it: the factor is in the query already.
-        return tile.QueryTile(self.parts["query"], jnp.ones((1, 1), self.numerics.product), None)
+        # As `tile.query_tile` leaves it: the factor is in the query already, and the gain of the
+        # values in the values.
+        guard, gain = self.guard(), self.parts.get("valueGain")
+        rows = tile.QueryTile(
+            self.parts["query"], jnp.ones((1, 1), self.numerics.product), guard, value_gain=gain
+        )
+        if self.numerics.logits_soft_cap is not None:
+            return rows._replace(guard=None, capped=guard)
+        return rows
 
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
-        assert value_gain is None
         p = self.parts
         return tile.KeyTile(
             p["key"], p["value"], None, p.get("kappa"), p.get("weights"), p.get("raw")

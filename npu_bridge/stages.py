@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import ClosedJaxpr
 
 from npu_bridge.expressions import Scalar
@@ -148,6 +149,137 @@ def shifted_keys(kernel: Kernel, rows: int) -> Trace:
     return trace(shifted, {"key": key, "kappa": jax.ShapeDtypeStruct((1, kernel.head_dim), dtype)})
 
 
+# Before the careful kernel's loop.
+
+
+def _usable(key: Array, value: Array, valid: Array) -> Array:
+    """[R, 1] bool: there are a key and a value, and they are finite."""
+
+    def finite(x: Array) -> Array:
+        wide, largest = x.astype(jnp.float32), float(jnp.finfo(x.dtype).max)
+        beyond = jnp.where(jnp.abs(wide) <= largest, 0.0, 1.0)  # NaN is not at most anything
+        return jnp.max(beyond, axis=1, keepdims=True) < 0.5
+
+    rows = lax.broadcasted_iota(jnp.int32, (key.shape[0], 1), 0)
+    return finite(key) & finite(value) & (rows < valid)
+
+
+def _slab_shapes(kernel: Kernel, rows: int) -> dict[str, Any]:
+    dtype = jnp.dtype(kernel.dtype)
+    return {
+        "key": jax.ShapeDtypeStruct((rows, kernel.head_dim), dtype),
+        "value": jax.ShapeDtypeStruct((rows, kernel.value_head_dim), dtype),
+        "valid": _INT,
+    }
+
+
+def _row(size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, size), jnp.float32)
+
+
+def usable_total(kernel: Kernel, rows: int) -> Trace:
+    """Sum and number of the usable keys of a slab, added to ``total`` and ``count`` [1, D]."""
+
+    def added(key: Array, value: Array, valid: Array, total: Array, count: Array) -> dict[str, Any]:
+        usable = _usable(key, value, valid)
+        kept = tile.zero_unusable(key.astype(jnp.float32), usable)
+        ones = jnp.where(usable, jnp.ones_like(kept), jnp.zeros_like(kept))
+        return {
+            "total": total + jnp.sum(kept, axis=0, keepdims=True),
+            "count": count + jnp.sum(ones, axis=0, keepdims=True),
+        }
+
+    d = kernel.head_dim
+    return trace(added, {**_slab_shapes(kernel, rows), "total": _row(d), "count": _row(d)}).needed()
+
+
+def usable_kappa(kernel: Kernel) -> Trace:
+    """κ of a block from the sum and the number of its usable keys; 0 where the sum is infinite."""
+
+    def mean(total: Array, count: Array) -> dict[str, Any]:
+        kappa = tile.mean_key(total, count, jnp.dtype(jnp.float32))
+        fits = jnp.abs(kappa) <= float(jnp.finfo(kernel.dtype).max) / 4
+        return {"kappa": jnp.where(fits, kappa, 0.0).astype(kernel.dtype)}
+
+    return trace(mean, {"total": _row(kernel.head_dim), "count": _row(kernel.head_dim)}).needed()
+
+
+def usable_keys(kernel: Kernel, rows: int) -> Trace:
+    """K' of a slab, NaN where a key is not usable; the largest magnitudes so far, by column."""
+    narrow = kernel.dtype == "float16"
+
+    def shifted(
+        key: Array, value: Array, valid: Array, kappa: Array, keyTop: Array, valueTop: Array
+    ) -> dict[str, Any]:
+        usable = _usable(key, value, valid)
+        made = tile.key_tile(key, value, usable, kernel.numerics, kappa=kappa)
+        plain = tile.zero_unusable(key, usable).astype(jnp.float32)
+        size = jnp.abs(plain - kappa.astype(jnp.float32))
+        if not narrow:  # products with the keys themselves may leave float32
+            size = jnp.maximum(size, jnp.abs(plain))
+        size = tile.zero_unusable(size, usable)
+        values = jnp.abs(made.v.astype(jnp.float32))
+        return {
+            "shifted": made.k,
+            "keyTop": jnp.maximum(keyTop, jnp.max(size, axis=0, keepdims=True)),
+            "valueTop": jnp.maximum(valueTop, jnp.max(values, axis=0, keepdims=True)),
+        }
+
+    d, e = kernel.head_dim, kernel.value_head_dim
+    shapes = {
+        **_slab_shapes(kernel, rows),
+        "kappa": jax.ShapeDtypeStruct((1, d), jnp.dtype(kernel.dtype)),
+        "keyTop": _row(d),
+        "valueTop": _row(e),
+    }
+    return trace(shifted, shapes).needed()
+
+
+# Values up to 2^94 can be summed over 2^31 of them in float32.
+_SUMMABLE = 2.0**94
+
+
+def bounds_of_head(kernel: Kernel) -> Trace:
+    """The largest magnitude of a head's keys, and the factor that keeps sums of its values in
+    range, each as one number.
+    """
+
+    def bounds(keyTop: Array, valueTop: Array) -> dict[str, Any]:
+        top = jnp.max(valueTop, axis=1, keepdims=True)
+        gain = 1 / tile.power_above(top * (1 / _SUMMABLE))
+        return {"keyBound": jnp.max(keyTop, axis=1, keepdims=True), "valueGain": gain}
+
+    shapes = {"keyTop": _row(kernel.head_dim), "valueTop": _row(kernel.value_head_dim)}
+    return trace(bounds, shapes).needed()
+
+
+def guarded_queries(kernel: Kernel, rows: int) -> Trace:
+    """Query rows as they are multiplied, divided by their guard, and the guard [R, 1]."""
+    stored = kernel.precision.scores
+
+    def guarded(query: Array, scale: Array, keyBound: Array) -> dict[str, Any]:
+        rows = query.astype(jnp.float32) * scale
+        size = jnp.abs(rows)
+        largest = float(jnp.finfo(jnp.float32).max)
+        top = jnp.max(jnp.where(size <= largest, size, 0.0), axis=1, keepdims=True)
+        scaled, guard = tile.guard_by_size(rows, top, keyBound, kernel.dtype, stored)
+        return {"scaled": scaled, "guard": guard}
+
+    query = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.dtype(kernel.dtype))
+    return trace(guarded, {"query": query, "scale": _FLOAT, "keyBound": _FLOAT}).needed()
+
+
+def usable_values(kernel: Kernel, rows: int) -> Trace:
+    """The values of a slab, 0 where a key is not usable, times the head's gain."""
+
+    def kept(key: Array, value: Array, valid: Array, gain: Array) -> dict[str, Any]:
+        usable = _usable(key, value, valid)
+        made = tile.zero_unusable(value, usable).astype(jnp.float32) * gain
+        return {"values": made.astype(value.dtype)}
+
+    return trace(kept, {**_slab_shapes(kernel, rows), "gain": _FLOAT}).needed()
+
+
 # The loop's body.
 
 
@@ -172,6 +304,8 @@ def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
         shapes["bias"] = jax.ShapeDtypeStruct((rows, n), dtype)
     if masked:
         shapes |= _shown_shapes(kernel, rows)
+    if kernel.careful:
+        shapes["guard"] = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
 
     def fold(
         m: Array, l: Array, o: Array, f: Array, start: Array, queries: Array, keys: Array,  # noqa: E741
@@ -226,11 +360,14 @@ def merge(kernel: Kernel, rows: int) -> Trace:
     """The state over the keys of two settled ones; the other's names have a 2."""
     one = _state_shapes(kernel, rows, settled=True)
     shapes = {n: one[n] for n in _SETTLED} | {f"{n}2": one[n] for n in _SETTLED}
+    if kernel.careful:
+        shapes["guard"] = one["m"]
 
     def merged(**x: Array) -> dict[str, Any]:
         zero = jnp.zeros_like(x["m"])
         a, b = (tile.State(x[f"m{n}"], x[f"l{n}"], x[f"o{n}"], zero) for n in ("", "2"))
-        state = tile.merge(a, b, kernel.numerics)
+        walk = kernel.walk(rows, 0, 0, query=x["o"], **{n: x[n] for n in x if n == "guard"})
+        state = tile.merge(a, b, kernel.numerics, walk.query(0).guard)
         return {name: getattr(state, name) for name in _SETTLED}
 
     return trace(merged, shapes).needed()
@@ -240,13 +377,51 @@ def close(kernel: Kernel, rows: int) -> Trace:
     """The output and the log-sum-exp of a slab that has seen all its keys."""
 
     def closed(m: Array, l: Array, o: Array, f: Array, **parts: Array) -> dict[str, Any]:  # noqa: E741
-        walk = kernel.walk(rows, 0, 0, **parts)
-        plain = tile.QueryTile(o, jnp.ones((1, 1)), None)
-        done = walk.close(0, plain, tile.State(m, l, o, f))
+        walk = kernel.walk(rows, 0, 0, query=o, **parts)
+        done = walk.close(0, walk.query(0), tile.State(m, l, o, f))
         out, _ = walk.rounded(done.out, jnp.dtype(kernel.dtype))
         return {"out": out, "lse": done.lse if kernel.return_lse else None}
 
     shapes = _state_shapes(kernel, rows, settled=kernel.decode)
+    if kernel.careful:
+        shapes |= {"guard": jax.ShapeDtypeStruct((rows, 1), jnp.float32), "valueGain": _FLOAT}
     if kernel.sinks:
         shapes["sinks"] = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
     return trace(closed, shapes).needed()
+
+
+def damage(kernel: Kernel, rows: int) -> Trace:
+    """What is wrong with a slab whose keys have been seen, added to ``total`` and ``core`` [1, 1]:
+    0, or NaN where o or l are not finite, or where a row has no weights although it sees a key by
+    its position.
+    """
+
+    def added(
+        l: Array, o: Array, total: Array, core: Array, first: Array, queries: Array, keys: Array,  # noqa: E741
+        valid: Array,
+    ) -> dict[str, Any]:  # fmt: skip
+        l = l.astype(jnp.float32)  # noqa: E741
+        empty = 0 / l
+        if _may_see_nothing(kernel):
+            row = lax.broadcasted_iota(jnp.int32, l.shape, 0)
+            place = jnp.zeros_like(row) if kernel.decode else first + row
+            lo, hi = kernel.mask(queries, keys).key_interval(place)
+            empty = jnp.where((row < valid) & (lo < hi), empty, l * 0)
+        sums = jnp.sum(o.astype(jnp.float32), axis=0, keepdims=True)
+        found = jnp.sum(sums, axis=1, keepdims=True) * 0 + jnp.sum(empty, axis=0, keepdims=True)
+        return {"total": total + found, "core": core + found}
+
+    state = _state_shapes(kernel, rows, settled=kernel.decode)
+    shapes = {
+        "l": state["l"],
+        "o": state["o"],
+        **{n: _row(1) for n in ("total", "core")},
+        **dict.fromkeys(("first", "queries", "keys", "valid"), _INT),
+    }
+    return trace(added, shapes).needed()
+
+
+def _may_see_nothing(kernel: Kernel) -> bool:
+    """Whether a row of a call with keys may see none of them by its position."""
+    shifted = kernel.is_causal and kernel.causal_alignment == "bottom_right"
+    return kernel.lengths or kernel.window is not None or shifted or kernel.decode

@@ -5,7 +5,7 @@ the states over parts of the keys.
 from __future__ import annotations
 
 from npu_bridge import stages
-from npu_bridge.cores.context import Context, query_row
+from npu_bridge.cores.context import Context, Core, query_row
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import cleared, computed, copy, slab, spread_units, zero_bits
 from npu_bridge.cores.vector_memory import VectorMemory
@@ -21,8 +21,15 @@ _SETTLED = ("m", "l", "o")
 
 def begin(c: Context, memory: VectorMemory) -> Function:
     """The row statistics before any key."""
-    f = VectorFunction(memory.ub, "Begin", ("side",))
+    careful = ("entry", "head", "tile") if memory.guard else ()
+    f = VectorFunction(memory.ub, "Begin", ("side", *careful))
     body: list[Node] = [Barrier("V")]
+    if memory.guard:
+        row = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {c.block_q} + firstRow"
+        load = copy(memory.guard.slot("side"), c.globals["guard"].at(row), c.half)
+        flags = [("V", "MTE2", PADDING), ("MTE3", "MTE2", 1), ("MTE2", "V", SINGLE)]
+        first, second, after = ([SetFlag(*x), WaitFlag(*x)] for x in flags)
+        body += [*first, *second, load, *after]
     for name in ("m", "l", "f"):
         b = memory.state[name]
         lowest = name == "m"
@@ -69,6 +76,14 @@ def close(c: Context, memory: VectorMemory) -> Function:
     loads: list[Node] = []
     if c.kernel.sinks:
         state["sinks"], loads = _sinks(c, memory)
+    lets: list[Node] = []
+    if memory.guard:
+        at = memory.guard.at(0 if decode else f"side * {c.half} + row", r)
+        state |= {"guard": Vector(at, r, 1), "valueGain": Scalar("gain")}
+        of_head = "entry * kvHeads + Div(head, groups)"
+        lets.append(Let("gain", f"valueGain.GetValue({of_head})", "float"))
+    if c.kernel.sinks and not decode:
+        lets.append(Let("sink", "sinks.GetValue(head)", "float"))
     out, row = memory.closing["out"], query_row("first")
     outputs = {traced.outputs["out"]: Output(out.at())}
     to = c.globals["output"].at(f"({row}) * {c.e}")
@@ -80,17 +95,22 @@ def close(c: Context, memory: VectorMemory) -> Function:
         lse, column = memory.closing["lse"], memory.closing["column"]
         compute += [Barrier("V"), Brcb(lse.at(), column.at(), r)]
         stores.append(RowsOut(c.globals["lse"].at(row), lse.at(), "valid", 1, "rowStride - 1"))
-    last: list[Node] = [If("valid > 0", stores)]
-    of_head = c.kernel.sinks and not decode
+    stored = "valid > 0"
+    if c.kernel.careful:  # what was right stays as it was
+        tile, half = (
+            ("0", "0") if decode else (f"Div(start, {c.block_q})", f"Div(firstRow, {c.half})")
+        )
+        place = c.damage_at(tile, half)
+        stored = f"({stored}) & (damage.GetValue({place}) != 0.0f)"
+    last: list[Node] = [If(stored, stores)]
     body: list[Node] = [
-        *([Let("sink", "sinks.GetValue(head)", "float")] if of_head else []),
         Let("first", "start" if decode else "start + firstRow + row"),
         Let("valid", f"Max(0, Min({r}, queryLength - first))"),
         *(slab(SINGLE, loads, compute, last) if loads else computed(compute, last)),
     ]
     if not decode:  # decoding: one slab, which `Merge` has made
         body = [For("row", 0, c.half, body, r)]
-    return f.done("O/l, rounded to the output's type (eq. 14).", body)
+    return f.done("O/l, rounded to the output's type (eq. 14).", [*lets, *body])
 
 
 def _sinks(c: Context, memory: VectorMemory) -> tuple[Value, list[Node]]:
@@ -102,6 +122,62 @@ def _sinks(c: Context, memory: VectorMemory) -> tuple[Value, list[Node]]:
     load = RowsIn(to.at(), source.at("head * queryLength + first"), 1, "valid", 0, CLOSING)
     zeros = If(f"valid < {CLOSING}", cleared(zero_bits(to.at(), CLOSING)))
     return Vector(to.at(), CLOSING, 1), [zeros, If("valid > 0", [load])]
+
+
+def undamaged(memory: VectorMemory) -> list[Node]:
+    """Before the first item: no damage has been seen."""
+    if not memory.damage:
+        return []
+    return [Duplicate(memory.damage["core"].at(), Scalar(0), 8), Barrier("V")]
+
+
+def look(c: Context, memory: VectorMemory) -> Function:
+    """Whether the rows of an item, or of a slab where states were merged, have a right result."""
+    decode = c.kernel.decode
+    f = VectorFunction(memory.ub, "Look", ("entry", "start", "side"), ramp=memory.ramp)
+    rows = CLOSING if decode else c.half
+    traced = stages.damage(c.kernel, rows)
+    places = memory.merging if decode else memory.state
+    totals = {n: memory.damage[n] for n in ("total", "core")}
+    values = {
+        "l": Vector(places["l"].at(0 if decode else f"side * {c.half}", rows), rows, 1),
+        "o": Vector(places["o"].at(0, rows * c.e), rows, c.e),
+        **{n: Vector(b.at(0, 1), 1, 1) for n, b in totals.items()},
+        **{n: Scalar(n) for n in ("first", "queries", "keys", "valid")},
+    }
+    outputs = {traced.outputs[n]: Output(b.at(0, 1), b) for n, b in totals.items()}
+    compute = f.lowered(traced.equations, inputs_of(traced.inputs, values), outputs)
+    body: list[Node] = [
+        Let("first", "start" if decode else "start + firstRow"),
+        Let("valid", f"Max(0, Min({rows}, queryLength - first))"),
+        c.keys_of("entry"),
+        *compute,
+    ]
+    return f.done("Adds NaN to the damage where a row's result cannot be right.", body)
+
+
+def report(c: Context, memory: VectorMemory) -> Function:
+    """Writes the damage of a query tile for all cores to read."""
+    f = VectorFunction(memory.ub, "Report", ("entry", "head", "tile", "half"))
+    to = c.globals["damage"].at(c.damage_at("tile", "half"))
+    total = memory.damage["total"]
+    body = computed([Barrier("V")], [RowsOut(to, total.at(0, 1), 1, 1, 0)])
+    body += [SetFlag("MTE3", "V", PADDING), WaitFlag("MTE3", "V", PADDING)]
+    return f.done("0, or NaN where rows must be computed again.", body)
+
+
+def no_damage(memory: VectorMemory) -> list[Node]:
+    """Before a query tile."""
+    total = memory.damage["total"]
+    return [Duplicate(total.at(), Scalar(0), total.count)]
+
+
+def tell(c: Context, memory: VectorMemory) -> list[Node]:
+    """After the last item: whether any of this core's was damaged."""
+    if not memory.damage:
+        return []
+    to = c.globals["coreDamage"].at("vectorCore")
+    return computed([Barrier("V")], [RowsOut(to, memory.damage["core"].at(0, 1), 1, 1, 0)])
 
 
 def store_state(c: Context, memory: VectorMemory) -> Function:
@@ -132,11 +208,13 @@ def _part_copies(
     return copies
 
 
-def merge(c: Context, memory: VectorMemory, close: Function) -> Function:
+def merge(c: Context, memory: VectorMemory, core: Core, close: Function) -> Function:
     """Decoding: the states of all parts of the keys in one, and the output from it."""
     traced = stages.merge(c.kernel, CLOSING)
     f = VectorFunction(memory.ub, "Merge")
     other = {f"{n}2": x for n, x in _settled(c, memory, "2").items()}
+    if memory.guard:
+        other["guard"] = Vector(memory.guard.at(0, CLOSING), CLOSING, 1)
     inputs = inputs_of(traced.inputs, _settled(c, memory, "") | other)
     outputs = {}
     for name in _SETTLED:
@@ -144,20 +222,30 @@ def merge(c: Context, memory: VectorMemory, close: Function) -> Function:
         outputs[traced.outputs[name]] = Output(old.at(), old)
     compute = f.lowered(traced.equations, inputs, outputs)
     first = _part_copies(c, memory, f"int64_t(unit) * {c.block_q} + row", "", load=True)
+    if memory.guard:
+        at = c.globals["guard"].at(f"int64_t(unit) * {c.block_q} + row")
+        first.append(copy(memory.guard.at(0, CLOSING), at, CLOSING))
     unit = "int64_t(part) * batch * heads + unit"
     more = _part_copies(c, memory, f"({unit}) * {c.block_q} + row", "2", load=True)
     rows: list[Node] = [
         *slab(SINGLE, first, [], []),
         For("part", 1, "parts", slab(SINGLE, more, compute, [])),
         Call(close, ("entry", "head", "row", 0)),
-        # The next slab is loaded where this one was computed.
+    ]
+    if memory.damage:
+        rows.append(Call(core.add(look(c, memory)), ("entry", "row", 0)))
+    rows += [  # the next slab is loaded where this one was computed
         SetFlag("V", "MTE2", PADDING),
         WaitFlag("V", "MTE2", PADDING),
     ]
+    work: list[Node] = [For("row", 0, "queryLength", rows, CLOSING)]
+    if memory.damage:
+        tell = Call(core.add(report(c, memory)), ("entry", "head", "0", "0"))
+        work = [*no_damage(memory), *work, tell]
     body: list[Node] = [
         Let("head", "Mod(unit, heads)"),
         Let("entry", "Div(unit, heads)"),
-        For("row", 0, "queryLength", rows, CLOSING),
+        *work,
     ]
     comment = "The states of all parts of the keys in one (eq. 13)."
     return f.done(comment, spread_units("batch * heads", body))

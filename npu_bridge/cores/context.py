@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 
 from npu_bridge import cut, interface, numbers, stages
 from npu_bridge.dtypes import C_TYPES
+from npu_bridge.expressions import Expr
 from npu_bridge.ir import (
+    Advance,
     Barrier,
     Buffer,
     Comment,
     For,
     Function,
     InitSocState,
+    Invalidate,
     Let,
     Node,
     SyncAll,
@@ -68,13 +71,22 @@ class Context:
     workspace: list[numbers.Array]
 
     @staticmethod
-    def of(kernel: Kernel, slabs: Slabs) -> Context:
+    def of(kernel: Kernel, slabs: Slabs, names: dict[str, str] | None = None) -> Context:
+        """The context of a kernel.
+
+        Arguments:
+          names: how arrays of the workspace are called, where that is not by their own name.
+        """
         full = cut.step(kernel, slabs.rows, masked=False)
         half = kernel.schedule.block_q // VECTOR_CORES
         arrays = numbers.workspace(kernel, full.products)
         arguments = {name: (dtype, "") for name, dtype in interface.arguments(kernel).items()}
         types = arguments | {a.name: (a.dtype, a.note) for a in arrays}
-        places = {n: Buffer(n, "GM", dtype, 0, note=note) for n, (dtype, note) in types.items()}
+        called = names or {}
+        places = {
+            n: Buffer(called.get(n, n), "GM", dtype, 0, note=note)
+            for n, (dtype, note) in types.items()
+        }
         return Context(
             kernel,
             slabs,
@@ -149,6 +161,10 @@ class Context:
             Let("start", "0" if self.kernel.decode else f"tile * {self.block_q}"),
         ]
 
+    def damage_at(self, tile: str, core: Expr) -> str:
+        """Where in `damage` a vector core of the block says how its rows of a query tile are."""
+        return f"((entry * heads + head) * queryTiles + {tile}) * {VECTOR_CORES} + {core}"
+
     def items(self, body: list[Node]) -> list[Node]:
         """The loop over this core's items, and what each is."""
         bounds, names = stages.key_range(self.kernel)
@@ -184,9 +200,21 @@ def query_row(row: str) -> str:
     return f"int64_t(entry) * queryLength * heads + ({row}) * rowStride + head * headStride"
 
 
-def whole(body: list[Node]) -> list[Node]:
+def whole(c: Context, body: list[Node]) -> list[Node]:
     """A core's program: what stands first and last in every kernel around ``body``."""
-    return [InitSocState(), *body, Barrier("ALL")]
+    first = [] if c.kernel.careful else [InitSocState()]
+    return [*first, *body, Barrier("ALL")]
+
+
+def look_for_damage() -> list[Node]:
+    """After all items: counts the cores that have seen damage."""
+    count = Advance("damagedCores", "Pick(coreDamage.GetValue(i) != 0.0f, 1, 0)")
+    return [
+        Barrier("ALL"),
+        SyncAll(),
+        Invalidate("coreDamage", "float"),
+        For("i", 0, f"cores * {VECTOR_CORES}", [count]),
+    ]
 
 
 def prologue(work: list[Node]) -> list[Node]:

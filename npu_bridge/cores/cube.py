@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores.context import Context, Core, prologue, slot_of, whole
+from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, slot_of, whole
 from npu_bridge.cores.products import CubeMemory, Products, matrix_in, when
 from npu_bridge.expressions import Expr
 from npu_bridge.ir import (
@@ -42,10 +42,13 @@ def cube_core(c: Context) -> Core:
     products = Products(c, memory)
     # A reference is taken off the scores of its own tile, so those are one tile ahead only.
     ahead = 1 if c.refers else AHEAD
-    core = Core("AIC", memory.memories, _COUNTERS + _earlier(ahead))
+    counters = (*_COUNTERS, *_earlier(ahead), *(["damagedCores"] if c.kernel.repaired else []))
+    core = Core("AIC", memory.memories, counters)
     before: list[Node] = []
     if c.kernel.shift == "paper":
         before = [SyncAll(), Call(core.add(_shift_keys(products)), ())]
+    if c.kernel.careful:
+        before = [SyncAll()]
     step = core.add(_step(products, core, ahead))
     both, l1_ids, products_ids = range(2), range(6), range(memory.flags)
     last: list[Node] = [
@@ -58,15 +61,16 @@ def cube_core(c: Context) -> Core:
         *[SetFlag("FIX", "M", i) for i in products_ids],
         *prologue(before),
         *_load_ones(products),
-        *c.items(_item(products, step, ahead)),
+        *c.items(_item(products, step, ahead, last)),
         *last,
         If("itemTurn > 0", [SetFlag("MTE1", "MTE2", "4 + Mod(itemTurn - 1, 2)")]),
         *([SyncAll()] if c.kernel.decode else []),  # the vector cores merge what they have
         *[WaitFlag("MTE1", "MTE2", i) for i in l1_ids],
         *[WaitFlag("M", "MTE1", i) for i in both],
         *[WaitFlag("FIX", "M", i) for i in products_ids],
+        *(look_for_damage() if c.kernel.repaired else []),
     ]
-    core.body = whole(body)
+    core.body = whole(c, body)
     return core
 
 
@@ -83,8 +87,13 @@ def _load_ones(products: Products) -> list[Node]:
     return [matrix_in(l1["ones"].at(), c.globals["ones"].at(0), SUB, LEAST, str(LEAST))]
 
 
-def _item(products: Products, step: Function, ahead: int) -> list[Node]:
-    """One item: loads its query tile, then goes through the key tiles."""
+def _item(products: Products, step: Function, ahead: int, last: list[Node]) -> list[Node]:
+    """One item: loads its query tile, then goes through the key tiles.
+
+    Arguments:
+      last: P·V of all tiles whose scores are made: the vector cores want it before an item that
+        sees no keys.
+    """
     c = products.c
     at = f"(int64_t(core) * {QUERIES} + querySlot) * {SUB * c.d}"
     to = products.memory.l1["query"].slot("querySlot")
@@ -99,6 +108,7 @@ def _item(products: Products, step: Function, ahead: int) -> list[Node]:
         CrossSet("MTE2", FLAGS["QUERY_TAKEN"], "QUERY_TAKEN"),
         SetFlag("MTE2", "MTE1", "4 + querySlot"),
         WaitFlag("MTE2", "MTE1", "4 + querySlot"),
+        If("tiles == 0", last),
         For("t", 0, "tiles", [Call(step, (*tile, opens, 1, weighing))]),
         # A reference may still be taken off this item's scores, but not off the one's before.
         If("itemTurn > 0", [SetFlag("MTE1", "MTE2", "5 - querySlot")]),

@@ -34,7 +34,7 @@ class VectorFunction:
 
     Arguments:
       alone: whether the function runs before all that stays in UB is used, so that its values may
-        lie anywhere.
+        lie anywhere behind the ramp.
       ramp: the numbers 0, 1, 2, … in UB, if the function may use them.
     """
 
@@ -51,7 +51,8 @@ class VectorFunction:
         self._ramp = ramp
         self._buffers: list[Buffer] = []
         self._ub = ub
-        self._base = 0 if alone else ub.staying
+        first = 0 if ramp is None else (ramp.address or 0) + ramp.bytes
+        self._base = first if alone else ub.staying
         self._end = ub.capacity // BLOCK * BLOCK  # where the temporaries begin
         self._uses = dict.fromkeys((*parameters, *_NUMBERS), 1)  # of each name
 

@@ -28,8 +28,8 @@ _ONE = {"half": 0x3C00, "bfloat16_t": 0x3F80}  # the bits of 1
 
 def query(c: Context, memory: VectorMemory) -> Function:
     """The query rows of an item as they are multiplied; zeros beyond T."""
-    rows = CLOSING
-    traced = stages.queries(c.kernel, rows)
+    rows, careful = CLOSING, c.kernel.careful
+    traced = (stages.guarded_queries if careful else stages.queries)(c.kernel, rows)
     f = VectorFunction(memory.ub, "PrepareQuery", ("item", "slot"))
     source, to = memory.query["in"], memory.query["out"]
     at = f"({query_row('first')}) * {c.d}"
@@ -41,16 +41,27 @@ def query(c: Context, memory: VectorMemory) -> Function:
         compute: list[Node] = [Barrier("V"), copy(to.at(), source.at(), rows * c.d)]
     else:
         values = {"query": Vector(source.at(), rows, c.d), "scale": Scalar("scale")}
-        inputs = inputs_of(traced.inputs, values)
-        compute = f.lowered(traced.equations, inputs, {output: Output(to.at())})
+        outputs = {output: Output(to.at())}
+        if careful:
+            values["keyBound"] = Scalar("bound")
+            outputs[traced.outputs["guard"]] = Output(memory.query["guard"].at())
+        compute = f.lowered(traced.equations, inputs_of(traced.inputs, values), outputs)
     place = f"(int64_t(core) * {QUERIES} + slot) * {c.block_q} + firstRow + row"
     scaled = c.globals["scaledQuery"].at(f"({place}) * {c.d}")
+    stores: list[Node] = [copy(scaled, to.at(), rows * c.d)]
+    lets = c.item()
+    if careful:
+        row = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {c.block_q}"
+        to_guard = c.globals["guard"].at(f"{row} + firstRow + row")
+        stores.append(copy(to_guard, memory.query["guard"].at(), rows))
+        of_head = "entry * kvHeads + Div(head, groups)"
+        lets.append(Let("bound", f"keyBound.GetValue({of_head})", "float"))
     slabs: list[Node] = [
         Let("first", "start + firstRow + row"),
         Let("valid", f"Max(0, Min({rows}, queryLength - first))"),
-        *slab(SINGLE, loads, compute, [copy(scaled, to.at(), rows * c.d)]),
+        *slab(SINGLE, loads, compute, stores),
     ]
-    body: list[Node] = [*c.item(), For("row", 0, c.half, slabs, rows)]
+    body: list[Node] = [*lets, For("row", 0, c.half, slabs, rows)]
     comment = "Query rows, scaled and rounded as they are multiplied (eq. 12); zeros beyond T."
     return f.done(comment, body)
 

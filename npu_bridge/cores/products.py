@@ -111,6 +111,11 @@ class Products:
         """Loads rows of "key" or "value" of block j as they are given, from row ``offset`` on."""
         c = self.c
         size = c.d if name == "key" else c.e
+        if c.kernel.careful:  # the copies hold whole blocks
+            assert name == "value"
+            block = "(int64_t(entry) * kvHeads + kvHead) * keyBlocks + j"
+            at = f"(({block}) * {c.n} + {offset}) * {size} + {column}"
+            return [matrix_in(to, c.globals["valueCopy"].at(at), rows, width, str(size))]
         row = f"j * {c.n} + {offset}"
         at = f"((int64_t(entry) * keyLength + {row}) * kvHeads + kvHead) * {size} + {column}"
         tail = f"((int64_t(entry) * kvHeads + kvHead) * {c.n} + {offset}) * {size} + {column}"

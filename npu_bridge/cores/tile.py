@@ -165,6 +165,9 @@ class Tile:
             return Vector(self._carried(name), r, 1)
         if name in m.state:
             return Vector(self._column(name), r, 1)
+        if name == "guard":
+            assert m.guard is not None
+            return Vector(m.guard.at(f"side * {c.half} + row", r), r, 1)
         if name == "start":  # all rows of a decoding tile are one position
             return Scalar(0 if c.kernel.decode else "first")
         return Scalar(name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores import close, prepare
-from npu_bridge.cores.context import Context, Core, prologue, whole
+from npu_bridge.cores import careful, close, prepare
+from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, whole
 from npu_bridge.cores.slabs import copy
 from npu_bridge.cores.tile import ARGUMENTS, Tile
 from npu_bridge.cores.vector_memory import VectorMemory
@@ -17,6 +17,7 @@ from npu_bridge.ir import (
     For,
     Function,
     If,
+    Invalidate,
     Let,
     Node,
     SetFlag,
@@ -40,9 +41,14 @@ _COUNTERS = ("softmaxTurn", "updateTurn", "tileTurn", "itemTurn", "offsetTurn")
 def vector_core(c: Context) -> Core:
     """Prepares, then goes through this core's items; decoding: merges their states at the end."""
     memory = VectorMemory.of(c)
-    counters = (*_COUNTERS, *(f"{name}{i}" for i in range(1, LAG + 1) for name in _HELD))
-    core = Core("AIV", {"UB": memory.ub}, counters)
-    before = _prepare(c, core, memory)
+    counters = [*_COUNTERS, *(f"{name}{i}" for i in range(1, LAG + 1) for name in _HELD)]
+    counters += ["damagedCores"] if c.kernel.repaired else []
+    core = Core("AIV", {"UB": memory.ub}, tuple(counters))
+    ramp: list[Node] = [Call(core.add(prepare.ramp(memory.ub, memory.ramp)), ())]
+    if c.kernel.careful:
+        before, ramp = [*ramp, *_prepare_carefully(c, core, memory)], []
+    else:
+        before = _prepare(c, core, memory)
     loop = _Loop(c, core, memory).nodes()
     ids = [SOFTMAX, SOFTMAX + 1, UPDATE, UPDATE + 1, SINGLE]
     body: list[Node] = [
@@ -50,14 +56,16 @@ def vector_core(c: Context) -> Core:
         *[SetFlag("MTE3", "V", i) for i in ids],
         SetFlag("MTE3", "MTE2", 0),
         *prologue(before),
-        Call(core.add(prepare.ramp(memory.ub, memory.ramp)), ()),
+        *ramp,
         *_load_weights(c, memory),
+        *close.undamaged(memory),
         *loop,
         *[WaitFlag("V", "MTE2", i) for i in ids],
         *[WaitFlag("MTE3", "V", i) for i in ids],
         WaitFlag("MTE3", "MTE2", 0),
+        *(look_for_damage() if c.kernel.repaired else []),
     ]
-    core.body = whole(body)
+    core.body = whole(c, body)
     return core
 
 
@@ -74,6 +82,21 @@ def _prepare(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
     calls += [Barrier("ALL"), Call(core.add(tails), ())]
     if c.kernel.shift == "paper":  # the cube core computes K' from the tails
         calls += [Barrier("ALL"), SyncAll()]
+    return calls
+
+
+def _prepare_carefully(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
+    """The same for the careful kernel."""
+    ub, ramp = memory.ub, memory.ramp
+    calls: list[Node] = [
+        Call(core.add(careful.keys(c, ub, ramp)), ()),
+        Barrier("ALL"),
+        SyncAll(),
+        Invalidate("keyBound", "float"),
+        Call(core.add(careful.values(c, ub, ramp)), ()),
+    ]
+    if "ones" in c.full.products:  # each has all of UB behind the ramp
+        calls += [Barrier("ALL"), Call(core.add(prepare.ones(c, ub)), ())]
     return calls
 
 
@@ -99,6 +122,9 @@ class _Loop:
         self.end = core.add(close.close(c, memory))
         self.store = core.add(close.store_state(c, memory)) if c.kernel.decode else None
         self.memory = memory
+        looks = c.kernel.repaired and not c.kernel.decode
+        self.look = core.add(close.look(c, memory)) if looks else None
+        self.report = core.add(close.report(c, memory)) if looks else None
         self.absorb = core.add(self._absorb(accumulate))
         turn = [Call(self.absorb, ()), *self._kept({"some": "0"})]
         comment = "The output of all tiles so far."
@@ -109,7 +135,7 @@ class _Loop:
         """All items of the core."""
         merge: list[Node] = []
         if self.c.kernel.decode:
-            merged = self.core.add(close.merge(self.c, self.memory, self.end))
+            merged = self.core.add(close.merge(self.c, self.memory, self.core, self.end))
             merge = [Barrier("ALL"), SyncAll(), Call(merged, ())]
         taken = CrossWait("MTE2", FLAGS["QUERY_TAKEN"], "QUERY_TAKEN")
         return [
@@ -118,6 +144,7 @@ class _Loop:
             Call(self.flush, ()),
             If("itemTurn > 0", [taken]),
             *merge,
+            *close.tell(self.c, self.memory),
         ]
 
     def _item(self, taken: Node) -> list[Node]:
@@ -125,7 +152,7 @@ class _Loop:
         ahead = self._prepared("item + cores", f"Mod(itemTurn + 1, {QUERIES})")
         end = self._end("item", "entry", "head", "start", "side")
         empty: list[Node] = [
-            Call(self.flush, ()), Call(self.begin, ("side",)), Call(self.clear, ()), end
+            Call(self.flush, ()), self._begun(), Call(self.clear, ()), *end
         ]  # fmt: skip
         return [
             Let("side", f"Mod(itemTurn, {ITEMS})"),
@@ -194,7 +221,7 @@ class _Loop:
             ]
         return [
             CrossWait("MTE2", FLAGS["SCORES_READY"], "SCORES_READY"),
-            If("t == 0", [Call(self.begin, ("side",))]),
+            If("t == 0", [self._begun()]),
             *offsets,
             *refer,
             softmax,
@@ -220,13 +247,25 @@ class _Loop:
             CrossWait("MTE2", FLAGS["UPDATE_READY"], "UPDATE_READY"),
             If(held["first"], [Call(self.clear, ())]),
             Call(accumulate, (held["turn"], held["side"])),
-            If(held["last"], [end]),
+            If(held["last"], end),
         ]
         comment = "Adds P·V of an earlier tile, if there is one; after its item's last, the output."
         return Function("Absorb", (), [If(held["some"], body)], comment)
 
-    def _end(self, item: str, entry: str, head: str, start: str, side: str) -> Call:
+    def _begun(self) -> Call:
+        """The beginning of an item."""
+        return Call(self.begin, self.begin.parameters)
+
+    def _end(self, item: str, entry: str, head: str, start: str, side: str) -> list[Node]:
         """The end of an item."""
         if self.store is not None:
-            return Call(self.store, (item, side))
-        return Call(self.end, (entry, head, start, side))
+            return [Call(self.store, (item, side))]
+        nodes: list[Node] = [Call(self.end, (entry, head, start, side))]
+        if self.look is not None and self.report is not None:
+            tile, half = f"Div({start}, {self.c.block_q})", f"Div(firstRow, {self.c.half})"
+            nodes += [
+                *close.no_damage(self.memory),
+                Call(self.look, (entry, start, side)),
+                Call(self.report, (entry, head, tile, half)),
+            ]
+        return nodes

@@ -28,6 +28,8 @@ class VectorMemory:
       minus: shift "reference": −r in two halves.
       closing: rows of the output, and of the log-sum-exp.
       merging: decoding: two settled states.
+      damage: "total": of a query tile, "core": of all of the core's; 0 or NaN.
+      guard: a careful kernel's: of each row of several items.
     """
 
     ub: Memory
@@ -40,24 +42,36 @@ class VectorMemory:
     minus: Buffer | None
     closing: dict[str, Buffer]
     merging: dict[str, Buffer]
+    damage: dict[str, Buffer]
+    guard: Buffer | None
 
     @staticmethod
     def of(c: Context) -> VectorMemory:
         ub = Memory.of(c.kernel.schedule.target, "UB")
+        ramp = ub.stay("ramp", "float", c.n, note="0, 1, 2, …")
         query = {
             "in": ub.stay("queryIn", c.dtype, CLOSING * c.d, note="query rows"),
             "out": ub.stay("queryOut", c.dtype, CLOSING * c.d, note="query rows, scaled"),
         }
+        if c.kernel.careful:
+            query["guard"] = ub.stay("guardOut", "float", CLOSING, note="their guards")
         state = _state(c, ub)
         kept = _kept(c, ub)
-        ramp = ub.stay("ramp", "float", c.n, note="0, 1, 2, …")
         weights = None
         if c.kernel.shift == "paper":
             share = "share of each column in the row mean"
             weights = ub.stay("shares", "float", c.n, 2, share)
         rings, minus = _rings(c, ub)
+        closing, merging = _closing(c, ub), _merging(c, ub)
+        damage = {}
+        if c.kernel.repaired:
+            note = "0, or NaN where a result is not right"
+            damage = {n: ub.stay(f"{n}DamageUB", "float", 8, note=note) for n in ("total", "core")}
+        guard = None
+        if c.kernel.careful:
+            guard = ub.stay("guards", "float", c.half, ITEMS, "guard of each row")
         return VectorMemory(
-            ub, query, state, kept, ramp, weights, rings, minus, _closing(c, ub), _merging(c, ub)
+            ub, query, state, kept, ramp, weights, rings, minus, closing, merging, damage, guard
         )
 
 

@@ -37,15 +37,12 @@ struct DataCopyPadExtParams {
 // From rows in GM to Nz in L1: columns of C0 = 32 bytes, each holding all rows. Strides of the
 // source in elements, of the destination in C0, between destination matrices in elements.
 struct Nd2NzParams {
-  Field<uint16_t> ndNum = 0, nValue = 0;
-  Field<uint32_t> dValue = 0;
-  Field<uint64_t> srcNdMatrixStride = 0, srcDValue = 0;
-  Field<uint16_t> dstNzC0Stride = 0, dstNzNStride = 0;
-  Field<uint32_t> dstNzMatrixStride = 0;
+  Field<uint16_t> ndNum = 0, nValue = 0, dValue = 0, srcNdMatrixStride = 0, srcDValue = 0;
+  Field<uint16_t> dstNzC0Stride = 0, dstNzNStride = 0, dstNzMatrixStride = 0;
   Nd2NzParams() = default;
-  Nd2NzParams(Field<uint16_t> matrices, Field<uint16_t> rows, Field<uint32_t> columns,
-              Field<uint64_t> src_matrix, Field<uint64_t> src_row, Field<uint16_t> dst_column,
-              Field<uint16_t> dst_row, Field<uint32_t> dst_matrix)
+  Nd2NzParams(Field<uint16_t> matrices, Field<uint16_t> rows, Field<uint16_t> columns,
+              Field<uint16_t> src_matrix, Field<uint16_t> src_row, Field<uint16_t> dst_column,
+              Field<uint16_t> dst_row, Field<uint16_t> dst_matrix)
       : ndNum(matrices),
         nValue(rows),
         dValue(columns),
@@ -86,8 +83,11 @@ void copy(const Dst& dst, const Src& src, const DataCopyParams& p, Where where) 
     call.operand("dst", to, {Place::UB}).operand("src", from, {Place::UB});
   else
     call.operand("dst", to, {Place::UB, Place::L1}).operand("src", from, {Place::GM}, sizeof(T));
-  call.field("blockCount", p.blockCount, 0, 4095).field("blockLen", p.blockLen);
-  call.field("srcGap", p.srcGap).field("dstGap", p.dstGap);
+  namespace limits = facts::DataCopyParams;
+  static_assert(facts::DataCopy<T>, "DataCopy has no such type on this chip");
+  call.field("blockCount", p.blockCount, limits::blockCount);
+  call.field("blockLen", p.blockLen, limits::blockLen);
+  call.field("srcGap", p.srcGap, limits::srcGap).field("dstGap", p.dstGap, limits::dstGap);
   uint64_t length = uint64_t(p.blockLen.given) * kBlock;
   copy_blocks(call, to, from, p.blockCount, length, length + p.dstGap.given * kBlock,
               length + p.srcGap.given * kBlock);
@@ -101,17 +101,20 @@ void copy(const Dst& dst, const Src& src, const Field<uint32_t>& count, Where wh
     return void(Call(PIPE_S, "DataCopy", where)
                     .complain("field", number(int64_t(length)) +
                                            " bytes are not a multiple of 32; use DataCopyPad"));
-  // The instruction counts blocks in 16 bits; the library splits a longer copy.
-  for (uint64_t done = 0; done < length; done += 65535 * kBlock) {
-    uint64_t blocks = std::min<uint64_t>((length - done) / kBlock, 65535);
-    copy(dst[done / sizeof(T)], src[done / sizeof(T)], DataCopyParams(1, blocks, 0, 0), where);
-  }
+  // The library counts blocks in 16 bits: a longer copy would be cut without a word.
+  copy(dst, src, DataCopyParams(1, length / kBlock, 0, 0), where);
 }
 
-inline void pad_fields(Call& call, const DataCopyExtParams& p, uint32_t size) {
-  call.field("blockCount", p.blockCount, 0, 4095).field("blockLen", p.blockLen, 0, 2097151);
-  call.field("srcStride", p.srcStride).field("dstStride", p.dstStride).field("rsv", p.rsv, 0, 0);
-  call.require(p.blockLen.given % size == 0, "field", "blockLen is no whole number of elements");
+template <class T>
+void pad_fields(Call& call, const DataCopyExtParams& p) {
+  namespace limits = facts::DataCopyExtParams;
+  static_assert(facts::DataCopyPad<T>, "DataCopyPad has no such type on this chip");
+  call.field("blockCount", p.blockCount, limits::blockCount);
+  call.field("blockLen", p.blockLen, limits::blockLen);
+  call.field("srcStride", p.srcStride, limits::srcStride);
+  call.field("dstStride", p.dstStride, limits::dstStride).field("rsv", p.rsv, limits::rsv);
+  call.require(p.blockLen.given % sizeof(T) == 0, "field",
+               "blockLen is no whole number of elements");
 }
 
 }  // namespace emulator
@@ -156,14 +159,15 @@ void DataCopy(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const Nd2Nz
   emulator::Call call(PIPE_MTE2, "DataCopy (Nd2Nz)", where);
   emulator::Span to = dst.span(), from = src.span();
   call.operand("dst", to, {emulator::Place::L1}).operand("src", from, {emulator::Place::GM}, size);
-  call.field("ndNum", p.ndNum, 0, 4095)
-      .field("nValue", p.nValue, 0, 16384)
-      .field("dValue", p.dValue, 0, 65535);
-  call.field("srcNdMatrixStride", p.srcNdMatrixStride, 0, 65535)
-      .field("srcDValue", p.srcDValue, 1, 65535);
-  call.field("dstNzC0Stride", p.dstNzC0Stride, 1, 16384)
-      .field("dstNzNStride", p.dstNzNStride, 1, 16384);
-  call.field("dstNzMatrixStride", p.dstNzMatrixStride, 0, 16384);
+  namespace limits = emulator::facts::Nd2NzParams;
+  static_assert(emulator::facts::Nd2Nz<T>, "Nd2Nz has no such type on this chip");
+  call.field("ndNum", p.ndNum, limits::ndNum).field("nValue", p.nValue, limits::nValue);
+  call.field("dValue", p.dValue, limits::dValue);
+  call.field("srcNdMatrixStride", p.srcNdMatrixStride, limits::srcNdMatrixStride);
+  call.field("srcDValue", p.srcDValue, limits::srcDValue);
+  call.field("dstNzC0Stride", p.dstNzC0Stride, limits::dstNzC0Stride);
+  call.field("dstNzNStride", p.dstNzNStride, limits::dstNzNStride);
+  call.field("dstNzMatrixStride", p.dstNzMatrixStride, limits::dstNzMatrixStride);
   if (!call.ok()) return call.run(nullptr);
   uint64_t rows = p.nValue, columns = p.dValue, strips = (columns + c0 - 1) / c0;
   uint64_t row_step = p.srcDValue.given * size, matrix_step = p.srcNdMatrixStride.given * size;
@@ -199,9 +203,10 @@ void DataCopyPad(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const Da
   emulator::Call call(PIPE_MTE2, "DataCopyPad", where);
   emulator::Span to = dst.span(), from = src.span();
   call.operand("dst", to, {emulator::Place::UB}).operand("src", from, {emulator::Place::GM}, size);
-  emulator::pad_fields(call, p, size);
-  call.field("leftPadding", pad.leftPadding, 0, kBlock / size)
-      .field("rightPadding", pad.rightPadding, 0, kBlock / size);
+  emulator::pad_fields<T>(call, p);
+  namespace limits = emulator::facts::DataCopyPadExtParams;
+  call.field("leftPadding", pad.leftPadding, 0, limits::leftPadding.high / size)
+      .field("rightPadding", pad.rightPadding, 0, limits::rightPadding.high / size);
   uint64_t count = p.blockCount, length = p.blockLen, left = pad.leftPadding * size;
   uint64_t whole = (left + length + pad.rightPadding * size + kBlock - 1) / kBlock * kBlock;
   uint64_t from_step = length + p.srcStride.given, to_step = whole + p.dstStride.given * kBlock;
@@ -229,7 +234,7 @@ void DataCopyPad(const GlobalTensor<T>& dst, const LocalTensor<T>& src, const Da
   emulator::Span to = dst.span(), from = src.span();
   call.operand("dst", to, {emulator::Place::GM}, sizeof(T))
       .operand("src", from, {emulator::Place::UB});
-  emulator::pad_fields(call, p, sizeof(T));
+  emulator::pad_fields<T>(call, p);
   uint64_t length = p.blockLen, whole = (length + kBlock - 1) / kBlock * kBlock;
   emulator::copy_blocks(call, to, from, p.blockCount, length, length + p.dstStride.given,
                         whole + p.srcStride.given * kBlock);

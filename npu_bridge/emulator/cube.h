@@ -41,8 +41,6 @@ struct MmadParams {
       : m(m), n(n), k(k), unitFlag(unit_flag), cmatrixSource(source), cmatrixInitVal(init) {}
 };
 
-enum QuantMode_t { NoQuant, F322F16, F322BF16 };
-
 // srcStride in rows of 16 float32 (64 bytes), dstStride in elements.
 struct FixpipeParamsV220 {
   Field<uint16_t> nSize = 0, mSize = 0, srcStride = 0;
@@ -108,10 +106,13 @@ void LoadData(const LocalTensor<T>& dst, const LocalTensor<T>& src, const LoadDa
   emulator::Call call(PIPE_MTE1, "LoadData", where);
   emulator::Span to = dst.span(), from = src.span();
   call.operand("dst", to, {Place::L0A, Place::L0B}).operand("src", from, {Place::L1});
-  call.field("startIndex", p.startIndex)
-      .field("repeatTimes", p.repeatTimes)
-      .field("srcStride", p.srcStride);
-  call.field("sid", p.sid, 0, 0).field("dstGap", p.dstGap).field("addrMode", p.addrMode, 0, 0);
+  namespace limits = emulator::facts::LoadData2DParams;
+  static_assert(emulator::facts::LoadData<T>, "LoadData has no such type on this chip");
+  call.field("startIndex", p.startIndex, limits::startIndex);
+  call.field("repeatTimes", p.repeatTimes, limits::repeatTimes);
+  call.field("srcStride", p.srcStride, limits::srcStride);
+  call.field("dstGap", p.dstGap, limits::dstGap);
+  call.field("sid", p.sid, 0, 0).field("addrMode", p.addrMode, 0, 0);  // nothing else is emulated
   call.require(!p.ifTranspose || sizeof(T) == 2, "field",
                "only elements of 2 bytes can be transposed");
   uint64_t count = p.repeatTimes, start = p.startIndex * emulator::kFractal;
@@ -176,19 +177,19 @@ void strips(uint64_t m, uint64_t n, uint64_t stride, F f) {
 template <class C, class A, class B>
 void Mmad(const LocalTensor<C>& c, const LocalTensor<A>& a, const LocalTensor<B>& b,
           const MmadParams& p, Where where = {}) {
-  static_assert(std::is_same_v<A, B> && emulator::one_of<A, half, bfloat16_t, float> &&
-                    std::is_same_v<C, float>,
-                "Mmad takes half, bfloat16_t or float and gives float");
+  static_assert(emulator::facts::Mmad<C, A, B>, "Mmad has no such types on this chip");
+  static_assert(std::is_same_v<C, float>, "Mmad is emulated to float");
   using emulator::Place;
   emulator::Call call(PIPE_M, "Mmad", where);
   emulator::Span to = c.span();
   call.operand("c", to, {Place::L0C}, 1024)
       .operand("a", a.span(), {Place::L0A})
       .operand("b", b.span(), {Place::L0B});
-  call.field("m", p.m, 0, 4095).field("n", p.n, 0, 4095).field("k", p.k, 0, 4095);
+  namespace limits = emulator::facts::MmadParams;
+  call.field("m", p.m, limits::m).field("n", p.n, limits::n).field("k", p.k, limits::k);
   call.require(p.unitFlag.given == 0 && !p.cmatrixSource, "field",
                "unitFlag and cmatrixSource are not emulated");
-  if (!call.ok() || p.m.given == 0 || p.n.given == 0 || p.k.given == 0) return call.run(nullptr);
+  if (!call.ok()) return call.run(nullptr);
   uint64_t m = p.m, n = p.n, k = p.k, stride = emulator::ceil_div(m, 16) * 16;
   bool add = !p.cmatrixInitVal;
   emulator::Fractals<A> left{a.span(), m, k, false};
@@ -218,24 +219,24 @@ void Mmad(const LocalTensor<C>& c, const LocalTensor<A>& a, const LocalTensor<B>
 template <class T, class U, const FixpipeConfig& config = CFG_ROW_MAJOR>
 void Fixpipe(const GlobalTensor<T>& dst, const LocalTensor<U>& src, const FixpipeParamsV220& p,
              Where where = {}) {
-  static_assert(std::is_same_v<U, float> && emulator::one_of<T, half, bfloat16_t, float>,
-                "Fixpipe is emulated from float to float, half and bfloat16_t");
+  constexpr uint32_t modes = emulator::facts::Fixpipe<T, U>;
+  static_assert(modes != 0, "Fixpipe has no such types on this chip");
+  static_assert(std::is_same_v<U, float> && emulator::is_floating<T>,
+                "Fixpipe is emulated between floating types");
   static_assert(config.format == CO2Layout::ROW_MAJOR, "Fixpipe is emulated to rows only");
   using emulator::Place;
-  constexpr QuantMode_t quant = std::is_same_v<T, half>         ? F322F16
-                                : std::is_same_v<T, bfloat16_t> ? F322BF16
-                                                                : NoQuant;
   emulator::Call call(PIPE_FIX, "Fixpipe", where);
   emulator::Span to = dst.span(), from = src.span();
   call.operand("dst", to, {Place::GM}, sizeof(T)).operand("src", from, {Place::L0C});
-  call.field("nSize", p.nSize, 0, 4095)
-      .field("mSize", p.mSize, 0, 8192)
-      .field("srcStride", p.srcStride);
-  call.field("dstStride", p.dstStride, 1)
-      .field("ndNum", p.ndNum)
-      .field("srcNdStride", p.srcNdStride, 0, 512);
-  call.field("dstNdStride", p.dstNdStride).field("unitFlag", p.unitFlag, 0, 0);
-  call.require(p.quantPre == quant, "field", "quantPre does not fit the type of dst");
+  namespace limits = emulator::facts::FixpipeParamsV220;
+  call.field("nSize", p.nSize, limits::nSize).field("mSize", p.mSize, limits::mSize);
+  call.field("srcStride", p.srcStride, limits::srcStride);
+  call.field("dstStride", p.dstStride, limits::dstStride).field("ndNum", p.ndNum, limits::ndNum);
+  if (p.ndNum.given > 1)
+    call.field("srcNdStride", p.srcNdStride, limits::srcNdStride)
+        .field("dstNdStride", p.dstNdStride, limits::dstNdStride);
+  call.field("unitFlag", p.unitFlag, 0, 0);  // nothing else is emulated
+  call.require(modes >> int(p.quantPre) & 1, "field", "quantPre does not fit the types");
   if (!call.ok()) return call.run(nullptr);
   uint64_t m = p.mSize, n = p.nSize, matrices = p.ndNum, stride = p.srcStride,
            row = p.dstStride.given * sizeof(T);

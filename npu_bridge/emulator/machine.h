@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "numbers.h"
+#include "facts.h"
 
 enum pipe_t : uint8_t {
   PIPE_S,
@@ -42,6 +42,7 @@ constexpr int kPlaces = 6;
 constexpr const char* kPlaceNames[] = {"GM", "L1", "L0A", "L0B", "L0C", "UB"};
 constexpr uint64_t kCapacity[] = {0,         512 * 1024 - 256, 64 * 1024,
                                   64 * 1024, 128 * 1024,       192 * 1024 - 256 - 8 * 1024};
+static_assert(kCapacity[int(Place::UB)] <= facts::kScratchBegin, "the library writes there");
 constexpr uint32_t kAlignment[] = {1, 32, 512, 512, 64, 32};
 // Bytes per cell of the race detector, as a power of two. Vector instructions write single
 // elements; everything else moves blocks of 32 bytes.
@@ -161,6 +162,9 @@ struct Core {
   std::vector<Instruction> queues[kPipes];
   uint32_t gates = 0;
   Memory memories[kPlaces];
+  bool begun = false;          // the first call was made
+  const char* open = nullptr;  // the last call, unless it was PipeBarrier<PIPE_ALL>
+  Where opened;
   bool looking = false;          // its scalar program waits for what its last instruction reads
   std::function<void()> wait{};  // lets the other programs go on until that is there
 
@@ -264,6 +268,7 @@ class Call {
     item_.kind = kind;
     item_.pipe = pipe;
     item_.gate = core_.gates;
+    note(name, where);
     if (!core_.has(pipe))
       complain("pipe", std::string(kPipeNames[pipe]) + " is not a pipe of this core");
   }
@@ -284,6 +289,11 @@ class Call {
     return require(field.given >= low && field.given <= high, "field",
                    std::string(name) + " is " + number(field.given) + ", allowed is " +
                        number(low) + " to " + number(high));
+  }
+
+  template <class T>
+  Call& field(const char* name, const Field<T>& value, facts::Limit limit) {
+    return field(name, value, limit.low, limit.high);
   }
 
   // An operand's memory and the alignment of its first byte.
@@ -374,6 +384,15 @@ class Call {
 
   void record() { core_.queues[item_.pipe].push_back(std::move(item_)); }
 
+  // What every core's program must begin and end with; such a defect stops no call.
+  void note(const char* name, Where where) {
+    if (!core_.begun)
+      machine().complain("state", "the core begins without InitSocState()", &core_, name, where);
+    core_.begun = true;
+    core_.open = name;
+    core_.opened = where;
+  }
+
   Call& access(std::vector<Access>& list, const char* verb, const Span& span, uint64_t offset,
                uint64_t length, uint64_t count, uint64_t stride, bool ordered, bool contents) {
     if (!ok_ || length == 0 || count == 0) return *this;
@@ -385,6 +404,9 @@ class Call {
         contents};
     std::string reach =
         std::string(verb) + " " + span.memory->name + " up to byte " + number(access.end());
+    if (span.place == Place::UB && access.end() > facts::kScratchBegin)
+      return complain("scratch", reach + "; from " + number(facts::kScratchBegin) +
+                                     " on it is the library's, and Select writes there");
     if (access.end() > span.memory->bytes)
       return complain("bounds", reach + " of " + number(span.memory->bytes));
     if (access.end() > span.end)

@@ -234,7 +234,12 @@ class Programs {
   template <class Kernel>
   void start(Core& core, Kernel kernel) {
     Context& context = *contexts_.at(&core);
-    context.program = kernel;
+    context.program = [kernel, &core] {
+      kernel();
+      if (core.open)
+        machine().complain("end", "PipeBarrier<PIPE_ALL>() is not the last call of the core", &core,
+                           core.open, core.opened);
+    };
     core.wait = [this, &context] { swapcontext(&context.inside, &outside_); };
     getcontext(&context.inside);
     context.inside.uc_stack.ss_sp = context.stack.data();

@@ -26,6 +26,21 @@ enum class RoundMode {
   CAST_ODD
 };
 
+enum class CMPMODE : uint8_t { LT, GT, EQ, LE, GE, NE };
+
+// How L0C is converted on its way out; the first three are emulated.
+enum QuantMode_t {
+  NoQuant,
+  F322F16,
+  F322BF16,
+  DEQF16,
+  VDEQF16,
+  QF322B8_PRE,
+  VQF322B8_PRE,
+  REQ8,
+  VREQ8
+};
+
 namespace emulator {
 
 // What a value beyond the range of a floating type becomes: infinity, or the largest finite number

@@ -66,7 +66,8 @@ struct Reduction {
 template <class T>
 Reduction<T> reduction(Call& call, const LocalTensor<T>& dst, const LocalTensor<T>& src,
                        const ReduceShape& shape, uint32_t unit, uint32_t alignment) {
-  static_assert(one_of<T, half, float>, "reductions have only half and float on this chip");
+  static_assert(facts::WholeReduceSum<T> && facts::BlockReduceSum<T> && facts::PairReduceSum<T>,
+                "reductions have no such type on this chip");
   for (auto [name, field] : {std::pair{"dstRepStride", shape.dst_repeat},
                              {"srcBlkStride", shape.src_block},
                              {"srcRepStride", shape.src_repeat}})
@@ -88,7 +89,9 @@ void whole(Reduce reduce, const char* name, const LocalTensor<T>& dst, const Loc
   bool only_index = order == ReduceOrder::ORDER_ONLY_INDEX;
   uint32_t unit = pair ? 2 * size : only_index ? 4 : size;
   Call call(PIPE_V, name, where);
-  Reduction<T> go = reduction(call, dst, src, shape, unit, unit);
+  // The library wants room for a pair where only the value is written, too.
+  uint32_t alignment = reduce == Reduce::Sum ? size : 2 * size;
+  Reduction<T> go = reduction(call, dst, src, shape, unit, alignment);
   call.disjoint("dst", unit, go.lanes.repeat, go.dst_stride)
       .write(go.dst, 0, unit, go.lanes.repeat, go.dst_stride)
       .no_overlap();

@@ -3,46 +3,10 @@
 
 #include "tensors.h"
 
-#define ASCENDC_EVENT(from, to) from##_##to = PIPE_##from * 8 + PIPE_##to
-
 namespace AscendC {
 
-enum class HardEvent : uint8_t {
-  ASCENDC_EVENT(MTE2, MTE1),
-  ASCENDC_EVENT(MTE1, MTE2),
-  ASCENDC_EVENT(MTE1, M),
-  ASCENDC_EVENT(M, MTE1),
-  ASCENDC_EVENT(M, FIX),
-  ASCENDC_EVENT(FIX, M),
-  ASCENDC_EVENT(MTE2, V),
-  ASCENDC_EVENT(V, MTE2),
-  ASCENDC_EVENT(MTE3, V),
-  ASCENDC_EVENT(V, MTE3),
-  ASCENDC_EVENT(MTE3, MTE2),
-  ASCENDC_EVENT(MTE2, MTE3),
-  ASCENDC_EVENT(MTE3, MTE1),
-  ASCENDC_EVENT(MTE1, MTE3),
-  ASCENDC_EVENT(MTE2, M),
-  ASCENDC_EVENT(M, MTE2),
-  ASCENDC_EVENT(MTE2, FIX),
-  ASCENDC_EVENT(FIX, MTE2),
-  ASCENDC_EVENT(MTE1, FIX),
-  ASCENDC_EVENT(FIX, MTE1),
-  ASCENDC_EVENT(FIX, MTE3),
-  ASCENDC_EVENT(MTE3, FIX),
-  ASCENDC_EVENT(M, S),
-  ASCENDC_EVENT(S, V),
-  ASCENDC_EVENT(V, S),
-  ASCENDC_EVENT(S, MTE2),
-  ASCENDC_EVENT(MTE2, S),
-  ASCENDC_EVENT(S, MTE3),
-  ASCENDC_EVENT(MTE3, S),
-  ASCENDC_EVENT(FIX, S),
-  ASCENDC_EVENT(S, FIX),
-  ASCENDC_EVENT(MTE1, S),
-  ASCENDC_EVENT(S, M)
-};
-
+#define ASCENDC_EVENT(from, to) from##_##to = PIPE_##from * 8 + PIPE_##to,
+enum class HardEvent : uint8_t { ASCENDC_EVENTS(ASCENDC_EVENT) };
 #undef ASCENDC_EVENT
 
 using TEventID = int8_t;
@@ -65,30 +29,43 @@ inline void flag(const char* name, Kind kind, HardEvent event, int64_t id, Where
   Call call(kind == Kind::SetFlag ? from : to, name, where, kind);
   call.require(machine().core->has(from) && machine().core->has(to), "pipe",
                "the event joins a pipe that this core does not have");
-  call.require(id >= 0 && id <= 5, "event id",
+  call.require(id >= facts::Event::id.low && id <= facts::Event::id.high, "event id",
                "event id is " + number(id) + ", allowed is 0 to 5 (6 and 7 are reserved)");
   call.sync(uint8_t(event), uint8_t(id));
   if (kind == Kind::WaitFlag && to == PIPE_S) call.gate();
 }
 
-inline void cross_set(uint8_t mode, pipe_t pipe, int64_t id, int64_t last, const char* name,
+// Whether a flag is SyncAll's own.
+constexpr bool taken(int64_t id) {
+  for (int64_t flag : facts::kTakenFlags)
+    if (id == flag) return true;
+  return false;
+}
+
+// `own`: the call is SyncAll's.
+inline void check_flag(Call& call, int64_t id, bool own) {
+  bool exists = id >= facts::CrossCore::flag.low && id <= facts::CrossCore::flag.high;
+  call.require(exists && taken(id) == own, "flag id",
+               "flag id is " + number(id) + ", allowed is 0 to 15 without SyncAll's 11 to 14");
+}
+
+inline void cross_set(uint8_t mode, pipe_t pipe, int64_t id, bool own, const char* name,
                       Where where) {
   Call call(pipe == PIPE_ALL ? PIPE_S : pipe, name, where, Kind::CrossSet);
   call.require(pipe != PIPE_S && pipe != PIPE_ALL, "pipe",
                "a cross-core flag is set by one pipe, not PIPE_S or PIPE_ALL");
-  call.require(mode <= 2, "field", "mode is " + number(mode) + ", allowed is 0, 1 or 2");
+  call.require(mode <= facts::CrossCore::mode.high, "field",
+               "mode is " + number(mode) + ", allowed is 0, 1 or 2");
   call.require(mode != 1 || is_core(CoreKind::AIV), "pipe",
                "mode 1 joins the AIVs of a block; this is an AIC");
-  call.require(id >= 0 && id <= last, "flag id",
-               "flag id is " + number(id) + ", allowed is 0 to 10 (11 to 14 are SyncAll's)");
+  check_flag(call, id, own);
   call.sync(mode, uint8_t(id));
 }
 
 // On this chip the wait holds back every pipe of the core, whatever pipe and mode say.
-inline void cross_wait(int64_t id, int64_t last, const char* name, Where where) {
+inline void cross_wait(int64_t id, bool own, const char* name, Where where) {
   Call call(PIPE_S, name, where, Kind::CrossWait);
-  call.require(id >= 0 && id <= last, "flag id",
-               "flag id is " + number(id) + ", allowed is 0 to 10 (11 to 14 are SyncAll's)");
+  check_flag(call, id, own);
   call.sync(0, uint8_t(id));
   call.gate();
 }
@@ -117,22 +94,28 @@ void WaitFlag(int64_t id, emulator::Where where = {}) {
 template <pipe_t pipe>
 void PipeBarrier(emulator::Where where = {}) {
   emulator::barrier(pipe, "PipeBarrier", where);
+  if (pipe == PIPE_ALL) emulator::machine().core->open = nullptr;
 }
-
-constexpr int64_t kLastFreeFlag = 10;
 
 template <uint8_t mode, pipe_t pipe>
 void CrossCoreSetFlag(int64_t id, emulator::Where where = {}) {
-  emulator::cross_set(mode, pipe, id, kLastFreeFlag, "CrossCoreSetFlag", where);
+  emulator::cross_set(mode, pipe, id, false, "CrossCoreSetFlag", where);
 }
 
 template <uint8_t mode = 0, pipe_t pipe = PIPE_S>
 void CrossCoreWaitFlag(int64_t id, emulator::Where where = {}) {
-  emulator::cross_wait(id, kLastFreeFlag, "CrossCoreWaitFlag", where);
+  emulator::cross_wait(id, false, "CrossCoreWaitFlag", where);
 }
 
-// Sets the core's registers to their defaults, which are all that is emulated.
-inline void InitSocState() {}
+// Sets the core's registers (atomics, masks, padding) to their defaults, which are all that is
+// emulated: an earlier kernel may have left them otherwise, so it comes before everything else.
+inline void InitSocState(emulator::Where where = {}) {
+  emulator::Core& core = *emulator::machine().core;
+  if (core.begun)
+    emulator::machine().complain("state", "InitSocState() comes after another call", &core,
+                                 "InitSocState", where);
+  core.begun = true;
+}
 
 enum class CacheLine : uint64_t { SINGLE_CACHE_LINE, ENTIRE_DATA_CACHE };
 enum class DcciDst : uint64_t { CACHELINE_ALL, CACHELINE_UB, CACHELINE_OUT, CACHELINE_ATOMIC };
@@ -147,25 +130,25 @@ void DataCacheCleanAndInvalid(const GlobalTensor<T>& tensor, emulator::Where whe
 }
 
 // All AIVs, or with `false` every core: each AIC waits for its AIVs, the AICs for one another, and
-// the AIVs for their AIC.
+// the AIVs for their AIC. Pipes and flags are those of the header.
 template <bool vectors_only = true>
 void SyncAll(emulator::Where where = {}) {
-  constexpr int64_t all = 14, to_cube = 12, to_vectors = 13;
+  constexpr int64_t cubes = 11, to_cube = 12, to_vectors = 13, vectors = 14;
   bool cube = is_core(emulator::CoreKind::AIC);
   if (vectors_only && cube) {
     emulator::Call(PIPE_S, "SyncAll", where)
         .complain("pipe", "SyncAll() joins only AIVs; this is an AIC");
     return;
   }
-  auto set = [&](uint8_t mode, int64_t id) {
-    emulator::cross_set(mode, cube ? PIPE_FIX : PIPE_MTE3, id, all, "SyncAll", where);
+  auto set = [&](uint8_t mode, int64_t id, pipe_t pipe = PIPE_MTE3) {
+    emulator::cross_set(mode, pipe, id, true, "SyncAll", where);
   };
-  auto wait = [&](int64_t id) { emulator::cross_wait(id, all, "SyncAll", where); };
+  auto wait = [&](int64_t id) { emulator::cross_wait(id, true, "SyncAll", where); };
   emulator::barrier(PIPE_ALL, "SyncAll", where);
   if (vectors_only) {
-    set(0, all), wait(all);
+    set(0, vectors), wait(vectors);
   } else if (cube) {
-    wait(to_cube), set(0, all), wait(all), set(2, to_vectors);
+    wait(to_cube), set(0, cubes, PIPE_FIX), wait(cubes), set(2, to_vectors);
   } else {
     set(2, to_cube), wait(to_vectors);
   }

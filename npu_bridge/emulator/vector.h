@@ -13,6 +13,18 @@ namespace AscendC {
 using emulator::Field;
 using emulator::Where;
 
+// The types of the strides below are the header's; its limits are theirs.
+template <class T>
+constexpr bool holds(emulator::facts::Limit limit) {
+  return limit.low == 0 && limit.high == std::numeric_limits<T>::max();
+}
+static_assert(holds<uint16_t>(emulator::facts::UnaryRepeatParams::blockStride) &&
+              holds<uint8_t>(emulator::facts::UnaryRepeatParams::repeatStride) &&
+              holds<uint8_t>(emulator::facts::BinaryRepeatParams::blockStride) &&
+              holds<uint8_t>(emulator::facts::BinaryRepeatParams::repeatStride) &&
+              holds<uint16_t>(emulator::facts::BrcbRepeatParams::blockStride) &&
+              holds<uint16_t>(emulator::facts::BrcbRepeatParams::repeatStride));
+
 struct UnaryRepeatParams {
   Field<uint16_t> dstBlkStride = 1, srcBlkStride = 1;
   Field<uint8_t> dstRepStride = 8, srcRepStride = 8;
@@ -47,7 +59,6 @@ struct BrcbRepeatParams {
       : dstBlkStride(block), dstRepStride(repeat) {}
 };
 
-enum class CMPMODE : uint8_t { LT, GT, EQ, LE, GE, NE };
 enum class SELMODE : uint8_t { VSEL_CMPMASK_SPR, VSEL_TENSOR_SCALAR_MODE, VSEL_TENSOR_TENSOR_MODE };
 enum class ReduceOrder : uint8_t {
   ORDER_VALUE_INDEX,
@@ -85,7 +96,7 @@ struct Lanes {
 };
 
 inline Lanes counted(Call& call, const Field<int32_t>& count) {
-  call.field("count", count);
+  call.field("count", count, facts::Vector::count);
   return Lanes::first(count.given);
 }
 
@@ -93,7 +104,7 @@ inline Lanes counted(Call& call, const Field<int32_t>& count) {
 template <class Repeat>
 Lanes masked(Call& call, const Mask& mask, const Field<Repeat>& repeat, size_t size) {
   uint32_t most = kRepeat / uint32_t(size);
-  call.field("repeat", repeat, 0, 255);
+  call.field("repeat", repeat, facts::Vector::repeat);
   Lanes lanes{uint32_t(repeat.given), {}};
   if (!mask.words) {
     call.field("mask", Field<uint64_t>(mask.count), 1, most);
@@ -204,11 +215,11 @@ inline double smaller(double x, double y) { return x != x || x < y ? x : y; }
 }  // namespace emulator
 
 // Each instruction has a form for the first `count` elements and one for masked repeats.
-#define ASCENDC_UNARY(Name, expression, ...)                                                       \
+#define ASCENDC_UNARY(Name, expression)                                                            \
   template <class T>                                                                               \
   void Name(const LocalTensor<T>& dst, const LocalTensor<T>& src, Field<int32_t> count,            \
             Where where = {}) {                                                                    \
-    static_assert(emulator::one_of<T, __VA_ARGS__>, #Name " has no such type on this chip");       \
+    static_assert(emulator::facts::Name<T>, #Name " has no such type on this chip");               \
     emulator::Call call(PIPE_V, #Name, where);                                                     \
     auto f = emulator::rounded<T>([](double x) { return double(expression); });                    \
     emulator::elementwise(call, emulator::counted(call, count), f,                                 \
@@ -217,7 +228,7 @@ inline double smaller(double x, double y) { return x != x || x < y ? x : y; }
   template <class T>                                                                               \
   void Name(const LocalTensor<T>& dst, const LocalTensor<T>& src, emulator::Mask mask,             \
             Field<uint8_t> repeat, const UnaryRepeatParams& p, Where where = {}) {                 \
-    static_assert(emulator::one_of<T, __VA_ARGS__>, #Name " has no such type on this chip");       \
+    static_assert(emulator::facts::Name<T>, #Name " has no such type on this chip");               \
     emulator::Call call(PIPE_V, #Name, where);                                                     \
     auto f = emulator::rounded<T>([](double x) { return double(expression); });                    \
     emulator::elementwise(call, emulator::masked(call, mask, repeat, sizeof(T)), f,                \
@@ -225,20 +236,20 @@ inline double smaller(double x, double y) { return x != x || x < y ? x : y; }
                           emulator::Operand<T>(call, "src", src, p.srcBlkStride, p.srcRepStride)); \
   }
 
-ASCENDC_UNARY(Exp, std::exp(x), half, float)
-ASCENDC_UNARY(Ln, std::log(x), half, float)
-ASCENDC_UNARY(Abs, std::fabs(x), half, float)
-ASCENDC_UNARY(Sqrt, std::sqrt(x), half, float)
-ASCENDC_UNARY(Rsqrt, 1 / std::sqrt(x), half, float)
-ASCENDC_UNARY(Reciprocal, 1 / x, half, float)
-ASCENDC_UNARY(Relu, emulator::larger(x, 0), half, float, int32_t)
-ASCENDC_UNARY(Not, std::is_signed_v<T> ? ~int64_t(x) : 65535 - int64_t(x), int16_t, uint16_t)
+ASCENDC_UNARY(Exp, std::exp(x))
+ASCENDC_UNARY(Ln, std::log(x))
+ASCENDC_UNARY(Abs, std::fabs(x))
+ASCENDC_UNARY(Sqrt, std::sqrt(x))
+ASCENDC_UNARY(Rsqrt, 1 / std::sqrt(x))
+ASCENDC_UNARY(Reciprocal, 1 / x)
+ASCENDC_UNARY(Relu, emulator::larger(x, 0))
+ASCENDC_UNARY(Not, std::is_signed_v<T> ? ~int64_t(x) : 65535 - int64_t(x))
 
-#define ASCENDC_BINARY(Name, expression, may_fold, ...)                                         \
+#define ASCENDC_BINARY(Name, expression, may_fold)                                              \
   template <class T>                                                                            \
   void Name(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1,  \
             Field<int32_t> count, Where where = {}) {                                           \
-    static_assert(emulator::one_of<T, __VA_ARGS__>, #Name " has no such type on this chip");    \
+    static_assert(emulator::facts::Name<T>, #Name " has no such type on this chip");            \
     emulator::Call call(PIPE_V, #Name, where);                                                  \
     auto f = emulator::rounded<T>([](double x, double y) { return double(expression); });       \
     emulator::elementwise(call, emulator::counted(call, count), f,                              \
@@ -249,7 +260,7 @@ ASCENDC_UNARY(Not, std::is_signed_v<T> ? ~int64_t(x) : 65535 - int64_t(x), int16
   void Name(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1,  \
             emulator::Mask mask, Field<uint8_t> repeat, const BinaryRepeatParams& p,            \
             Where where = {}) {                                                                 \
-    static_assert(emulator::one_of<T, __VA_ARGS__>, #Name " has no such type on this chip");    \
+    static_assert(emulator::facts::Name<T>, #Name " has no such type on this chip");            \
     emulator::Call call(PIPE_V, #Name, where);                                                  \
     auto f = emulator::rounded<T>([](double x, double y) { return double(expression); });       \
     emulator::Operand<T> to(call, "dst", dst, p.dstBlkStride, p.dstRepStride);                  \
@@ -259,21 +270,20 @@ ASCENDC_UNARY(Not, std::is_signed_v<T> ? ~int64_t(x) : 65535 - int64_t(x), int16
     emulator::elementwise(call, emulator::masked(call, mask, repeat, sizeof(T)), f, to, x, y);  \
   }
 
-ASCENDC_BINARY(Add, x + y, true, half, float, int32_t, int16_t)
-ASCENDC_BINARY(Sub, x - y, true, half, float, int32_t, int16_t)
-ASCENDC_BINARY(Mul, x* y, true, half, float, int32_t, int16_t)
-ASCENDC_BINARY(Div, x / y, false, half, float)
-ASCENDC_BINARY(Max, emulator::larger(x, y), true, half, float, int32_t, int16_t)
-ASCENDC_BINARY(Min, emulator::smaller(x, y), true, half, float, int32_t, int16_t)
-ASCENDC_BINARY(And, int64_t(x) & int64_t(y), false, int16_t, uint16_t)
-ASCENDC_BINARY(Or, int64_t(x) | int64_t(y), false, int16_t, uint16_t)
+ASCENDC_BINARY(Add, x + y, true)
+ASCENDC_BINARY(Sub, x - y, true)
+ASCENDC_BINARY(Mul, x* y, true)
+ASCENDC_BINARY(Div, x / y, false)
+ASCENDC_BINARY(Max, emulator::larger(x, y), true)
+ASCENDC_BINARY(Min, emulator::smaller(x, y), true)
+ASCENDC_BINARY(And, int64_t(x) & int64_t(y), false)
+ASCENDC_BINARY(Or, int64_t(x) | int64_t(y), false)
 
 #define ASCENDC_SCALAR(Name, expression)                                                           \
   template <class T>                                                                               \
   void Name(const LocalTensor<T>& dst, const LocalTensor<T>& src, T scalar, Field<int32_t> count,  \
             Where where = {}) {                                                                    \
-    static_assert(emulator::one_of<T, half, float, int32_t, int16_t>,                              \
-                  #Name " has no such type on this chip");                                         \
+    static_assert(emulator::facts::Name<T>, #Name " has no such type on this chip");               \
     emulator::Call call(PIPE_V, #Name, where);                                                     \
     auto f = emulator::rounded<T>(                                                                 \
         [y = emulator::widen(scalar)](double x) { return double(expression); });                   \
@@ -283,8 +293,7 @@ ASCENDC_BINARY(Or, int64_t(x) | int64_t(y), false, int16_t, uint16_t)
   template <class T>                                                                               \
   void Name(const LocalTensor<T>& dst, const LocalTensor<T>& src, T scalar, emulator::Mask mask,   \
             Field<uint8_t> repeat, const UnaryRepeatParams& p, Where where = {}) {                 \
-    static_assert(emulator::one_of<T, half, float, int32_t, int16_t>,                              \
-                  #Name " has no such type on this chip");                                         \
+    static_assert(emulator::facts::Name<T>, #Name " has no such type on this chip");               \
     emulator::Call call(PIPE_V, #Name, where);                                                     \
     auto f = emulator::rounded<T>(                                                                 \
         [y = emulator::widen(scalar)](double x) { return double(expression); });                   \
@@ -307,8 +316,7 @@ namespace emulator {
 // dst += src · scalar, rounded once.
 template <class T, class U>
 void axpy(Call& call, const Lanes& lanes, const Operand<T>& dst, const Operand<U>& src, U scalar) {
-  static_assert(std::is_same_v<T, U> ? one_of<T, half, float> : one_of<T, float> && one_of<U, half>,
-                "Axpy has no such types on this chip");
+  static_assert(facts::Axpy<T, U>, "Axpy has no such types on this chip");
   auto f = rounded<T>([y = widen(scalar)](double sum, double x) { return std::fma(x, y, sum); });
   elementwise(call, lanes, f, dst, dst, src);
 }
@@ -334,39 +342,10 @@ void Axpy(const LocalTensor<T>& dst, const LocalTensor<U>& src, U scalar, emulat
 
 namespace emulator {
 
-// The rounding modes of Cast between two types, as bits; 0: there is no such instruction.
-template <class D, class S>
-constexpr uint32_t cast_modes() {
-  constexpr uint32_t none = 1, directed = 0b111110, odd = 0b1000000;
-  if constexpr (std::is_same_v<S, float>) {
-    if (one_of<D, half>) return none | directed | odd;
-    if (one_of<D, float, bfloat16_t, int64_t, int32_t, int16_t>) return directed;
-  } else if constexpr (std::is_same_v<S, half>) {
-    if (one_of<D, float>) return none;
-    if (one_of<D, int32_t, int16_t>) return directed;
-    if (one_of<D, int8_t, uint8_t>) return none | directed;
-  } else if constexpr (std::is_same_v<S, bfloat16_t>) {
-    if (one_of<D, float>) return none;
-    if (one_of<D, int32_t>) return directed;
-  } else if constexpr (std::is_same_v<S, int16_t>) {
-    if (one_of<D, half>) return none | directed;
-    if (one_of<D, float>) return none;
-  } else if constexpr (std::is_same_v<S, int32_t>) {
-    if (one_of<D, float>) return none | directed;
-    if (one_of<D, int16_t, int64_t>) return none;
-  } else if constexpr (std::is_same_v<S, int64_t>) {
-    if (one_of<D, float>) return directed;
-    if (one_of<D, int32_t>) return none;
-  } else if constexpr (one_of<S, int8_t, uint8_t>) {
-    if (one_of<D, half>) return none;
-  }
-  return 0;
-}
-
 template <class D, class S>
 void cast(Call& call, const Lanes& lanes, const Operand<D>& dst, const Operand<S>& src,
           RoundMode mode) {
-  constexpr uint32_t modes = cast_modes<D, S>();
+  constexpr uint32_t modes = facts::Cast<D, S>;
   static_assert(modes != 0, "Cast has no such types on this chip");
   call.require(modes >> int(mode) & 1, "field",
                "Cast between these types has no rounding mode " + number(int(mode)));
@@ -401,8 +380,7 @@ namespace emulator {
 
 template <class T>
 void duplicate(Call& call, const Lanes& lanes, const Operand<T>& dst, T scalar) {
-  static_assert(one_of<T, half, bfloat16_t, float, int16_t, uint16_t, int32_t, uint32_t>,
-                "Duplicate has no such type on this chip");
+  static_assert(facts::Duplicate<T>, "Duplicate has no such type on this chip");
   elementwise(call, lanes, [scalar] { return scalar; }, dst);
 }
 
@@ -423,28 +401,19 @@ void Duplicate(const LocalTensor<T>& dst, T scalar, emulator::Mask mask, Field<u
                       emulator::Operand<T>(call, "dst", dst, block_stride, repeat_stride), scalar);
 }
 
-// dst[i] = first + i.
+// Its library takes an event from a TPipe, and writes the first block from the scalar unit.
 template <class T>
-void CreateVecIndex(const LocalTensor<T>& dst, T first, Field<uint32_t> count, Where where = {}) {
-  static_assert(emulator::one_of<T, half, float, int16_t, int32_t>,
-                "CreateVecIndex has no such type on this chip");
-  emulator::Call call(PIPE_V, "CreateVecIndex", where);
-  emulator::Lanes lanes = emulator::counted(call, count.given);
-  emulator::Operand<T> to("dst", dst);
-  to.write(call, lanes);
-  call.run([=] {
-    lanes.each([&](uint32_t r, uint32_t lane) {
-      to.set(r, lane, emulator::narrow<T>(emulator::widen(first) + lane));
-    });
-  });
+void CreateVecIndex(const LocalTensor<T>&, T, Field<uint32_t>, Where where = {}) {
+  static_assert(emulator::facts::CreateVecIndex<T>, "CreateVecIndex has no such type on this chip");
+  emulator::Call(PIPE_V, "CreateVecIndex", where)
+      .complain("tpipe", "needs a live TPipe, which kernels with static tensors do not have");
 }
 
 // Each repeat takes 8 numbers and fills one block with each.
 template <class T>
 void Brcb(const LocalTensor<T>& dst, const LocalTensor<T>& src, Field<uint8_t> repeat,
           const BrcbRepeatParams& p, Where where = {}) {
-  static_assert(emulator::one_of<T, half, bfloat16_t, float, int16_t, uint16_t, int32_t, uint32_t>,
-                "Brcb has no such type on this chip");
+  static_assert(emulator::facts::Brcb<T>, "Brcb has no such type on this chip");
   using emulator::kBlock;
   emulator::Call call(PIPE_V, "Brcb", where);
   emulator::Lanes lanes = emulator::masked(call, kBlock / sizeof(T) * 8, repeat, sizeof(T));
@@ -498,13 +467,12 @@ struct Bits {
   }
 };
 
-template <class T, class U>
+template <bool scalar, class T, class U>
 Bits compare_into(Call& call, const LocalTensor<U>& dst, const Lanes& lanes, CMPMODE mode) {
-  static_assert(one_of<U, int8_t, uint8_t>, "the result of Compare is int8_t or uint8_t");
-  static_assert(one_of<T, half, float, int32_t>, "Compare has no such type on this chip");
+  constexpr uint32_t modes = scalar ? facts::CompareScalar<U, T> : facts::Compare<U, T>;
+  static_assert(modes != 0, "Compare has no such types on this chip");
   uint32_t count = lanes.runs.empty() ? 0 : lanes.runs.back().second;
-  call.require(!std::is_same_v<T, int32_t> || mode == CMPMODE::EQ, "field",
-               "int32_t is only compared for equality");
+  call.require(modes >> int(mode) & 1, "field", "these types are not compared in this mode");
   call.require(count * sizeof(T) % kRepeat == 0, "field",
                "compares whole repeats of 256 bytes, not " + number(count) +
                    " elements (a mask has no effect)");
@@ -518,7 +486,7 @@ template <class T, class U>
 void compare(Call& call, const Lanes& lanes, const LocalTensor<U>& dst, const Operand<T>& x,
              const Operand<T>& y, CMPMODE mode) {
   x.read(call, lanes), y.read(call, lanes);
-  Bits bits = compare_into<T>(call, dst, lanes, mode);
+  Bits bits = compare_into<false, T>(call, dst, lanes, mode);
   call.no_overlap();
   call.run([=] {
     lanes.each([&](uint32_t r, uint32_t lane) {
@@ -531,7 +499,7 @@ template <class T, class U>
 void compare(Call& call, const Lanes& lanes, const LocalTensor<U>& dst, const Operand<T>& x, T y,
              CMPMODE mode) {
   x.read(call, lanes);
-  Bits bits = compare_into<T>(call, dst, lanes, mode);
+  Bits bits = compare_into<true, T>(call, dst, lanes, mode);
   call.no_overlap();
   call.run([=] {
     lanes.each(
@@ -583,8 +551,7 @@ namespace emulator {
 // Mode 0 uses the bits of one repeat for all of them; the others go on from repeat to repeat.
 template <class T, class U>
 Bits select_bits(Call& call, const LocalTensor<U>& mask, const Lanes& lanes, SELMODE mode) {
-  static_assert(one_of<T, half, float>, "Select has no such type on this chip");
-  static_assert(one_of<U, uint8_t, uint16_t, uint32_t, uint64_t>, "the mask of Select is unsigned");
+  static_assert(facts::Select<T, U>, "Select has no such types on this chip");
   uint32_t last = lanes.runs.empty() ? 0 : lanes.runs.back().second,
            lane_bits = kRepeat / uint32_t(sizeof(T));
   Bits bits{mask.span(), mode == SELMODE::VSEL_CMPMASK_SPR ? 0 : lane_bits};

@@ -9,8 +9,10 @@ import numpy as np
 
 from npu_bridge.dtypes import BLOCK, ITEMSIZE, REPEAT
 from npu_bridge.expressions import times
+from npu_bridge.facts import FACTS
 from npu_bridge.ir import Expr, Instruction, Machine, Slice
 from npu_bridge.rates import Rates
+from pasa_jax.core.errors import LoweringError
 
 
 class CopyInstruction(Instruction):
@@ -19,6 +21,10 @@ class CopyInstruction(Instruction):
     to: Slice
     source: Slice
     sources: ClassVar[tuple[str, ...]] = ("source",)
+    call: ClassVar[str] = "DataCopy"
+
+    def __post_init__(self) -> None:
+        FACTS.call(self.call).require(self.to.dtype, self.source.dtype)
 
     @property
     def pipe(self) -> str:
@@ -53,12 +59,21 @@ class DataCopy(CopyInstruction):
     source: Slice
     count: int
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.work % BLOCK:
+            raise LoweringError(
+                f"DataCopy takes whole blocks of {BLOCK} bytes, not {self.work} bytes: the rest "
+                f"is left out ({FACTS.call('DataCopy').source})"
+            )
+        FACTS.fields["DataCopyParams"].require(blockLen=self.work // BLOCK)
+
     @property
     def text(self) -> str:
         return f"DataCopy({self.to}, {self.source}, {self.count})"
 
     @property
-    def work(self) -> Expr:
+    def work(self) -> int:
         return self.count * self.item
 
     def run(self, machine: Machine) -> None:
@@ -73,6 +88,10 @@ class FirstBlocks(CopyInstruction):
     source: Slice
     rows: int
     row_blocks: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FACTS.fields["DataCopyParams"].require(blockCount=self.rows, srcGap=self.row_blocks - 1)
 
     @property
     def text(self) -> str:
@@ -105,6 +124,12 @@ class RowsIn(CopyInstruction):
     width: Expr
     gap: Expr
     pitch: int | None = None
+    call: ClassVar[str] = "DataCopyPad"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = times(self.width, self.item)
+        FACTS.fields["DataCopyExtParams"].require(blockCount=self.rows, blockLen=size)
 
     @property
     def text(self) -> str:
@@ -153,6 +178,12 @@ class RowsOut(CopyInstruction):
     rows: Expr
     width: int
     gap: Expr
+    call: ClassVar[str] = "DataCopyPad"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.width * self.item
+        FACTS.fields["DataCopyExtParams"].require(blockCount=self.rows, blockLen=size)
 
     @property
     def text(self) -> str:
@@ -188,6 +219,16 @@ class MatrixIn(CopyInstruction):
     rows: int
     columns: int
     stride: Expr
+    call: ClassVar[str] = "Nd2Nz"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FACTS.fields["Nd2NzParams"].require(
+            nValue=self.rows,
+            dValue=self.columns,
+            srcDValue=self.stride,
+            dstNzC0Stride=self.rows,
+        )
 
     @property
     def text(self) -> str:

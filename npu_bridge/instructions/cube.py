@@ -12,7 +12,8 @@ from typing import ClassVar
 import numpy as np
 
 from npu_bridge.dtypes import ITEMSIZE, NUMPY
-from npu_bridge.instructions.operations import check_type
+from npu_bridge.facts import FACTS
+from npu_bridge.instructions.operations import check_written
 from npu_bridge.ir import Expr, Instruction, Machine, Slice
 from npu_bridge.rates import Rates
 
@@ -40,7 +41,9 @@ class LoadData(Instruction):
     sources: ClassVar[tuple[str, ...]] = ("source",)
 
     def __post_init__(self) -> None:
-        check_type("LoadData", self.to.dtype, _HALVES)
+        FACTS.call("LoadData").require(self.to.dtype, self.source.dtype)
+        check_written("LoadData", self.to.dtype, _HALVES)
+        FACTS.fields["LoadData2DParams"].require(repeatTimes=self.count, srcStride=self.stride)
 
     @property
     def text(self) -> str:
@@ -84,7 +87,9 @@ class Mmad(Instruction):
     sources: ClassVar[tuple[str, ...]] = ("a", "b", "to")
 
     def __post_init__(self) -> None:
-        check_type("Mmad", self.a.dtype, _HALVES)
+        FACTS.call("Mmad").require(self.to.dtype, self.a.dtype, self.b.dtype)
+        check_written("Mmad", self.a.dtype, _HALVES)
+        FACTS.fields["MmadParams"].require(m=self.rows, n=self.n, k=self.k)
 
     @property
     def text(self) -> str:
@@ -130,7 +135,12 @@ class Fixpipe(Instruction):
     sources: ClassVar[tuple[str, ...]] = ("source",)
 
     def __post_init__(self) -> None:
-        check_type("Fixpipe", self.to.dtype, tuple(_MODES))
+        check_written("Fixpipe", self.to.dtype, tuple(_MODES))
+        mode = _MODES[self.to.dtype]
+        FACTS.call("Fixpipe").require(self.to.dtype, self.source.dtype, mode=mode)
+        FACTS.fields["FixpipeParamsV220"].require(
+            nSize=self.n, mSize=self.rows, srcStride=self.rows, dstStride=self.stride
+        )
 
     @property
     def text(self) -> str:

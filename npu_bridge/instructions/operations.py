@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from npu_bridge.facts import FACTS
 from pasa_jax.core.errors import LoweringError
-
-FLOATS = ("half", "float")
-_WHOLE = ("int16_t", "uint16_t")
 
 
 @dataclass(frozen=True)
@@ -21,16 +19,17 @@ class Operation:
     Arguments:
       name: of the AscendC function.
       meaning: of float64 arrays, or of whole ones; the result is rounded once.
-      types: C++ types that it takes.
       repeat_cycles: cycles per repeat by type, where they are not 1.
       in_place: whether it may write where it reads.
     """
 
     name: str
     meaning: Callable[..., np.ndarray]
-    types: tuple[str, ...] = FLOATS
     repeat_cycles: Mapping[str, int] = field(default_factory=dict)
     in_place: bool = True
+
+    def __post_init__(self) -> None:
+        FACTS.call(self.name)
 
     def __call__(self, dtype: np.dtype, *x: Any) -> np.ndarray:
         """Computed in float64 (or in whole numbers) and rounded once to ``dtype``."""
@@ -38,14 +37,14 @@ class Operation:
         return self.meaning(*(np.asarray(v).astype(kind) for v in x)).astype(dtype)
 
 
-def check_type(name: str, dtype: str, types: tuple[str, ...]) -> None:
-    """Raises where an instruction does not take a type.
+def check_written(name: str, dtype: str, types: tuple[str, ...]) -> None:
+    """Raises where the chip has an instruction for a type and this project has not.
 
     Raises:
-      LoweringError: the sentence says which types it takes.
+      LoweringError: the sentence says for which types it is written.
     """
     if dtype not in types:
-        raise LoweringError(f"{name} takes {' or '.join(types)} on this chip, not {dtype}")
+        raise LoweringError(f"{name} is written here for {' or '.join(types)}, not {dtype}")
 
 
 def _larger(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -71,13 +70,13 @@ BINARY = {
     op.name: op
     for op in (
         Operation("Add", np.add),
-        Operation("Sub", np.subtract, (*FLOATS, "int32_t")),
+        Operation("Sub", np.subtract),
         Operation("Mul", np.multiply),
         Operation("Div", np.divide, repeat_cycles=_SLOW),
         Operation("Max", _larger),
         Operation("Min", _smaller),
-        Operation("And", np.bitwise_and, _WHOLE, in_place=False),
-        Operation("Or", np.bitwise_or, _WHOLE, in_place=False),
+        Operation("And", np.bitwise_and, in_place=False),
+        Operation("Or", np.bitwise_or, in_place=False),
     )
 }
 WITH_SCALAR = {

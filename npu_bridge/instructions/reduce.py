@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from npu_bridge.dtypes import BLOCK, ITEMSIZE, REPEAT
-from npu_bridge.instructions.operations import FLOATS, check_type
-from npu_bridge.instructions.vector import VectorInstruction
+from npu_bridge.facts import FACTS
+from npu_bridge.instructions.operations import check_written
+from npu_bridge.instructions.vector import VectorInstruction, check_repeats
 from npu_bridge.ir import Expr, Machine, Slice
 
 
@@ -41,7 +42,8 @@ class WholeReduce(VectorInstruction):
     sources: ClassVar[tuple[str, ...]] = ("x",)
 
     def __post_init__(self) -> None:
-        check_type(f"WholeReduce{self.kind}", self.x.dtype, FLOATS)
+        FACTS.call(f"WholeReduce{self.kind}").require(self.to.dtype, self.x.dtype)
+        check_repeats(self.x.dtype, self.rows, self.width)
 
     @property
     def repeat_cycles(self) -> int:
@@ -84,7 +86,9 @@ class BlockReduce(VectorInstruction):
     sources: ClassVar[tuple[str, ...]] = ("x",)
 
     def __post_init__(self) -> None:
-        check_type(f"BlockReduce{self.kind}", self.x.dtype, ("float",))
+        FACTS.call(f"BlockReduce{self.kind}").require(self.to.dtype, self.x.dtype)
+        check_written(f"BlockReduce{self.kind}", self.x.dtype, ("float",))
+        check_repeats(self.x.dtype, self.repeats)
 
     @property
     def text(self) -> str:

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from npu_bridge.dtypes import ITEMSIZE
+from npu_bridge.dtypes import ITEMSIZE, REPEAT
 from npu_bridge.expressions import Scalar
-from npu_bridge.instructions.operations import FLOATS, check_type
+from npu_bridge.facts import FACTS
 from npu_bridge.instructions.vector import VectorInstruction
 from npu_bridge.ir import Expr, Machine, Slice
+from pasa_jax.core.errors import LoweringError
 
 _MODES = {
     "EQ": operator.eq,
@@ -49,7 +50,17 @@ class Compare(VectorInstruction):
     sources: ClassVar[tuple[str, ...]] = ("x", "y")
 
     def __post_init__(self) -> None:
-        check_type("Compare", self.x.dtype, FLOATS)
+        sides = [s.dtype for s in self.reads]
+        FACTS.call(self.name).require("uint8_t", *sides, mode=self.mode)
+        if self.count * ITEMSIZE[self.x.dtype] % REPEAT:
+            raise LoweringError(
+                f"{self.name} takes whole repeats of {REPEAT} bytes, not {self.count} of "
+                f"{self.x.dtype}: the rest is left out ({FACTS.call(self.name).source})"
+            )
+
+    @property
+    def name(self) -> str:
+        return "CompareScalar" if isinstance(self.y, Scalar) else "Compare"
 
     @property
     def repeat_cycles(self) -> int:
@@ -57,11 +68,9 @@ class Compare(VectorInstruction):
 
     @property
     def text(self) -> str:
-        scalar = isinstance(self.y, Scalar)
-        name = "CompareScalar" if scalar else "Compare"
         y = self.y.text(self.x.dtype) if isinstance(self.y, Scalar) else str(self.y)
         to = self.to.of_type("uint8_t")
-        return f"{name}({to}, {self.x}, {y}, CMPMODE::{self.mode}, {self.count})"
+        return f"{self.name}({to}, {self.x}, {y}, CMPMODE::{self.mode}, {self.count})"
 
     @property
     def work(self) -> Expr:
@@ -91,7 +100,9 @@ class Select(VectorInstruction):
     sources: ClassVar[tuple[str, ...]] = ("mask", "yes", "no")
 
     def __post_init__(self) -> None:
-        check_type("Select", self.to.dtype, FLOATS)
+        sides = [s.dtype for s in (self.yes, self.no) if isinstance(s, Slice)]
+        FACTS.call("Select").require(self.to.dtype, "uint8_t", *sides)
+        FACTS.fields["Vector"].require(count=self.count)
 
     @property
     def repeat_cycles(self) -> int:

@@ -9,16 +9,21 @@ import numpy as np
 
 from npu_bridge.dtypes import BLOCK, ITEMSIZE, NUMPY, REPEAT
 from npu_bridge.expressions import Scalar
-from npu_bridge.instructions.operations import (
-    BINARY,
-    FLOATS,
-    UNARY,
-    WITH_SCALAR,
-    Operation,
-    check_type,
-)
+from npu_bridge.facts import FACTS
+from npu_bridge.instructions.operations import BINARY, UNARY, WITH_SCALAR, Operation
 from npu_bridge.ir import Expr, Instruction, Machine, Slice
 from npu_bridge.rates import Rates
+
+_VECTOR = FACTS.fields["Vector"]
+
+
+def check_repeats(dtype: str, repeats: int, lanes: int = 1) -> None:
+    """Raises where an instruction has too many repeats, or lanes in one.
+
+    Raises:
+      LoweringError: the sentence says how many there may be.
+    """
+    _VECTOR.require(repeat=repeats, **{f"lanesOf{ITEMSIZE[dtype]}": lanes})
 
 
 class VectorInstruction(Instruction):
@@ -42,7 +47,7 @@ class Computed(VectorInstruction):
     name: str
 
     def __post_init__(self) -> None:
-        check_type(self.name, self.to.dtype, self.operation.types)
+        FACTS.call(self.name).require(self.to.dtype, *(s.dtype for s in self.reads))
 
     @property
     def operation(self) -> Operation:
@@ -61,6 +66,10 @@ class Counted(Computed):
     """Applies an `Operation` to the first ``count`` numbers."""
 
     count: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _VECTOR.require(count=self.count)
 
     @property
     def work(self) -> Expr:
@@ -169,6 +178,14 @@ class BinaryStrided(Computed):
     repeats: int
     operations: ClassVar[dict[str, Operation]] = BINARY
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_repeats(self.to.dtype, self.repeats, self.lanes)
+        for side in (self.dst, self.x, self.y):
+            FACTS.fields["BinaryRepeatParams"].require(
+                blockStride=side.block, repeatStride=side.repeat
+            )
+
     @property
     def to(self) -> Slice:  # type: ignore[override]
         return self.dst.whole
@@ -210,7 +227,8 @@ class Duplicate(VectorInstruction):
     spelled: bool = False
 
     def __post_init__(self) -> None:
-        check_type("Duplicate", self.to.dtype, (*FLOATS, "bfloat16_t", "uint16_t", "int32_t"))
+        FACTS.call("Duplicate").require(self.to.dtype)
+        _VECTOR.require(count=self.count)
 
     @property
     def text(self) -> str:
@@ -237,7 +255,7 @@ class SetValue(Instruction):
     pipe: ClassVar[str] = "S"
 
     def __post_init__(self) -> None:
-        check_type("SetValue", self.to.dtype, ("float",))
+        FACTS.call("SetValue").require()
 
     @property
     def text(self) -> str:
@@ -265,7 +283,8 @@ class Brcb(VectorInstruction):
     sources: ClassVar[tuple[str, ...]] = ("x",)
 
     def __post_init__(self) -> None:
-        check_type("Brcb", self.to.dtype, (*FLOATS, "bfloat16_t", "int32_t"))
+        FACTS.call("Brcb").require(self.to.dtype, self.x.dtype)
+        check_repeats(self.to.dtype, self.rows // 8)
 
     @property
     def text(self) -> str:
@@ -281,17 +300,6 @@ class Brcb(VectorInstruction):
         machine.array(self.to)[: x.size] = x
 
 
-# (to, from) types and the rounding mode: from a narrower type nothing is rounded.
-_CASTS = {
-    ("float", "half"): "CAST_NONE",
-    ("float", "bfloat16_t"): "CAST_NONE",
-    ("half", "float"): "CAST_RINT",
-    ("bfloat16_t", "float"): "CAST_RINT",
-    ("half", "uint8_t"): "CAST_NONE",
-    ("float", "int32_t"): "CAST_RINT",
-}
-
-
 @dataclass(eq=False)
 class Cast(VectorInstruction):
     """x in another type, rounded to nearest even, for i < count."""
@@ -302,13 +310,17 @@ class Cast(VectorInstruction):
     sources: ClassVar[tuple[str, ...]] = ("x",)
 
     def __post_init__(self) -> None:
-        pairs = tuple(f"{x} to {to}" for to, x in _CASTS)
-        check_type("Cast", f"{self.x.dtype} to {self.to.dtype}", pairs)
+        FACTS.call("Cast").require(self.to.dtype, self.x.dtype, mode=self.mode)
+        _VECTOR.require(count=self.count)
+
+    @property
+    def mode(self) -> str:
+        """From a narrower type nothing is rounded."""
+        return "NONE" if ITEMSIZE[self.x.dtype] < ITEMSIZE[self.to.dtype] else "RINT"
 
     @property
     def text(self) -> str:
-        mode = _CASTS[self.to.dtype, self.x.dtype]
-        return f"Cast({self.to}, {self.x}, RoundMode::{mode}, {self.count})"
+        return f"Cast({self.to}, {self.x}, RoundMode::CAST_{self.mode}, {self.count})"
 
     @property
     def work(self) -> Expr:

@@ -7,6 +7,7 @@ from typing import Any
 
 from npu_bridge.dtypes import BLOCK, ITEMSIZE, REPEAT
 from npu_bridge.expressions import Expr, Scalar
+from npu_bridge.facts import FACTS
 from npu_bridge.instructions import Binary, BinaryStrided, Strided
 from npu_bridge.ir import For
 from npu_bridge.lower.emitter import Emitter
@@ -98,13 +99,24 @@ def _laid(to: Emitter, x: Vector, out: Vector) -> Strided:
     return Strided(x.place, x.place, 1, step)
 
 
+def _row_blocks(x: Vector) -> int:
+    """How many blocks a row is long, which is the step from repeat to repeat."""
+    blocks = x.width * ITEMSIZE[x.dtype] // BLOCK
+    _, most = FACTS.fields["BinaryRepeatParams"].limits["repeatStride"]
+    if blocks > most:
+        raise PlanError(
+            f"rows of {x.width} {x.dtype} are longer than {most} blocks, a repeat stride"
+        )
+    return blocks
+
+
 def _by_lanes(
     to: Emitter, name: str, out: Vector, sides: tuple[Strided, Strided], start: int, stop: int
 ) -> None:
     """``name`` of rows [start, stop): an instruction for each repeat that a row is long."""
     item = ITEMSIZE[out.dtype]
     each = min(out.width, REPEAT // item)
-    row_blocks = out.width * item // BLOCK
+    row_blocks = _row_blocks(out)
 
     def walked(side: Strided, lane: Expr) -> Strided:
         first = side.first.at(start * side.repeat * BLOCK // item)
@@ -116,10 +128,6 @@ def _by_lanes(
         a, b = (walked(side, lane) for side in sides)
         return BinaryStrided(name, walked(dst, lane), a, b, each, stop - start)
 
-    if row_blocks > 255:
-        raise PlanError(
-            f"rows of {out.width} {out.dtype} are longer than 255 blocks, a repeat stride"
-        )
     if out.width == each:
         to.emit(instruction(0))
         return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from npu_bridge.dtypes import ITEMSIZE, REPEAT
 from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import Binary, Compare, Select
-from npu_bridge.ir import If
+from npu_bridge.ir import If, Slice
 from npu_bridge.lower.arithmetic import full, number
 from npu_bridge.lower.emitter import Emitter
 from npu_bridge.lower.values import Bits, Margin, Value, Vector
@@ -68,8 +70,14 @@ def combined(to: Emitter, name: str, a: Value, b: Value) -> Value:
 def selected(to: Emitter, mask: Bits, yes: Vector, no: Vector | Scalar, hint: str) -> Vector:
     """``yes`` where the mask is true, ``no`` elsewhere."""
     out = to.new(hint, yes.dtype, yes.rows, yes.width)
+    bits = yes.dtype == "bfloat16_t"  # which the unit does not select: its bits as float16
+    if bits and isinstance(no, Scalar) and no.value != 0:
+        no = to.filled(no, yes.rows, yes.width, yes.dtype, "number")
     other = no if isinstance(no, Scalar) else no.place
-    to.emit(Select(out.place, mask.place, yes.place, other, yes.size))
+    places = [out.place, yes.place, other]
+    if bits:
+        places = [replace(x, read_as="half") if isinstance(x, Slice) else x for x in places]
+    to.emit(Select(places[0], mask.place, places[1], places[2], yes.size))
     return out
 
 

@@ -56,10 +56,12 @@ def _by_blocks(to: Emitter, name: str, x: Vector, hint: str) -> Vector:
 def reduce_rows(to: Emitter, name: str, x: Vector, hint: str) -> Vector:
     """The row of column maxima or sums: the rows are halved until one is left."""
     rows = x.rows
-    if rows & (rows - 1):
-        raise LoweringError(f"{rows} rows are not folded: a power of two is")
     if rows == 1:
         return x
+    if x.width == 1:  # a column lies in memory as a row does
+        return reduce_columns(to, name, Vector(x.place, 1, rows), hint)
+    if rows & (rows - 1):
+        raise LoweringError(f"{rows} rows are not folded: a power of two is")
     whole_blocks(x)
     out = to.new(hint, x.dtype, rows // 2, x.width)
     source = x.place

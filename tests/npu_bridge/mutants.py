@@ -10,7 +10,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_SYNC = re.compile(r"^\s*((?:Set|Wait)Flag<|PipeBarrier<|CrossCore(?:Set|Wait)Flag<|SyncAll<)")
+_SYNC = re.compile(
+    r"^\s*((?:Set|Wait)Flag<|PipeBarrier<|CrossCore(?:Set|Wait)Flag<|SyncAll<|InitSocState)"
+)
 _ZEROING = re.compile(r"^\s*(Duplicate\(\w+\.ReinterpretCast<half>|Select\()")
 _TENSOR = re.compile(r"(TPosition::\w+, \d+, )(\d+)(\))")
 _STRIDES = re.compile(r"\{1, ([01]), ([01]), (\d+), (\d+), (\d+)\}")

@@ -41,7 +41,10 @@ const Part kParts[] = {%s};
 Part part;
 bool cube;
 void kernel(GM_ADDR from, GM_ADDR to) {
-    if (cube ? ASCEND_IS_AIC : ASCEND_IS_AIV && GetBlockIdx() == 0) part(from, to);
+    if (!(cube ? ASCEND_IS_AIC : ASCEND_IS_AIV && GetBlockIdx() == 0)) return;
+    InitSocState();
+    part(from, to);
+    PipeBarrier<PIPE_ALL>();
 }
 }  // namespace
 int main(int argc, char** argv) {

@@ -147,25 +147,29 @@ UB = {name: Buffer(name, "UB", name, 64) for name in ("half", "bfloat16_t", "flo
     [
         (
             lambda b: Unary("Exp", b["bfloat16_t"].at(), b["bfloat16_t"].at(), 64),
-            "Exp takes half or float on this chip, not bfloat16_t",
+            "Exp takes half or float on this chip, not bfloat16_t (impl/basic_api/dav_c220/"
+            "kernel_operator_vec_unary_impl.h:46)",
         ),
         (
             lambda b: Binary("And", b["half"].at(), b["half"].at(), b["half"].at(), 64),
-            "And takes int16_t or uint16_t on this chip, not half",
+            "And takes int16_t or uint16_t on this chip, not half (impl/basic_api/dav_c220/"
+            "kernel_operator_vec_binary_impl.h:391)",
         ),
         (
             lambda b: Cast(b["half"].at(), b["bfloat16_t"].at(), 64),
-            "Cast takes half to float or bfloat16_t to float or float to half or float to "
-            "bfloat16_t or uint8_t to half or int32_t to float on this chip, "
-            "not bfloat16_t to half",
+            "Cast takes (half, int8_t) or (half, uint8_t) or (half, int16_t) or (half, float) or "
+            "(float, bfloat16_t) or (int32_t, bfloat16_t) on this chip, not (half, bfloat16_t) "
+            "(impl/basic_api/dav_c220/kernel_operator_vec_vconv_impl.h:975)",
         ),
         (
             lambda b: Compare("GE", b["uint16_t"].at(), b["bfloat16_t"].at(), Scalar(0), 128),
-            "Compare takes half or float on this chip, not bfloat16_t",
+            "CompareScalar takes (uint8_t, half) or (uint8_t, float) or (uint8_t, int32_t) on "
+            "this chip, not (uint8_t, bfloat16_t) (impl/basic_api/dav_c220/"
+            "kernel_operator_vec_cmp_impl.h:219)",
         ),
         (
             lambda b: Mmad(b["float"].at(), b["float"].at(), b["float"].at(), 16, 16, 16, "true"),
-            "Mmad takes half or bfloat16_t on this chip, not float",
+            "Mmad is written here for half or bfloat16_t, not float",
         ),
     ],
     ids=["exp", "and", "cast", "compare", "product"],

@@ -175,3 +175,38 @@ def in_range_by_sum(l: Array, largest_value: Array) -> Array:  # noqa: E741
     """
     small = jnp.where(largest_value > 0, jnp.minimum(largest_value, 1), 1)
     return (l * small >= _LEAST_SUM) & (l < jnp.inf)
+
+
+def power_above(x: Array) -> Array:
+    """A power of two that is at least x and below 4·x; 1 where x is at most 1. x must be below
+    2^126.
+    """
+    power, rest = jnp.ones_like(x), x
+    for log2 in (64, 32, 16, 8, 4, 2, 1):
+        more = rest > 2.0**log2
+        power = jnp.where(more, power * 2.0**log2, power)
+        rest = jnp.where(more, rest * 2.0**-log2, rest)
+    return jnp.where(x > 1, power * 2, power)
+
+
+def guard_by_size(
+    rows: Array, top: Array, bound: Array, dtype: str, stored: str
+) -> tuple[Array, Array]:
+    """Query rows of ``dtype`` that are divided by a guard so that their scores fit ``stored``, and
+    the guard [R, 1], at most 2^126 (eq. 12 with magnitudes for norms).
+
+    Arguments:
+      rows: [R, D] float32, every factor of the scores in them.
+      top: [R, 1] their largest magnitudes.
+      bound: no number of the keys that they are multiplied by is larger.
+    """
+    if "float16" in (dtype, stored):
+        # A score must fit float16, and so must the row.
+        reach = bound * (float(rows.shape[1]) * 2.0**-14)
+        excess = jnp.maximum(top * reach, top * 2.0**-15)
+        guard = power_above(jnp.minimum(excess, 2.0**120))
+        return (rows * (1 / guard)).astype(dtype), guard
+    of_rows = power_above(top * 2.0**-60)
+    of_keys = power_above(bound * (float(rows.shape[1]) * 2.0**-60))
+    scaled = rows * (1 / of_rows) * (1 / of_keys)
+    return scaled.astype(dtype), jnp.minimum(of_rows, 2.0**63) * jnp.minimum(of_keys, 2.0**63)

@@ -76,6 +76,7 @@ void cube(GM_ADDR query, GM_ADDR key, GM_ADDR value, GM_ADDR workspace) {
   GlobalTensor<half> q =
       global<half>(query, kBlockQ * GetBlockNum() * kHead)[GetBlockIdx() * kBlockQ * kHead];
   GlobalTensor<half> k = global<half>(key, kKeys * kHead), v = global<half>(value, kKeys * kHead);
+  SYNC(InitSocState());
   SYNC(SetFlag<HardEvent::MTE1_MTE2>(0));
   SYNC(SetFlag<HardEvent::M_MTE1>(0));
   SYNC(SetFlag<HardEvent::FIX_M>(0));
@@ -90,6 +91,7 @@ void cube(GM_ADDR query, GM_ADDR key, GM_ADDR value, GM_ADDR workspace) {
   SYNC(WaitFlag<HardEvent::MTE1_MTE2>(0));
   SYNC(WaitFlag<HardEvent::M_MTE1>(0));
   SYNC(WaitFlag<HardEvent::FIX_M>(0));
+  SYNC(PipeBarrier<PIPE_ALL>());
 }
 
 LocalTensor<float> vector_buffer(int address, int count) {
@@ -110,6 +112,7 @@ void vector(GM_ADDR workspace, GM_ADDR output) {
   LocalTensor<float> largest = vector_buffer(42496, kRows), old = vector_buffer(42624, kRows);
   LocalTensor<float> factor = vector_buffer(42752, kRows), sum = vector_buffer(42880, kRows);
 
+  SYNC(InitSocState());
   Duplicate(old, -1e30f, kRows);
   Duplicate(sum, 0.f, kRows);
   Duplicate(o, 0.f, kRows * kHead);
@@ -176,6 +179,7 @@ void vector(GM_ADDR workspace, GM_ADDR output) {
   SYNC(WaitFlag<HardEvent::V_MTE2>(0));
   SYNC(WaitFlag<HardEvent::V_MTE2>(1));
   SYNC(WaitFlag<HardEvent::MTE3_V>(0));
+  SYNC(PipeBarrier<PIPE_ALL>());
 }
 
 constexpr int kSyncs = __COUNTER__;

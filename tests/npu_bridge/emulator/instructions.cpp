@@ -29,6 +29,7 @@ LocalTensor<T> local(int address, int count) {
 template <class A, class B, class C, class F>
 void vector(GM_ADDR a, GM_ADDR b, GM_ADDR out, int in, int results, F work) {
   if (ASCEND_IS_AIC || GetBlockIdx() != 0) return;
+  InitSocState();
   LocalTensor<A> x = local<A>(0, in);
   LocalTensor<B> y = local<B>(32768, in);
   LocalTensor<C> z = local<C>(65536, results);
@@ -40,6 +41,7 @@ void vector(GM_ADDR a, GM_ADDR b, GM_ADDR out, int in, int results, F work) {
   SetFlag<HardEvent::V_MTE3>(0);
   WaitFlag<HardEvent::V_MTE3>(0);
   DataCopy(global<C>(out), z, results);
+  PipeBarrier<PIPE_ALL>();
 }
 
 template <class T>
@@ -70,12 +72,11 @@ void arithmetic(GM_ADDR a, GM_ADDR b, GM_ADDR, GM_ADDR out) {
 
 void integers(GM_ADDR a, GM_ADDR b, GM_ADDR, GM_ADDR out) {
   constexpr int n = kCount;
-  vector<int16_t, int16_t, int16_t>(a, b, out, n, 5 * n, [](auto x, auto y, auto z) {
+  vector<int16_t, int16_t, int16_t>(a, b, out, n, 4 * n, [](auto x, auto y, auto z) {
     Not(z, x, n);
     And(z[n], x, y, n);
     Or(z[2 * n], x, y, n);
     Add(z[3 * n], x, y, n);
-    CreateVecIndex(z[4 * n], int16_t(7), n);
   });
 }
 
@@ -161,6 +162,7 @@ void compare_select(GM_ADDR a, GM_ADDR b, GM_ADDR, GM_ADDR out) {
 // Rows of 10 numbers padded to 16 on the way in, and stored again without the padding.
 void padded_copy(GM_ADDR a, GM_ADDR, GM_ADDR, GM_ADDR out) {
   if (ASCEND_IS_AIC || GetBlockIdx() != 0) return;
+  InitSocState();
   LocalTensor<half> x = local<half>(0, 4 * 32);
   DataCopyPad(x, global<half>(a), DataCopyExtParams(4, 20, 4, 1, 0),
               DataCopyPadExtParams<half>(true, 0, 6, half(-1)));
@@ -168,12 +170,14 @@ void padded_copy(GM_ADDR a, GM_ADDR, GM_ADDR, GM_ADDR out) {
   WaitFlag<HardEvent::MTE2_MTE3>(0);
   DataCopyPad(global<half>(out), x, DataCopyExtParams(4, 20, 1, 0, 0));
   DataCopy(global<half>(out)[48], x, DataCopyParams(4, 1, 1, 0));
+  PipeBarrier<PIPE_ALL>();
 }
 
 // out [m][n] = a [m][k] · b; b is [n][k], or [k][n] where `transpose`.
 template <class T, class Out, bool transpose>
 void matmul(GM_ADDR a, GM_ADDR b, GM_ADDR shape, GM_ADDR out) {
   if (ASCEND_IS_AIV || GetBlockIdx() != 0) return;
+  InitSocState();
   constexpr int c0 = 32 / sizeof(T), fractal = 512 / sizeof(T);
   GlobalTensor<int32_t> sizes = global<int32_t>(shape);
   int m = sizes.GetValue(0), n = sizes.GetValue(1), k = sizes.GetValue(2);
@@ -206,12 +210,14 @@ void matmul(GM_ADDR a, GM_ADDR b, GM_ADDR shape, GM_ADDR out) {
   fix.nSize = n, fix.mSize = m, fix.srcStride = rows, fix.dstStride = n;
   fix.quantPre = sizeof(Out) == 4 ? NoQuant : std::is_same_v<Out, half> ? F322F16 : F322BF16;
   Fixpipe<Out, float, CFG_ROW_MAJOR>(global<Out>(out), c, fix);
+  PipeBarrier<PIPE_ALL>();
 }
 
 // Every core writes its own part, then reads its neighbour's: SyncAll joins them all.
 template <bool vectors_only>
 void sync_all(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR out) {
   if (vectors_only && ASCEND_IS_AIC) return;
+  InitSocState();
   int index = GetBlockIdx(), cores = 2 * GetBlockNum();
   LocalTensor<float> x = local<float>(0, 8);
   if (ASCEND_IS_AIV) {
@@ -227,6 +233,7 @@ void sync_all(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR out) {
     WaitFlag<HardEvent::MTE2_MTE3>(0);
     DataCopy(global<float>(out)[8 * (cores + index)], x, 8);
   }
+  PipeBarrier<PIPE_ALL>();
 }
 
 using Kernel = void (*)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR);
