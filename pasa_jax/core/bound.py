@@ -120,7 +120,7 @@ def _of_products(
     if off is not None:
         stored = tile.stored_error(radius, off, dtype)
         of_own = of_own - length[..., 0] * jnp.max(stored)
-        fits = jnp.max(length * radius, initial=0) < tile.LARGEST_STORED
+        fits = jnp.max(tile.overreach(length, radius, reach), initial=0) < 1
         largest = jnp.where(fits, largest, jnp.inf)
     return tile.row_bounds(centre, length, radius, reach, error, stored), of_own, largest
 

@@ -89,6 +89,13 @@ def stored_error(radius: Array, off: Array, dtype: jnp.dtype) -> Array:
     return off + radius * radius.dtype.type(rounding)
 
 
+def overreach(length: Array, radius: Array, reach: Array) -> Array:
+    """At least 1 where a score that is stored in float16, or a product, may be too large."""
+    stored = radius * radius.dtype.type(1 / LARGEST_STORED)
+    product = reach * reach.dtype.type(1 / LARGEST_PRODUCT)
+    return length * jnp.maximum(stored, product)
+
+
 def place_sight(lo: Array, hi: Array, start: Array, stop: Array) -> Sight:
     """What rows that see the keys [lo, hi) see of the keys [start, stop), if all are usable."""
     some = jnp.minimum(hi, stop) > jnp.maximum(lo, start)
