@@ -135,9 +135,7 @@ def kernel(
     return described
 
 
-def _check_bound(
-    dtype: str, precision: str | Precision | None, given: dict[str, Any]
-) -> None:
+def _check_bound(dtype: str, precision: str | Precision | None, given: dict[str, Any]) -> None:
     """Raises where the shift "bound" cannot do what is asked for."""
     if dtype != "bfloat16":
         allowed = "be 'bfloat16' for shift='bound', whose weights have not float16's range"
