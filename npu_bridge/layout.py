@@ -9,7 +9,6 @@ SUB = 128  # side of the tiles that the cube unit multiplies
 LEAST = 16  # rows and columns that the cube unit multiplies at least
 PIECE = 64  # rows of a sub-tile of scores that leave the cube unit at once
 CHUNK = 64  # columns of values that are multiplied at once
-CLOSING = 16  # rows whose output is computed at once
 AHEAD = 3  # key tiles by which the scores are ahead of P·V
 DEPTH = AHEAD + 1  # tiles of each kind in the workspace
 LAG = 2  # key tiles by which the output is behind the probabilities
@@ -41,21 +40,24 @@ class Slabs(NamedTuple):
       rows: of a slab.
       masked: of a slab of a tile that is masked, which takes more memory.
       update: of a slab of P·V.
+      closing: of a slab of the output, and of queries that are prepared.
       slots: of the buffers for P and for P·V.
     """
 
     rows: int
     masked: int
     update: int
+    closing: int
     slots: int
 
 
 # The tallest first, double-buffered before it is not.
 SLABS = [
-    Slabs(rows, masked, update, slots)
+    Slabs(rows, masked, update, closing, slots)
     for rows in (64, 32, 16, 8)
     for slots in (2, 1)
     for masked in (rows, 16, 8)
+    for closing in (32, 16)
     for update in (32, 16)
     if masked <= rows
 ]

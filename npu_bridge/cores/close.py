@@ -12,7 +12,7 @@ from npu_bridge.cores.vector_memory import VectorMemory
 from npu_bridge.expressions import Expr, Scalar, times
 from npu_bridge.instructions import Brcb, Duplicate, RowsIn, RowsOut
 from npu_bridge.ir import Barrier, Call, For, Function, If, Let, Node, SetFlag, WaitFlag
-from npu_bridge.layout import CLOSING, PADDING, SINGLE
+from npu_bridge.layout import PADDING, SINGLE
 from npu_bridge.lower import Value, Vector
 
 _LOWEST = {"float": -3.4028234663852886e38, "half": -65504.0}
@@ -46,8 +46,8 @@ def clear(memory: VectorMemory) -> Function:
 
 
 def _state(c: Context, memory: VectorMemory, row: Expr) -> dict[str, Value]:
-    """The state of `CLOSING` rows from ``row`` on."""
-    r = CLOSING
+    """The state of rows from ``row`` on."""
+    r = c.slabs.closing
     state: dict[str, Value] = {
         name: Vector(memory.state[name].at(f"side * {c.half} + {row}", r), r, 1)
         for name in ("m", "l", "f")
@@ -58,7 +58,7 @@ def _state(c: Context, memory: VectorMemory, row: Expr) -> dict[str, Value]:
 
 def _settled(c: Context, memory: VectorMemory, which: str) -> dict[str, Value]:
     """One of the two states that are merged: ``which`` is "" or "2"."""
-    r = CLOSING
+    r = c.slabs.closing
     return {
         name: Vector(memory.merging[name + which].at(), r, c.e if name == "o" else 1)
         for name in _SETTLED
@@ -67,7 +67,7 @@ def _settled(c: Context, memory: VectorMemory, which: str) -> dict[str, Value]:
 
 def close(c: Context, memory: VectorMemory) -> Function:
     """O/l, rounded to the output's type, and the log-sum-exp."""
-    r, decode = CLOSING, c.kernel.decode
+    r, decode = c.slabs.closing, c.kernel.decode
     traced = stages.close(c.kernel, r)
     f = VectorFunction(memory.ub, "Close", ("entry", "head", "start", "side"))
     # Settling has put f into m.
@@ -119,9 +119,9 @@ def _sinks(c: Context, memory: VectorMemory) -> tuple[Value, list[Node]]:
     if not c.kernel.decode:
         return Scalar("sink"), []
     to = memory.closing["sinks"]
-    load = RowsIn(to.at(), source.at("head * queryLength + first"), 1, "valid", 0, CLOSING)
-    zeros = If(f"valid < {CLOSING}", cleared(zero_bits(to.at(), CLOSING)))
-    return Vector(to.at(), CLOSING, 1), [zeros, If("valid > 0", [load])]
+    load = RowsIn(to.at(), source.at("head * queryLength + first"), 1, "valid", 0, c.slabs.closing)
+    zeros = If(f"valid < {c.slabs.closing}", cleared(zero_bits(to.at(), c.slabs.closing)))
+    return Vector(to.at(), c.slabs.closing, 1), [zeros, If("valid > 0", [load])]
 
 
 def undamaged(memory: VectorMemory) -> list[Node]:
@@ -135,7 +135,7 @@ def look(c: Context, memory: VectorMemory) -> Function:
     """Whether the rows of an item, or of a slab where states were merged, have a right result."""
     decode = c.kernel.decode
     f = VectorFunction(memory.ub, "Look", ("entry", "start", "side"), ramp=memory.ramp)
-    rows = CLOSING if decode else c.half
+    rows = c.slabs.closing if decode else c.half
     traced = stages.damage(c.kernel, rows)
     places = memory.merging if decode else memory.state
     totals = {n: memory.damage[n] for n in ("total", "core")}
@@ -182,7 +182,7 @@ def tell(c: Context, memory: VectorMemory) -> list[Node]:
 
 def store_state(c: Context, memory: VectorMemory) -> Function:
     """Decoding: keeps m, l and O of a part of the keys."""
-    r = CLOSING
+    r = c.slabs.closing
     traced = stages.settle(c.kernel, r)
     f = VectorFunction(memory.ub, "StoreState", ("item", "side"))
     outputs = {traced.outputs[name]: Output(memory.merging[name].at()) for name in _SETTLED}
@@ -204,17 +204,17 @@ def _part_copies(
         local = memory.merging[name + which].at()
         place = c.globals[f"part{name.upper()}"].at(f"({row}) * {width}")
         pair = (local, place) if load else (place, local)
-        copies.append(copy(*pair, CLOSING * width))
+        copies.append(copy(*pair, c.slabs.closing * width))
     return copies
 
 
 def merge(c: Context, memory: VectorMemory, core: Core, close: Function) -> Function:
     """Decoding: the states of all parts of the keys in one, and the output from it."""
-    traced = stages.merge(c.kernel, CLOSING)
+    traced = stages.merge(c.kernel, c.slabs.closing)
     f = VectorFunction(memory.ub, "Merge")
     other = {f"{n}2": x for n, x in _settled(c, memory, "2").items()}
     if memory.guard:
-        other["guard"] = Vector(memory.guard.at(0, CLOSING), CLOSING, 1)
+        other["guard"] = Vector(memory.guard.at(0, c.slabs.closing), c.slabs.closing, 1)
     inputs = inputs_of(traced.inputs, _settled(c, memory, "") | other)
     outputs = {}
     for name in _SETTLED:
@@ -224,7 +224,7 @@ def merge(c: Context, memory: VectorMemory, core: Core, close: Function) -> Func
     first = _part_copies(c, memory, f"int64_t(unit) * {c.block_q} + row", "", load=True)
     if memory.guard:
         at = c.globals["guard"].at(f"int64_t(unit) * {c.block_q} + row")
-        first.append(copy(memory.guard.at(0, CLOSING), at, CLOSING))
+        first.append(copy(memory.guard.at(0, c.slabs.closing), at, c.slabs.closing))
     unit = "int64_t(part) * batch * heads + unit"
     more = _part_copies(c, memory, f"({unit}) * {c.block_q} + row", "2", load=True)
     rows: list[Node] = [
@@ -238,7 +238,7 @@ def merge(c: Context, memory: VectorMemory, core: Core, close: Function) -> Func
         SetFlag("V", "MTE2", PADDING),
         WaitFlag("V", "MTE2", PADDING),
     ]
-    work: list[Node] = [For("row", 0, "queryLength", rows, CLOSING)]
+    work: list[Node] = [For("row", 0, "queryLength", rows, c.slabs.closing)]
     if memory.damage:
         tell = Call(core.add(report(c, memory)), ("entry", "head", "0", "0"))
         work = [*no_damage(memory), *work, tell]

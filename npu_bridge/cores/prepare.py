@@ -19,7 +19,7 @@ from npu_bridge.dtypes import BLOCK, ITEMSIZE
 from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import Duplicate, SetValue, WithScalar
 from npu_bridge.ir import Barrier, Buffer, For, Function, If, Let, Node, SetFlag, WaitFlag
-from npu_bridge.layout import CLOSING, DEPTH, LEAST, QUERIES, SINGLE, SUB
+from npu_bridge.layout import DEPTH, LEAST, QUERIES, SINGLE, SUB
 from npu_bridge.lower import Value, Vector
 from npu_bridge.memory import Memory
 
@@ -29,7 +29,7 @@ _ONE = {"half": 0x3C00, "bfloat16_t": 0x3F80}  # the bits of 1
 
 def query(c: Context, memory: VectorMemory) -> Function:
     """The query rows of an item as they are multiplied; zeros beyond T."""
-    rows, careful, bounded = CLOSING, c.kernel.careful, c.kernel.bounded
+    rows, careful, bounded = c.slabs.closing, c.kernel.careful, c.kernel.bounded
     trace = bound_stages.queries if bounded else stages.queries
     traced = (stages.guarded_queries if careful else trace)(c.kernel, rows)
     f = VectorFunction(memory.ub, "PrepareQuery", ("item", "turn"))

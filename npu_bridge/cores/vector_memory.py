@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from npu_bridge.cores.context import Context
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.ir import Buffer
-from npu_bridge.layout import CARRIED, CLOSING, ITEMS, LEAST, QUERIES
+from npu_bridge.layout import CARRIED, ITEMS, LEAST, QUERIES
 from npu_bridge.memory import Memory
 from npu_bridge.specification import COLUMNS
 
@@ -52,13 +52,14 @@ class VectorMemory:
         ub = Memory.of(c.kernel.schedule.target, "UB")
         ramp = ub.stay("ramp", "float", c.n, note="0, 1, 2, …")
         query = {
-            "in": ub.stay("queryIn", c.dtype, CLOSING * c.d, note="query rows"),
-            "out": ub.stay("queryOut", c.dtype, CLOSING * c.d, note="query rows, scaled"),
+            "in": ub.stay("queryIn", c.dtype, c.slabs.closing * c.d, note="query rows"),
+            # The output's rows go out by it too.
+            "out": ub.stay("rowsOut", c.dtype, c.slabs.closing * max(c.d, c.e), note="rows"),
         }
         if c.kernel.careful:
-            query["guard"] = ub.stay("guardOut", "float", CLOSING, note="their guards")
+            query["guard"] = ub.stay("guardOut", "float", c.slabs.closing, note="their guards")
         if c.kernel.bounded:
-            query["norms"] = ub.stay("normsOut", "float", CLOSING, note="their lengths")
+            query["norms"] = ub.stay("normsOut", "float", c.slabs.closing, note="their lengths")
         state = _state(c, ub)
         kept = _kept(c, ub)
         weights = None
@@ -66,7 +67,7 @@ class VectorMemory:
             share = "share of each column in the row mean"
             weights = ub.stay("shares", "float", c.n, 2, share)
         rings, minus = _rings(c, ub)
-        closing, merging = _closing(c, ub), _merging(c, ub)
+        closing, merging = {"out": query["out"], **_closing(c, ub)}, _merging(c, ub)
         damage = {}
         if c.kernel.repaired:
             note = "0, or NaN where a result is not right"
@@ -133,20 +134,22 @@ def _rings(c: Context, ub: Memory) -> tuple[dict[str, Buffer], Buffer | None]:
 
 
 def _closing(c: Context, ub: Memory) -> dict[str, Buffer]:
-    closing = {"out": ub.stay("outOut", c.dtype, CLOSING * c.e, note="output rows")}
+    closing: dict[str, Buffer] = {}
     if c.kernel.sinks and c.kernel.decode:
-        closing["sinks"] = ub.stay("sinksIn", "float", CLOSING, note="sinks of the rows' heads")
+        closing["sinks"] = ub.stay(
+            "sinksIn", "float", c.slabs.closing, note="sinks of the rows' heads"
+        )
     if c.kernel.return_lse:
         spread = "log-sum-exp, a block each"
-        closing["lse"] = ub.stay("lseOut", "float", CLOSING * 8, note=spread)
-        closing["column"] = ub.stay("lseColumn", "float", CLOSING, note="log-sum-exp")
+        closing["lse"] = ub.stay("lseOut", "float", c.slabs.closing * 8, note=spread)
+        closing["column"] = ub.stay("lseColumn", "float", c.slabs.closing, note="log-sum-exp")
     return closing
 
 
 def _merging(c: Context, ub: Memory) -> dict[str, Buffer]:
     merging = {}
     for name in ("m", "l", "o", "m2", "l2", "o2") if c.kernel.decode else ():
-        size = CLOSING * (c.e if name[0] == "o" else 1)
+        size = c.slabs.closing * (c.e if name[0] == "o" else 1)
         note = f"{name[0]} of a part of the keys"
         merging[name] = ub.stay(f"part{name.capitalize()}UB", "float", size, note=note)
     return merging

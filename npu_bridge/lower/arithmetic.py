@@ -133,7 +133,27 @@ def _by_lanes(
         return
     if out.width % each:
         raise LoweringError(f"{out.width} columns are no multiple of {each}")
-    to.body.append(For("lane", 0, out.width, [instruction("lane")], each))
+    if stop - start < out.width // each:
+        to.body.append(_by_rows(name, out, sides, start, stop))
+    else:
+        to.body.append(For("lane", 0, out.width, [instruction("lane")], each))
+
+
+def _by_rows(name: str, out: Vector, sides: tuple[Strided, Strided], start: int, stop: int) -> For:
+    """The same, an instruction for each row: where there are fewer rows than repeats in one."""
+    item, step = ITEMSIZE[out.dtype], REPEAT // BLOCK
+
+    def walked(side: Strided) -> Strided:
+        first = side.first
+        if side.repeat:
+            first = first.at(f"line * {side.repeat * BLOCK // item}")
+        return Strided(first, side.whole, side.block, step if side.block else 0)
+
+    dst = Strided(out.place, out.place, 1, _row_blocks(out))
+    a, b = (walked(side) for side in sides)
+    repeats = out.width * item // REPEAT
+    one = BinaryStrided(name, walked(dst), a, b, REPEAT // item, repeats)
+    return For("line", start, stop, [one])
 
 
 _AT_ONCE = 4  # stretches that become one, if there are more than that

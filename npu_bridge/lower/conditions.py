@@ -21,10 +21,19 @@ def bits(to: Emitter, x: Value, rows: int, width: int) -> Bits:
     if isinstance(x, Bits):
         if (x.rows, x.width) == (rows, width):
             return x
-        zero = to.filled(Scalar(0), x.rows, x.width, "float", "zero")
-        x = Margin(selected(to, x, zero, Scalar(-1.0), "margin"))
+        few = x
+        return to.bits_of(few, rows, width, lambda: _of_few(to, few, rows, width))
     if not isinstance(x, Margin):
         raise LoweringError(f"{x} is no condition")
+    return to.bits_of(x, rows, width, lambda: _of_margin(to, x, rows, width))
+
+
+def _of_few(to: Emitter, x: Bits, rows: int, width: int) -> Bits:
+    zero = to.filled(Scalar(0), x.rows, x.width, "float", "zero")
+    return _of_margin(to, Margin(selected(to, x, zero, Scalar(-1.0), "margin")), rows, width)
+
+
+def _of_margin(to: Emitter, x: Margin, rows: int, width: int) -> Bits:
     value = x.value
     if isinstance(value, Scalar):
         value = to.filled(value, rows, width, "float", "margin")

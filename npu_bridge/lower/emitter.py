@@ -9,7 +9,7 @@ from npu_bridge.dtypes import BLOCK, ITEMSIZE
 from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import Brcb, Cast, Duplicate, Unary, WithScalar
 from npu_bridge.ir import Buffer, Instruction, Node, Slice
-from npu_bridge.lower.values import Vector
+from npu_bridge.lower.values import Bits, Margin, Vector
 from pasa_jax.core.errors import LoweringError
 
 Allocate = Callable[[str, str, int], Buffer]
@@ -30,6 +30,7 @@ class Emitter:
         # What was made once and is used again.
         self._spread: dict[tuple[Slice, str], Slice] = {}
         self._padded: dict[Slice, Vector] = {}
+        self._bits: dict[tuple[Margin | Bits, int, int], Bits] = {}
 
     def emit(self, instruction: Instruction) -> None:
         self.body.append(instruction)
@@ -92,6 +93,13 @@ class Emitter:
             self.emit(Brcb(out.place, x.place, x.rows))
             self._spread[key] = out.place
         return self._spread[key]
+
+    def bits_of(self, x: Margin | Bits, rows: int, width: int, make: Callable[[], Bits]) -> Bits:
+        """A condition as bits of ``rows`` × ``width`` numbers, made once."""
+        key = (x, rows, width)
+        if key not in self._bits:
+            self._bits[key] = make()
+        return self._bits[key]
 
     def padded(self, x: Vector, size: int) -> Vector:
         """x, filled up with zeros to ``size`` numbers."""
