@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -24,6 +25,10 @@ from pasa_jax.core.errors import LoweringError
 
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
 _FLOAT = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+# A kernel is built with several slabs until one fits: what depends on neither is traced once.
+_once = lru_cache(maxsize=64)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def _no_memory(*_: Any) -> Any:
 # Before the loop.
 
 
+@_once
 def queries(kernel: Kernel, rows: int) -> Trace:
     """The query rows as they are multiplied: every factor that a score has is in them."""
 
@@ -116,6 +122,7 @@ def queries(kernel: Kernel, rows: int) -> Trace:
     return trace(scaled, {"query": query, "scale": _FLOAT})
 
 
+@_once
 def key_total(kernel: Kernel, rows: int) -> Trace:
     """A slab of keys, added to ``total`` row by row."""
 
@@ -127,6 +134,7 @@ def key_total(kernel: Kernel, rows: int) -> Trace:
     return trace(added, {"key": key, "total": total})
 
 
+@_once
 def kappa(kernel: Kernel, rows: int) -> Trace:
     """κ of a block from sums of its keys and their number."""
 
@@ -138,6 +146,7 @@ def kappa(kernel: Kernel, rows: int) -> Trace:
     return trace(mean, {"total": total, "count": _FLOAT})
 
 
+@_once
 def shifted_keys(kernel: Kernel, rows: int) -> Trace:
     """K' of a slab of keys."""
 
@@ -177,6 +186,7 @@ def _row(size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, size), jnp.float32)
 
 
+@_once
 def usable_total(kernel: Kernel, rows: int) -> Trace:
     """Sum and number of the usable keys of a slab, added to ``total`` and ``count`` [1, D]."""
 
@@ -193,6 +203,7 @@ def usable_total(kernel: Kernel, rows: int) -> Trace:
     return trace(added, {**_slab_shapes(kernel, rows), "total": _row(d), "count": _row(d)}).needed()
 
 
+@_once
 def usable_kappa(kernel: Kernel) -> Trace:
     """κ of a block from the sum and the number of its usable keys; 0 where the sum is infinite."""
 
@@ -204,6 +215,7 @@ def usable_kappa(kernel: Kernel) -> Trace:
     return trace(mean, {"total": _row(kernel.head_dim), "count": _row(kernel.head_dim)}).needed()
 
 
+@_once
 def usable_keys(kernel: Kernel, rows: int) -> Trace:
     """K' of a slab, NaN where a key is not usable; the largest magnitudes so far, by column."""
     narrow = kernel.dtype == "float16"
@@ -239,6 +251,7 @@ def usable_keys(kernel: Kernel, rows: int) -> Trace:
 _SUMMABLE = 2.0**94
 
 
+@_once
 def bounds_of_head(kernel: Kernel) -> Trace:
     """The largest magnitude of a head's keys, and the factor that keeps sums of its values in
     range, each as one number.
@@ -253,6 +266,7 @@ def bounds_of_head(kernel: Kernel) -> Trace:
     return trace(bounds, shapes).needed()
 
 
+@_once
 def guarded_queries(kernel: Kernel, rows: int) -> Trace:
     """Query rows as they are multiplied, divided by their guard, and the guard [R, 1]."""
     stored = kernel.precision.scores
@@ -269,6 +283,7 @@ def guarded_queries(kernel: Kernel, rows: int) -> Trace:
     return trace(guarded, {"query": query, "scale": _FLOAT, "keyBound": _FLOAT}).needed()
 
 
+@_once
 def usable_values(kernel: Kernel, rows: int) -> Trace:
     """The values of a slab, 0 where a key is not usable, times the head's gain."""
 
@@ -283,6 +298,7 @@ def usable_values(kernel: Kernel, rows: int) -> Trace:
 # The loop's body.
 
 
+@_once
 def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
     """One key tile on one slab: `Walk.fold`."""
     n, d, e = kernel.schedule.block_kv, kernel.head_dim, kernel.value_head_dim
@@ -346,6 +362,7 @@ def _state_shapes(kernel: Kernel, rows: int, *, settled: bool) -> dict[str, Any]
     return {"m": column, "l": column, "o": o, "f": column}
 
 
+@_once
 def settle(kernel: Kernel, rows: int) -> Trace:
     """m, l and o of a slab that has seen some keys, to be merged, in float32."""
 
@@ -356,6 +373,7 @@ def settle(kernel: Kernel, rows: int) -> Trace:
     return trace(settled, _state_shapes(kernel, rows, settled=False)).needed()
 
 
+@_once
 def merge(kernel: Kernel, rows: int) -> Trace:
     """The state over the keys of two settled ones; the other's names have a 2."""
     one = _state_shapes(kernel, rows, settled=True)
@@ -373,6 +391,7 @@ def merge(kernel: Kernel, rows: int) -> Trace:
     return trace(merged, shapes).needed()
 
 
+@_once
 def close(kernel: Kernel, rows: int) -> Trace:
     """The output and the log-sum-exp of a slab that has seen all its keys."""
 
@@ -390,6 +409,7 @@ def close(kernel: Kernel, rows: int) -> Trace:
     return trace(closed, shapes).needed()
 
 
+@_once
 def damage(kernel: Kernel, rows: int) -> Trace:
     """What is wrong with a slab whose keys have been seen, added to ``total`` and ``core`` [1, 1]:
     0, or NaN where o or l are not finite, or where a row has no weights although it sees a key by
