@@ -26,8 +26,8 @@ from npu_bridge.ir import (
 )
 from npu_bridge.layout import FLAGS, ITEMS, LAG, LEAST, QUERIES, SINGLE, SOFTMAX, UPDATE
 
-# What is kept of the tiles whose P·V is still to come: whether there is one, which it is, whether it
-# is the first and the last of its item, and what `close` wants to know of the item.
+# What is kept of the tiles whose P·V is still to come: whether there is one, which it is, whether
+# it is the first and the last of its item, and what `close` wants to know of the item.
 _HELD = {
     "some": "1",
     "turn": "tileTurn",
