@@ -61,7 +61,7 @@ def cube_core(c: Context) -> Core:
         *[SetFlag("FIX", "M", i) for i in products_ids],
         *prologue(before),
         *_load_ones(products),
-        *c.items(_item(products, step, ahead)),
+        *c.items(_item(products, step, ahead, last)),
         *last,
         If("itemTurn > 0", [SetFlag("MTE1", "MTE2", "4 + Mod(itemTurn - 1, 2)")]),
         *([SyncAll()] if c.kernel.decode else []),  # the vector cores merge what they have
@@ -87,8 +87,13 @@ def _load_ones(products: Products) -> list[Node]:
     return [matrix_in(l1["ones"].at(), c.globals["ones"].at(0), SUB, LEAST, str(LEAST))]
 
 
-def _item(products: Products, step: Function, ahead: int) -> list[Node]:
-    """One item: loads its query tile, then goes through the key tiles."""
+def _item(products: Products, step: Function, ahead: int, last: list[Node]) -> list[Node]:
+    """One item: loads its query tile, then goes through the key tiles.
+
+    Arguments:
+      last: P·V of all tiles whose scores are made: the vector cores want it before an item that
+        sees no keys.
+    """
     c = products.c
     at = f"(int64_t(core) * {QUERIES} + querySlot) * {SUB * c.d}"
     to = products.memory.l1["query"].slot("querySlot")
@@ -103,6 +108,7 @@ def _item(products: Products, step: Function, ahead: int) -> list[Node]:
         CrossSet("MTE2", FLAGS["QUERY_TAKEN"], "QUERY_TAKEN"),
         SetFlag("MTE2", "MTE1", "4 + querySlot"),
         WaitFlag("MTE2", "MTE1", "4 + querySlot"),
+        If("tiles == 0", last),
         For("t", 0, "tiles", [Call(step, (*tile, opens, 1, weighing))]),
         # A reference may still be taken off this item's scores, but not off the one's before.
         If("itemTurn > 0", [SetFlag("MTE1", "MTE2", "5 - querySlot")]),
