@@ -94,7 +94,7 @@ class TestMutants:
     # Of those that are not, why they change nothing. Each is a part of a line or of the line's
     # function; what is listed here and found nevertheless does not matter.
     EQUIVALENT = (
-        ("PipeBarrier<PIPE_ALL>", "the emulator's SyncAll waits for every pipe of the core"),
+        ("PipeBarrier<PIPE_ALL>", "SyncAll begins with it, as its header says"),
         ("PipeBarrier<PIPE_V>", "flags or a later barrier order the same instructions"),
         ("PipeBarrier<PIPE_M>", "the last product of a sum is ordered by its flag"),
         ("Duplicate(rowsIn", "rows beyond T are not stored; finite values meet P = 0"),
