@@ -17,7 +17,7 @@ from pasa_jax.core.shifts import check_beta
 from pasa_jax.core.target import find_target
 
 TARGETS = {"910b": "ascend_910b", "910_93": "ascend_910b"}  # one architecture, dav-2201
-SHIFTS = ("none", "paper", "mean", "reference")
+SHIFTS = ("none", "paper", "mean", "reference", "auto")
 DTYPES = ("float16", "bfloat16")
 _REFUSED = {
     "310p": "its cube and vector units are coupled and it has no Fixpipe and no cross-core flags: "
@@ -55,7 +55,8 @@ def kernel(
       head_dim, value_head_dim: D and E: 64, 128, 192 or 256; E is D by default.
       dtype: of query, key, value and output: "float16" or "bfloat16".
       shift: "none", "paper", "mean" or "reference", whose row maximum is taken off in the cube
-        unit's float32 sums, as two more columns; it forms the scores twice. "auto" needs the data.
+        unit's float32 sums, as two more columns; it forms the scores twice. "auto" chooses `mean`
+        or `none` for each key head by the data, before the loop.
       precision: a `Precision` or its name; None: scores, exponentials and probabilities in
         ``dtype``, statistics and output in float32. ``probabilities`` must be ``dtype``.
       schedule: for "ascend_910b"; block_q must be 128. None: the fastest by the cost model

@@ -20,7 +20,7 @@ from npu_bridge.expressions import Scalar
 from npu_bridge.ir import Node
 from npu_bridge.lower import Equation, Lowering, Value, Var, flatten
 from npu_bridge.specification import Array, Kernel
-from pasa_jax.core import tile
+from pasa_jax.core import choice, tile
 from pasa_jax.core.errors import LoweringError
 
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
@@ -138,12 +138,15 @@ def key_total(kernel: Kernel, rows: int) -> Trace:
 def kappa(kernel: Kernel, rows: int) -> Trace:
     """κ of a block from sums of its keys and their number."""
 
-    def mean(total: Array, count: Array) -> dict[str, Any]:
+    def mean(total: Array, count: Array, chosen: Array | None = None) -> dict[str, Any]:
         whole = jnp.sum(total, axis=0, keepdims=True)
+        if chosen is not None:  # 1 or 0
+            whole = whole * chosen
         return {"kappa": tile.mean_key(whole, count, jnp.dtype(kernel.dtype))}
 
     total = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.float32)
-    return trace(mean, {"total": total, "count": _FLOAT})
+    shapes = {"total": total, "count": _FLOAT}
+    return trace(mean, shapes | ({"chosen": _FLOAT} if kernel.chooses else {}))
 
 
 @_once
@@ -156,6 +159,101 @@ def shifted_keys(kernel: Kernel, rows: int) -> Trace:
     dtype = jnp.dtype(kernel.dtype)
     key = jax.ShapeDtypeStruct((rows, kernel.head_dim), dtype)
     return trace(shifted, {"key": key, "kappa": jax.ShapeDtypeStruct((1, kernel.head_dim), dtype)})
+
+
+# What `auto` chooses by (core/choice.py).
+
+
+@_once
+def moments(kernel: Kernel, rows: int) -> Trace:
+    """A slab of queries or keys and its squares, added to ``total`` and ``square`` row by row."""
+
+    def added(x: Array, total: Array, square: Array) -> dict[str, Any]:
+        wide = x.astype(jnp.float32)
+        return {"total": total + wide, "square": square + wide * wide}
+
+    x = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.dtype(kernel.dtype))
+    wide = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.float32)
+    return trace(added, {"x": x, "total": wide, "square": wide})
+
+
+@_once
+def moment_rows(kernel: Kernel, rows: int) -> Trace:
+    """``total`` and ``square`` summed over the rows."""
+
+    def summed(total: Array, square: Array) -> dict[str, Any]:
+        sums = {"total": total, "square": square}
+        return {n: jnp.sum(x, axis=0, keepdims=True) for n, x in sums.items()}
+
+    wide = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.float32)
+    return trace(summed, {"total": wide, "square": wide})
+
+
+@_once
+def moment_tiles(kernel: Kernel, rows: int) -> Trace:
+    """``total`` and ``square`` of several tiles with those of more, whose names have a 2."""
+
+    def added(**x: Array) -> dict[str, Any]:
+        return {n: x[n] + x[f"{n}2"] for n in ("total", "square")}
+
+    wide = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.float32)
+    return trace(added, dict.fromkeys(("total", "square", "total2", "square2"), wide))
+
+
+@_once
+def spread(kernel: Kernel) -> Trace:
+    """κ of a block and Σ(k − κ)² by channel over its ``count`` keys, from the sums of ``looked`` of
+    them and of their squares.
+    """
+
+    def found(total: Array, square: Array, count: Array, looked: Array) -> dict[str, Any]:
+        mean = tile.mean_key(total, looked, jnp.dtype(jnp.float32))
+        apart = jnp.maximum(square - mean * total, 0) * (count / looked)
+        return {"kappa": mean.astype(kernel.dtype), "spread": apart}
+
+    row = _row(kernel.head_dim)
+    return trace(found, {"total": row, "square": row, "count": _FLOAT, "looked": _FLOAT})
+
+
+def _mean_and_variance(total: Array, square: Array, count: Array) -> tuple[Array, Array]:
+    mean = total * (1 / count)
+    return mean, jnp.maximum(square * (1 / count) - mean * mean, 0)
+
+
+@_once
+def choice_of_block(kernel: Kernel) -> Trace:
+    """What a block adds to ``offset``, ``power`` and ``around`` [1, 1]."""
+
+    def added(
+        kappa: Array, spread: Array, total: Array, square: Array, count: Array,
+        offset: Array, power: Array, around: Array,
+    ) -> dict[str, Any]:  # fmt: skip
+        mean, var = _mean_and_variance(total, square, count)
+        of, squared = choice.of_block(kappa.astype(jnp.float32), mean.T, var.T)
+        apart = spread @ (mean * mean + var).T
+        return {"offset": offset + of, "power": power + squared, "around": around + apart}
+
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    row = _row(kernel.head_dim)
+    kappa = jax.ShapeDtypeStruct((1, kernel.head_dim), jnp.dtype(kernel.dtype))
+    shapes = {"kappa": kappa, "spread": row, "total": row, "square": row, "count": _FLOAT}
+    return trace(added, shapes | dict.fromkeys(("offset", "power", "around"), one))
+
+
+@_once
+def chosen(kernel: Kernel) -> Trace:
+    """1 where κ is taken off the keys of a head, else 0, from the sums over its blocks."""
+
+    def decided(
+        offset: Array, power: Array, around: Array, blocks: Array, keys: Array, scale: Array
+    ) -> dict[str, Any]:
+        towards = offset * (jnp.where(scale < 0, -1.0, 1.0) / blocks)
+        pays = choice.pays(power * (1 / blocks), around * (1 / jnp.maximum(keys, 1.0)), towards)
+        return {"chosen": jnp.where(pays, 1.0, 0.0)}
+
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    sums = dict.fromkeys(("offset", "power", "around"), one)
+    return trace(decided, sums | dict.fromkeys(("blocks", "keys", "scale"), _FLOAT))
 
 
 # Before the careful kernel's loop.
@@ -312,7 +410,7 @@ def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
     }
     if kernel.shift == "reference":
         shapes["raw"] = jax.ShapeDtypeStruct((n, d), dtype)
-    if kernel.shift in ("mean", "reference"):
+    if kernel.form in ("mean", "reference"):
         shapes["kappa"] = jax.ShapeDtypeStruct((1, d), dtype)
     if kernel.shift == "paper":
         shapes["weights"] = jax.ShapeDtypeStruct((n, 1), jnp.float32)

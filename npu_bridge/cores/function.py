@@ -64,6 +64,7 @@ class VectorFunction:
         start.
         """
         buffer = Buffer(name, "UB", dtype, count, slots)
+        self._uses[name] = 1
         self._end -= buffer.bytes
         buffer.address = self._end
         self._buffers.append(buffer)

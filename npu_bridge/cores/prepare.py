@@ -79,6 +79,7 @@ def keys(c: Context, ub: Memory) -> Function:
         "total": Vector(total.at(), rows, c.d),
         "kappa": Vector(kappa.at(), 1, c.d),
         "count": Scalar("count"),
+        "chosen": Scalar("taken"),
     }
 
     def lowered(traced: stages.Trace, name: str, output: Output) -> list[Node]:
@@ -112,8 +113,10 @@ def keys(c: Context, ub: Memory) -> Function:
     zeros = f.temporary("zeros", c.dtype, c.d)
     to_zeros = copy(c.globals["kappa"].at(f"{c.kappa_row('none')} * {c.d}"), zeros.at(), c.d)
     nothing = For("none", "Pick(count > 0, j + 1, j)", f"Pick(last, {GROUPED}, j + 1)", [to_zeros])
+    of_head = "takesKappa.GetValue(entry * kvHeads + kvHead)"
     body: list[Node] = [
         *c.key_blocks(),
+        *([Let("taken", of_head, "float")] if c.kernel.chooses else []),
         Let("count", f"Min({c.n}, keys - j * {c.n})"),
         Let("last", "j == keyBlocks - 1"),
         If("count > 0", work),

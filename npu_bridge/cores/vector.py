@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores import careful, close, prepare
+from npu_bridge.cores import careful, choose, close, prepare
 from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, whole
 from npu_bridge.cores.slabs import copy
 from npu_bridge.cores.tile import ARGUMENTS, Tile
@@ -49,6 +49,8 @@ def vector_core(c: Context) -> Core:
         before, ramp = [*ramp, *_prepare_carefully(c, core, memory)], []
     else:
         before = _prepare(c, core, memory)
+    if c.kernel.chooses:  # what prepares the keys lies where the ramp does: it is made twice
+        before = [*ramp, *before]
     loop = _Loop(c, core, memory).nodes()
     ids = [SOFTMAX, SOFTMAX + 1, UPDATE, UPDATE + 1, SINGLE]
     body: list[Node] = [
@@ -73,16 +75,28 @@ def _prepare(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
     """Calls of what is done once, before the loop."""
     products, ub = c.full.products, memory.ub
     functions = [prepare.keys(c, ub)] if "kappa" in products else []
+    first = _choose(c, core, memory) if c.kernel.chooses else []
     if c.refers:
         functions.append(prepare.minus(c, ub))
     if "ones" in products:
         functions.append(prepare.ones(c, ub))
     tails = prepare.tails(c, ub)
-    calls: list[Node] = [Call(core.add(f), ()) for f in functions]
+    calls: list[Node] = [*first, *[Call(core.add(f), ()) for f in functions]]
     calls += [Barrier("ALL"), Call(core.add(tails), ())]
     if c.kernel.shift == "paper":  # the cube core computes K' from the tails
         calls += [Barrier("ALL"), SyncAll()]
     return calls
+
+
+def _choose(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
+    """`auto`: for which heads κ is taken off the keys."""
+    ub, ramp = memory.ub, memory.ramp
+    calls: list[Node] = []
+    for f in (choose.queries(c, ub, ramp), choose.keys(c, ub, ramp), choose.heads(c, ub, ramp)):
+        if f.name == "Choose":
+            calls.append(SyncAll())
+        calls += [Call(core.add(f), ()), Barrier("ALL")]
+    return [*calls, SyncAll(), Invalidate("takesKappa", "float")]
 
 
 def _prepare_carefully(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
