@@ -48,6 +48,8 @@ def kernel(
     lengths: bool = False,
     return_lse: bool = False,
     decode: bool = False,
+    dropout_rate: float = 0.0,
+    repair: bool = True,
 ) -> Kernel:
     """What a kernel computes. Batch, heads and lengths are given when it runs.
 
@@ -73,6 +75,10 @@ def kernel(
       return_lse: whether it also writes the log-sum-exp, float32.
       decode: a kernel for one query (T = 1): the N/K query heads of a key head, 128 at most, are
         the rows of a tile, and the keys are split over the cores. Takes no bias, mask or segments.
+      dropout_rate: must be 0: a kernel drops no weights.
+      repair: whether a query tile whose result is not finite is computed again, with a guard for
+        each row and without the values that it may not see. False: a smaller kernel, which promises
+        less. (Kernels with float16 statistics are never repaired.)
 
     Raises:
       ValueError: an argument is not one of these; the message says which are.
@@ -87,6 +93,9 @@ def kernel(
         if axes is not None:
             check_choice(name, axes, ("BNTS", "1NTS", "B1TS", "11TS"))
     check_choice("causal_alignment", causal_alignment, ("top_left", "bottom_right"))
+    if dropout_rate != 0:
+        way = "Train with pasa_jax.dot_product_attention, which drops weights."
+        raise wrong("dropout_rate", "be 0: emitted kernels do not drop weights", dropout_rate, way)
     if beta is not None and shift != "paper":
         raise wrong("beta", "be given with shift='paper' only", repr(beta))
     if beta is not None:
@@ -117,6 +126,7 @@ def kernel(
         lengths=lengths,
         return_lse=return_lse,
         decode=decode,
+        repair=repair,
     )
     if find_target(described.schedule.target).name not in TARGETS.values():
         raise wrong("schedule.target", "be 'ascend_910b'", described.schedule.target)

@@ -94,6 +94,14 @@ CASES: dict[str, Case] = {
         128,
         full=True,
     ),
+    "auto, causal": Case(
+        {"shift": "auto", "is_causal": True}, {"queries": 300, "keys": 600}, full=True
+    ),
+    "auto, lengths, bfloat16, 4 query heads a key head": Case(
+        {"shift": "auto", "lengths": True, "dtype": "bfloat16", "return_lse": True},
+        {"batch": 2, "heads": 8, "kv_heads": 2, **_ODD},
+        full=True,
+    ),
     "soft cap": Case({"logits_soft_cap": 3.0}, _ODD, full=True),
     "bfloat16": Case({"dtype": "bfloat16"}, _ODD, full=True),
     "8 query heads a key head": Case(
