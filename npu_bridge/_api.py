@@ -17,8 +17,9 @@ from pasa_jax.core.shifts import check_beta
 from pasa_jax.core.target import find_target
 
 TARGETS = {"910b": "ascend_910b", "910_93": "ascend_910b"}  # one architecture, dav-2201
-SHIFTS = ("none", "paper", "mean", "reference", "auto")
+SHIFTS = ("none", "paper", "mean", "reference", "auto", "bound")
 DTYPES = ("float16", "bfloat16")
+_BOUND = Precision(scores="float16", probabilities="bfloat16")
 _REFUSED = {
     "310p": "its cube and vector units are coupled and it has no Fixpipe and no cross-core flags: "
     "the kernel would be another one",
@@ -58,7 +59,9 @@ def kernel(
       dtype: of query, key, value and output: "float16" or "bfloat16".
       shift: "none", "paper", "mean" or "reference", whose row maximum is taken off in the cube
         unit's float32 sums, as two more columns; it forms the scores twice. "auto" chooses `mean`
-        or `none` for each key head by the data, before the loop.
+        or `none` for each key head by the data, before the loop. "bound", for bfloat16 without
+        bias, mask, segments and soft cap: query tiles whose weights are proved to stay in range
+        need no running maximum; the others are computed as by "mean".
       precision: a `Precision` or its name; None: scores, exponentials and probabilities in
         ``dtype``, statistics and output in float32. ``probabilities`` must be ``dtype``.
       schedule: for "ascend_910b"; block_q must be 128. None: the fastest by the cost model
@@ -105,6 +108,10 @@ def kernel(
             raise wrong(
                 name, "not be given for a decoding kernel", repr(given), "Use decode=False."
             )
+    if shift == "bound":
+        given = {"logits_soft_cap": logits_soft_cap, "bias": bias, "mask": mask}
+        given |= {"segments": segments or None, "decode": decode or None}
+        _check_bound(dtype, precision, given)
     described = Kernel(
         head_dim=head_dim,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
@@ -139,6 +146,20 @@ def kernel(
     return described
 
 
+def _check_bound(dtype: str, precision: str | Precision | None, given: dict[str, Any]) -> None:
+    """Raises where the shift "bound" cannot do what is asked for."""
+    if dtype != "bfloat16":
+        allowed = "be 'bfloat16' for shift='bound', whose weights have not float16's range"
+        raise wrong("dtype", allowed, repr(dtype), "Use shift='mean'.")
+    if precision is not None and precision != _BOUND:
+        allowed = "be None for shift='bound', which stores scores in float16 and P in bfloat16"
+        raise wrong("precision", allowed, repr(precision))
+    for name, x in given.items():
+        if x is not None:
+            allowed = "not be given for shift='bound', whose proof looks at positions alone"
+            raise wrong(name, allowed, repr(x), "Use shift='mean'.")
+
+
 def _precision(precision: str | Precision | None, dtype: str, shift: str) -> Precision:
     if precision is not None:
         chosen = precision if isinstance(precision, Precision) else Precision.named(precision)
@@ -149,6 +170,8 @@ def _precision(precision: str | Precision | None, dtype: str, shift: str) -> Pre
                 check_choice(f"precision.{name}", getattr(chosen, name), ("float16", "float32"))
         check_choice("precision.products", chosen.products, ("float32",))
         return chosen
+    if shift == "bound":
+        return _BOUND
     exponential = dtype if dtype == "float16" and shift != "paper" else None
     return Precision(scores=dtype, probabilities=dtype, exponential=exponential)
 

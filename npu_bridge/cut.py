@@ -92,7 +92,8 @@ def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
     names = {var: name for name, var in traced.inputs.items()}
     cube = _find_products(traced, names)
     level, last = _levels(traced, cube.waits)
-    outputs = {n: x for n, x in traced.outputs.items() if x is not traced.inputs.get(n)}
+    given = set(traced.inputs.values())  # a state that is not changed, or the bound's reference
+    outputs = {n: x for n, x in traced.outputs.items() if x not in given}
     if any(isinstance(x, Scalar) for x in outputs.values()):
         raise LoweringError("a state of the softmax is a plain number")
     vector = [e for e in traced.equations if e.output not in cube.inside] + cube.more

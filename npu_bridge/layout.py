@@ -26,10 +26,10 @@ FLAGS = {
     "UPDATE_READY": 2,
     "QUERY_READY": 3,
     "QUERY_TAKEN": 4,
-    "REFERENCE_READY": 5,  # these two of the shift "reference" only
-    "SHIFTED_READY": 6,
+    "CENTRE_READY": 5,  # of the shift "bound" only
+    "REFERENCE_READY": 6,  # these two of the shift "reference" only
+    "SHIFTED_READY": 7,
 }
-COMMON_FLAGS = tuple(FLAGS)[:5]
 # Event ids of the vector core, per pair of pipes; SOFTMAX and UPDATE have one for each slot.
 SOFTMAX, UPDATE, SINGLE, PADDING = 0, 2, 4, 5
 

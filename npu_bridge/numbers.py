@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from npu_bridge.bound_stages import FACTS
 from npu_bridge.cut import Product
 from npu_bridge.dtypes import C_TYPES, ITEMSIZE
 from npu_bridge.expressions import Expr, evaluate
@@ -102,6 +103,9 @@ _CORE_ROWS = Size(f"{DEPTH}, block_q", CORE_ROWS.name, per_core=True)
 _CORE_COLUMNS = Size(f"{DEPTH}, {LEAST}, block_q", f"{CORE_ROWS.name} * {LEAST}", per_core=True)
 _ITEMS = Size("items, vector cores", f"{QUERY_ROWS.name} / PASA_BLOCK_Q * {VECTOR_CORES}")
 _CORES = Size("vector cores", f"uint64_t(cores) * {VECTOR_CORES}")
+_CORE_BLOCKS = Size(f"{DEPTH}, block_q", CORE_ROWS.name, per_core=True)
+_FACTS = Size(str(len(FACTS)), len(FACTS))
+_PROOFS = Size(f"{DEPTH}, vector cores", f"uint64_t(cores) * {DEPTH * VECTOR_CORES}", per_core=True)
 _ONES = Size(f"{SUB}, {LEAST}", SUB * LEAST)
 _LEAST = Size(str(LEAST), LEAST)
 _N = Size("n", "PASA_BLOCK_KV")
@@ -172,7 +176,12 @@ def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
         arrays.append(Array("takesKappa", "float", (_HEADS,), "1 where κ is taken off, else 0"))
     if "offsets" in types:
         arrays.append(Array("kappa", dtype, (_HEADS, _GROUPED, _D), "κ"))
-        arrays.append(Array("offsets", types["offsets"], (_CORE_COLUMNS,), "q·κ"))
+        size = (_CORE_BLOCKS, _GROUPED) if kernel.bounded else (_CORE_COLUMNS,)
+        arrays.append(Array("offsets", types["offsets"], size, "q·κ"))
+    if kernel.bounded:
+        arrays.append(Array("norms", "float", (_QUERIES,), "lengths of the query rows"))
+        arrays.append(Array("facts", "float", (_HEADS, _FACTS, _GROUPED), ", ".join(FACTS)))
+        arrays.append(Array("proof", "float", (_PROOFS,), "0, or 1 where a row is not proved"))
     if "sums" in types:
         arrays.append(Array("ones", dtype, (_ONES,), "ones"))
         arrays.append(Array("sums", types["sums"], (_CORE_ROWS, _LEAST), "row sums of P"))

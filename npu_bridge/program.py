@@ -14,7 +14,7 @@ from npu_bridge.cores.context import Context, Core
 from npu_bridge.cores.cube import cube_core
 from npu_bridge.cores.vector import vector_core
 from npu_bridge.ir import Buffer
-from npu_bridge.layout import COMMON_FLAGS, FLAGS, SLABS, SUB, Slabs
+from npu_bridge.layout import FLAGS, SLABS, SUB, Slabs
 from npu_bridge.numbers import Array, shared
 from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import PlanError
@@ -104,7 +104,10 @@ def _built(kernel: Kernel, slabs: Slabs, names: dict[str, str] | None = None) ->
     for core in (vector, cube):
         for memory in core.memories.values():
             memory.check(f"a tile of {c.block_q} × {c.n}")
-    flags = FLAGS if c.refers else {name: FLAGS[name] for name in COMMON_FLAGS}
+    left_out = {"CENTRE_READY": c.kernel.bounded} | dict.fromkeys(
+        ("REFERENCE_READY", "SHIFTED_READY"), c.refers
+    )
+    flags = {name: number for name, number in FLAGS.items() if left_out.get(name, True)}
     return Program(kernel, slabs.rows, cube, vector, c.globals, c.workspace, flags)
 
 

@@ -30,7 +30,7 @@ class Kernel:
     Arguments:
       head_dim, value_head_dim: D and E.
       dtype: of query, key, value and output, "float16" or "bfloat16".
-      shift: "none", "paper", "mean", "reference" or "auto".
+      shift: "none", "paper", "mean", "reference", "auto" or "bound".
       is_causal, causal_alignment, window, logits_soft_cap: as `dot_product_attention` takes them.
       bias: which of the axes [B, N, T, S] a bias has, as a string like "1NTS"; None: no bias.
       mask_axes: which of the axes [B, N, T, S] a boolean mask has, likewise; None: no mask.
@@ -116,7 +116,24 @@ class Kernel:
     @property
     def keys_shifted(self) -> bool:
         """Whether the scores are made of K', which is computed first."""
-        return self.form in ("mean", "paper", "reference")
+        return self.form in ("mean", "paper", "reference", "bound")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a query tile takes a bound on its scores off, where it is proved to be safe."""
+        return self.shift == "bound"
+
+    @property
+    def unproved(self) -> Kernel:
+        """What a query tile without a proof is computed by."""
+        return replace(self, shift="mean")
+
+    @property
+    def output_stays(self) -> bool:
+        """Whether P·V of all key tiles of an item is added up before it is handed over: there is
+        no rescaling, and room for it in the cube unit.
+        """
+        return self.bounded and self.value_head_dim <= 128 and self.head_dim <= 128
 
     @property
     def sums_multiplied(self) -> bool:
@@ -182,7 +199,11 @@ class TracedWalk(Walk):
         # values in the values.
         guard, gain = self.guard(), self.parts.get("valueGain")
         rows = tile.QueryTile(
-            self.parts["query"], jnp.ones((1, 1), self.numerics.product), guard, value_gain=gain
+            self.parts["query"],
+            jnp.ones((1, 1), self.numerics.product),
+            guard,
+            value_gain=gain,
+            reference=self.parts.get("reference"),
         )
         if self.numerics.logits_soft_cap is not None:
             return rows._replace(guard=None, capped=guard)

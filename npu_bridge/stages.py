@@ -410,7 +410,9 @@ def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
     }
     if kernel.shift == "reference":
         shapes["raw"] = jax.ShapeDtypeStruct((n, d), dtype)
-    if kernel.form in ("mean", "reference"):
+    if kernel.bounded:
+        shapes["reference"] = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
+    if kernel.form in ("mean", "reference", "bound"):
         shapes["kappa"] = jax.ShapeDtypeStruct((1, d), dtype)
     if kernel.shift == "paper":
         shapes["weights"] = jax.ShapeDtypeStruct((n, 1), jnp.float32)

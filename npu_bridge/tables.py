@@ -83,6 +83,7 @@ def tuned_table(date: str) -> dict[str, object]:
 
 
 _TILES = Precision(scores="float16", probabilities="float16", exponential="float16")
+_BOUND = Precision(scores="float16", probabilities="bfloat16")
 NAMED = {
     "mean, float16 tiles": ("mean", _TILES),
     "none, float16 tiles": ("none", _TILES),
@@ -93,6 +94,8 @@ NAMED = {
     "paper, float32 statistics": ("paper", Precision(scores="float16", probabilities="float16")),
     "mean, float32 hand-over": ("mean", Precision(probabilities="float16")),
     "none, float32 hand-over": ("none", Precision(probabilities="float16")),
+    "bound, bfloat16": ("bound", _BOUND),
+    "mean, bfloat16, float16 scores": ("mean", _BOUND),
 }
 
 

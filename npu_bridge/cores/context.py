@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from npu_bridge import cut, interface, numbers, stages
 from npu_bridge.dtypes import C_TYPES
@@ -58,6 +58,7 @@ class Context:
       update: the same on a slab of P·V.
       globals: the arrays in global memory, by name: arguments, then the workspace.
       workspace: of those, the arrays of the workspace.
+      unproved: the shift "bound": what query tiles without a proof are computed by.
     """
 
     kernel: Kernel
@@ -69,6 +70,7 @@ class Context:
     update: cut.Step
     globals: dict[str, Buffer]
     workspace: list[numbers.Array]
+    unproved: Context | None = None
 
     @staticmethod
     def of(kernel: Kernel, slabs: Slabs, names: dict[str, str] | None = None) -> Context:
@@ -87,7 +89,7 @@ class Context:
             n: Buffer(called.get(n, n), "GM", dtype, 0, note=note)
             for n, (dtype, note) in types.items()
         }
-        return Context(
+        c = Context(
             kernel,
             slabs,
             full,
@@ -98,6 +100,16 @@ class Context:
             places,
             arrays,
         )
+        if not kernel.bounded:
+            return c
+        # The other way has the same arrays.
+        other = replace(Context.of(kernel.unproved, slabs, names), globals=places)
+        return replace(c, unproved=other)
+
+    @property
+    def ways(self) -> tuple[Context, ...]:
+        """The ways in which a query tile may be computed."""
+        return (self,) if self.unproved is None else (self, self.unproved)
 
     @property
     def n(self) -> int:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, slot_of, whole
+from npu_bridge.cores.bound import proof_at
+from npu_bridge.cores.context import (
+    GROUPED,
+    Context,
+    Core,
+    look_for_damage,
+    prologue,
+    slot_of,
+    whole,
+)
 from npu_bridge.cores.products import CubeMemory, Products, matrix_in, when
 from npu_bridge.expressions import Expr
 from npu_bridge.ir import (
@@ -14,6 +23,7 @@ from npu_bridge.ir import (
     For,
     Function,
     If,
+    Invalidate,
     Let,
     Node,
     SetFlag,
@@ -23,7 +33,8 @@ from npu_bridge.ir import (
 )
 from npu_bridge.layout import AHEAD, CHUNK, DEPTH, FLAGS, LEAST, QUERIES, SUB
 
-_TILE = ("entry", "kvHead", "keys", "j", "querySlot")  # which keys and queries a tile is of
+# Which keys and queries a tile is of, and whether it is the first and the last of its item.
+_TILE = ("entry", "kvHead", "keys", "j", "querySlot", "first", "last")
 _COUNTERS = (
     "itemTurn",
     "scoreTurn",
@@ -33,6 +44,7 @@ _COUNTERS = (
     "pairTurn",
     "l0Turn",
     "pieceTurn",
+    "failed",  # whether the item of the last P·V is not proved, of the shift "bound"
 )
 
 
@@ -54,7 +66,7 @@ def cube_core(c: Context) -> Core:
     step = core.add(_step(products, core, ahead))
     both, l1_ids, products_ids = range(2), range(6), range(memory.flags)
     last: list[Node] = [
-        Call(step, (0, 0, 0, 0, 0, 0, 0, f"scoreTurn - valueTurn > {ahead - 1 - u}"))
+        Call(step, (*[0] * len(_TILE), 0, 0, f"scoreTurn - valueTurn > {ahead - 1 - u}"))
         for u in range(ahead)
     ]
     body: list[Node] = [
@@ -99,9 +111,16 @@ def _item(products: Products, step: Function, ahead: int, last: list[Node]) -> l
     c = products.c
     at = f"(int64_t(core) * {QUERIES} + querySlot) * {SUB * c.d}"
     to = products.memory.l1["query"].slot("querySlot")
-    tile: tuple[Expr, ...] = ("entry", "kvHead", "keys", "lo + t", "querySlot")
+    ends = ("t == 0", "t == tiles - 1")
+    tile: tuple[Expr, ...] = ("entry", "kvHead", "keys", "lo + t", "querySlot", *ends)
     opens = f"(t == 0) | (Mod(lo + t, {LEAST}) == 0)"
     weighing = f"scoreTurn - valueTurn >= {ahead}"
+    centre: list[Node] = []
+    if c.kernel.bounded:
+        centre = [
+            *_centre(products),
+            CrossSet("FIX", FLAGS["CENTRE_READY"], "CENTRE_READY"),
+        ]
     return [
         Let("querySlot", f"Mod(itemTurn, {QUERIES})"),
         CrossWait("MTE2", FLAGS["QUERY_READY"], "QUERY_READY"),
@@ -110,6 +129,7 @@ def _item(products: Products, step: Function, ahead: int, last: list[Node]) -> l
         CrossSet("MTE2", FLAGS["QUERY_TAKEN"], "QUERY_TAKEN"),
         SetFlag("MTE2", "MTE1", "4 + querySlot"),
         WaitFlag("MTE2", "MTE1", "4 + querySlot"),
+        *centre,
         If("tiles == 0", last),
         For("t", 0, "tiles", [Call(step, (*tile, opens, 1, weighing))]),
         # A reference may still be taken off this item's scores, but not off the one's before.
@@ -128,13 +148,20 @@ def _step(products: Products, core: Core, ahead: int) -> Function:
     earlier = tuple(f"{name}{ahead}" for name in _TILE)
     scores, values = core.add(_scores(products)), core.add(_values(products))
     offsets: list[Node] = []
-    if "kappa" in c.full.products:
+    if "kappa" in c.full.products and not c.kernel.bounded:
         offsets = [If("opens", [Call(core.add(_offsets(products)), now)])]
     score: list[Node] = [Call(scores, (*now, "sub"))]
     scored: list[Node] = [CrossSet("FIX", FLAGS["SCORES_READY"], "SCORES_READY")]
     p_ready: list[Node] = [CrossWait("MTE2", FLAGS["P_READY"], "P_READY")]
-    value = [Call(values, (*earlier[:4], "turn"))]
+    ends: tuple[Expr, ...] = ()
     valued: list[Node] = [CrossSet("FIX", FLAGS["UPDATE_READY"], "UPDATE_READY")]
+    if c.kernel.output_stays:  # the proof was written before the item's first P
+        proof = f"Pick(proof.GetValue({proof_at('valueTurn')}) != 0.0f, 1, 0)"
+        look: list[Node] = [Invalidate("proof", "float"), Assign("failed", proof)]
+        p_ready.append(If(f"first{ahead}", look))
+        ends = (f"first{ahead} | failed", f"last{ahead} | failed")
+        valued = [If(ends[1], valued)]
+    value = [Call(values, (*earlier[:4], "turn", *ends))]
     if c.refers:
         shifted = Call(core.add(_shifted(products)), (*earlier, "sub"))
         shifting: list[Node] = [
@@ -193,6 +220,18 @@ def _offsets(products: Products) -> Function:
     return Function("Offsets", _TILE, body, comment)
 
 
+def _centre(products: Products) -> list[Node]:
+    """q·κ of all blocks that an item may see, a group of blocks at a time."""
+    c = products.c
+    at = f"{c.kappa_row('base')} * {c.d}"
+    to = products.memory.l1["key"].slot("slot")
+    load: list[Node] = [matrix_in(to, c.globals["kappa"].at(at), LEAST, c.d, str(c.d))]
+    slot = f"int64_t(core) * {DEPTH} + {slot_of(DEPTH, 'itemTurn')}"
+    out = c.globals["offsets"].at(f"(({slot}) * {GROUPED} + base) * {SUB}")
+    groups = f"Div(lo, {LEAST}) * {LEAST}", "lo + tiles"
+    return [For("base", *groups, products.times_query(load, out), LEAST)]
+
+
 def _shifted(products: Products) -> Function:
     c, l1 = products.c, products.memory.l1
     at = c.globals["minus"].at(f"Div(place, {c.block_q}) * {LEAST * c.block_q}")
@@ -218,13 +257,17 @@ def _values(products: Products) -> Function:
     load += products.rows_in(l1["right"].slot("slot"), "value", SUB, CHUNK, "row", column)
     to = c.globals["update"].at(f"place * {c.e} + {column}")
     sums = c.globals["sums"].at(f"place * {LEAST}") if "ones" in l1 else None
+    ends: tuple[str, ...] = ()
+    if c.kernel.output_stays:
+        ends = ("(row == 0) & opening", f"(row == {c.n - SUB}) & closing")
+    parameters = (*_TILE[:4], "turn", *(["opening", "closing"] if ends else []))
     body: list[Node] = [
         _place(c, "valueTurn"),
         Let("chunk", f"turn / {subs}"),
         Let("row", f"Mod(turn, {subs}) * {SUB}"),
-        *products.accumulated(load, place, to, c.e, sums, first),
+        *products.accumulated(load, place, to, c.e, sums, first, *ends),
     ]
-    return Function("Values", (*_TILE[:4], "turn"), body, "P·V of a tile, a part of it (eq. 10).")
+    return Function("Values", parameters, body, "P·V of a tile, a part of it (eq. 10).")
 
 
 def _shift_keys(products: Products) -> Function:

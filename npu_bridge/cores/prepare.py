@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from npu_bridge import stages
+from npu_bridge import bound_stages, stages
+from npu_bridge.cores import bound
 from npu_bridge.cores.context import GROUPED, Context, query_row
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import (
@@ -19,7 +20,7 @@ from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import Duplicate, SetValue, WithScalar
 from npu_bridge.ir import Barrier, Buffer, For, Function, If, Let, Node, SetFlag, WaitFlag
 from npu_bridge.layout import CLOSING, DEPTH, LEAST, QUERIES, SINGLE, SUB
-from npu_bridge.lower import Vector
+from npu_bridge.lower import Value, Vector
 from npu_bridge.memory import Memory
 
 _ROWS = 64  # that are loaded at once
@@ -28,8 +29,9 @@ _ONE = {"half": 0x3C00, "bfloat16_t": 0x3F80}  # the bits of 1
 
 def query(c: Context, memory: VectorMemory) -> Function:
     """The query rows of an item as they are multiplied; zeros beyond T."""
-    rows, careful = CLOSING, c.kernel.careful
-    traced = (stages.guarded_queries if careful else stages.queries)(c.kernel, rows)
+    rows, careful, bounded = CLOSING, c.kernel.careful, c.kernel.bounded
+    trace = bound_stages.queries if bounded else stages.queries
+    traced = (stages.guarded_queries if careful else trace)(c.kernel, rows)
     f = VectorFunction(memory.ub, "PrepareQuery", ("item", "slot"))
     source, to = memory.query["in"], memory.query["out"]
     at = f"({query_row('first')}) * {c.d}"
@@ -45,11 +47,15 @@ def query(c: Context, memory: VectorMemory) -> Function:
         if careful:
             values["keyBound"] = Scalar("bound")
             outputs[traced.outputs["guard"]] = Output(memory.query["guard"].at())
+        if bounded:
+            outputs[traced.outputs["length"]] = Output(memory.query["norms"].at())
         compute = f.lowered(traced.equations, inputs_of(traced.inputs, values), outputs)
     place = f"(int64_t(core) * {QUERIES} + slot) * {c.block_q} + firstRow + row"
     scaled = c.globals["scaledQuery"].at(f"({place}) * {c.d}")
     stores: list[Node] = [copy(scaled, to.at(), rows * c.d)]
     lets = c.item()
+    if bounded:
+        stores.append(copy(c.globals["norms"].at(place), memory.query["norms"].at(), rows))
     if careful:
         row = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {c.block_q}"
         to_guard = c.globals["guard"].at(f"{row} + firstRow + row")
@@ -66,30 +72,37 @@ def query(c: Context, memory: VectorMemory) -> Function:
     return f.done(comment, body)
 
 
-def keys(c: Context, ub: Memory) -> Function:
+def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
     """κ of each key block, and the keys without it."""
-    f = VectorFunction(ub, "PrepareKeys", alone=True)
+    f = VectorFunction(ub, "PrepareKeys", alone=True, ramp=ramp if c.kernel.bounded else None)
     rows = _ROWS if c.d <= SUB else _ROWS // 2
     source = f.temporary("keysIn", c.dtype, rows * c.d, 2)
     to = f.temporary("keysOut", c.dtype, rows * c.d, 2)
     total = f.temporary("total", "float", rows * c.d)
     kappa = f.temporary("kappaOut", c.dtype, c.d)
-    values = {
+    facts = bound.KeyFacts(c, f, rows) if c.kernel.bounded else None
+    values: dict[str, Value] = {
         "key": Vector(source.slot("slot"), rows, c.d),
         "total": Vector(total.at(), rows, c.d),
         "kappa": Vector(kappa.at(), 1, c.d),
         "count": Scalar("count"),
         "chosen": Scalar("taken"),
+        **(facts.values() if facts else {}),
     }
 
-    def lowered(traced: stages.Trace, name: str, output: Output) -> list[Node]:
+    def lowered(traced: stages.Trace, outputs: dict[str, Output]) -> list[Node]:
         inputs = inputs_of(traced.inputs, values)
-        return f.lowered(traced.equations, inputs, {traced.outputs[name]: output})
+        places = {traced.outputs[name]: output for name, output in outputs.items()}
+        return f.lowered(traced.equations, inputs, places)
 
-    adding = lowered(stages.key_total(c.kernel, rows), "total", Output(total.at(), total))
-    finding = lowered(stages.kappa(c.kernel, rows), "kappa", Output(kappa.at()))
-    shifted = Output(to.slot("slot"))
-    shifting = lowered(stages.shifted_keys(c.kernel, rows), "shifted", shifted)
+    adding = lowered(stages.key_total(c.kernel, rows), {"total": Output(total.at(), total)})
+    found, shifted = {"kappa": Output(kappa.at())}, {"shifted": Output(to.slot("slot"))}
+    if facts:
+        finding = lowered(bound_stages.centre(c.kernel, rows), found | facts.of_centre())
+        shifting = lowered(bound_stages.shifted_keys(c.kernel, rows), shifted | facts.of_slab())
+    else:
+        finding = lowered(stages.kappa(c.kernel, rows), found)
+        shifting = lowered(stages.shifted_keys(c.kernel, rows), shifted)
     at = f"((int64_t(entry) * keyLength + first) * kvHeads + kvHead) * {c.d}"
     gap = f"(kvHeads - 1) * {c.d}"
     loads: list[Node] = [
@@ -107,12 +120,16 @@ def keys(c: Context, ub: Memory) -> Function:
         Duplicate(total.at(), Scalar(0), rows * c.d),
         For("slab", 0, c.n, [slot, *slab("slot", loads, adding, [])], rows),
         *computed(finding, [to_kappa]),
+        *(facts.begin() if facts else []),
         For("slab", 0, c.n, [slot, *slab("slot", loads, shifting, stores, "slot")], rows),
+        *(facts.end(f) if facts else []),
     ]
     # The cube unit multiplies by whole groups of κ: of those that are none, by zeros.
     zeros = f.temporary("zeros", c.dtype, c.d)
     to_zeros = copy(c.globals["kappa"].at(f"{c.kappa_row('none')} * {c.d}"), zeros.at(), c.d)
-    nothing = For("none", "Pick(count > 0, j + 1, j)", f"Pick(last, {GROUPED}, j + 1)", [to_zeros])
+    no_facts, to_facts = bound.zeros(c, f) if facts else ([], [])
+    none_lo, none_hi = "Pick(count > 0, j + 1, j)", f"Pick(last, {GROUPED}, j + 1)"
+    nothing = For("none", none_lo, none_hi, [to_zeros, *to_facts])
     of_head = "takesKappa.GetValue(entry * kvHeads + kvHead)"
     body: list[Node] = [
         *c.key_blocks(),
@@ -123,7 +140,7 @@ def keys(c: Context, ub: Memory) -> Function:
         nothing,
     ]
     comment = "κ of each key block, and the keys without it (eq. 7)."
-    clear = computed([zero_bits(zeros.at(), c.d)], [])
+    clear = computed([zero_bits(zeros.at(), c.d), *no_facts], [])
     return f.done(comment, [*clear, *spread_units("batch * kvHeads * keyBlocks", body)])
 
 

@@ -14,8 +14,6 @@ from npu_bridge.memory import Memory
 from pasa_jax.core.errors import PlanError
 
 _MEMORIES = ("L1", "L0A", "L0B", "L0C")
-PIECES = SUB // PIECE
-OUT = PIECES  # the flag between FIX and M of what is added up over a block
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,9 @@ class CubeMemory:
     Arguments:
       l1: "query", "key", "left" and "right"; "ones", "kappa" and "minus" where the kernel has them.
       a, b: left and right matrix.
-      pieces: products of queries and keys, `PIECE` rows each.
-      out: products that are added up over a block; "sums" where P's rows are added up.
+      pieces: products of queries and keys, ``rows`` rows each.
+      out: products that are added up, a slot for each chunk where they are over several blocks.
+      sums: where P's rows are added up.
       depth: columns of queries and keys that are multiplied at once.
     """
 
@@ -38,6 +37,7 @@ class CubeMemory:
     out: Buffer
     sums: Buffer | None
     depth: int
+    rows: int
 
     @staticmethod
     def of(c: Context) -> CubeMemory:
@@ -47,17 +47,27 @@ class CubeMemory:
         a = memories["L0A"].stay("a", c.dtype, SUB * SUB, 2, "left matrix, Zz")
         b = memories["L0B"].stay("b", c.dtype, SUB * SUB, 2, "right matrix, Zn")
         stay = memories["L0C"].stay
-        out = stay("outL0C", "float", SUB * CHUNK, note="P·V, float32, Nz")
+        stays = c.kernel.output_stays
+        slots = c.e // CHUNK if stays else 1
+        out = stay("outL0C", "float", SUB * CHUNK, slots, "P·V, float32, Nz")
         sums = None
         if "ones" in l1:
             sums = stay("sumsL0C", "float", SUB * LEAST, note="row sums of P, float32, Nz")
-        pieces = stay("piecesL0C", "float", PIECE * SUB, PIECES, "scores, float32, Nz")
-        return CubeMemory(memories, l1, a, b, pieces, out, sums, depth)
+        rows = PIECE if slots == 1 else PIECE // 2
+        number = SUB // rows if slots == 1 else SUB // rows - 1
+        pieces = stay("piecesL0C", "float", rows * SUB, number, "scores, float32, Nz")
+        return CubeMemory(memories, l1, a, b, pieces, out, sums, depth, rows)
 
     @property
     def flags(self) -> int:
-        """How many there are between FIX and M: one for each piece, and `OUT`."""
-        return PIECES + 1
+        """How many there are between FIX and M: one for each piece, then one for each of `out`."""
+        return self.pieces.slots + self.out.slots
+
+    @property
+    def of_out(self) -> Expr:
+        """The flag of what is added up."""
+        first = self.pieces.slots
+        return first if self.out.slots == 1 else f"{first} + chunk"
 
 
 def _level_1(c: Context, memory: Memory) -> dict[str, Buffer]:
@@ -157,7 +167,7 @@ class Products:
             For("k", 0, d, self.turn(loads, pieces), chunk),
             *more,
             SetFlag("MTE1", "MTE2", "slot"),
-            Advance("pieceTurn", PIECES),
+            Advance("pieceTurn", SUB // self.memory.rows),
             Advance("keyTurn"),
         ]
 
@@ -173,7 +183,7 @@ class Products:
         multiply: list[Node] = [Mmad(product, a, b, LEAST, SUB, chunk, "k == 0")]
         return [
             *self._key_slot(load),
-            Let("product", f"Mod(pieceTurn, {PIECES})"),
+            Let("product", f"Mod(pieceTurn, {m.pieces.slots})"),
             WaitFlag("FIX", "M", "product"),
             For("k", 0, d, self.turn([load_a, *right], multiply), chunk),
             *_leaves([Fixpipe(to, product, LEAST, SUB, SUB)], "product"),
@@ -203,26 +213,26 @@ class Products:
         ]
 
     def in_pieces(self, to: Slice, k: int, first: str | bool, last: str | bool) -> list[Node]:
-        """The product of 128 rows in L0A and 128 columns in L0B, `PIECE` rows at a time, so that
-        one leaves while the next is computed.
+        """The product of 128 rows in L0A and 128 columns in L0B, some rows at a time, so that one
+        piece leaves while the next is computed.
 
         Arguments:
           k: columns of both.
           first, last: whether it begins a sum, and whether the sum leaves then.
         """
-        m, n = self.memory, self.c.n
-        piece = Slice(m.pieces, f"product * {m.pieces.count}", PIECE * SUB)
-        a = Slice(m.a, f"side * {m.a.count} + piece * {PIECE * k}", PIECE * k)
+        m, n, rows = self.memory, self.c.n, self.memory.rows
+        piece = Slice(m.pieces, f"product * {m.pieces.count}", rows * SUB)
+        a = Slice(m.a, f"side * {m.a.count} + piece * {rows * k}", rows * k)
         b = Slice(m.b, f"side * {m.b.count}", SUB * k)
         begins = {True: "true", False: "false"}.get(first, str(first))  # type: ignore[call-overload]
-        out = Fixpipe(to.at(f"piece * {PIECE * n}"), piece, PIECE, SUB, n)
+        out = Fixpipe(to.at(f"piece * {rows * n}"), piece, rows, SUB, n)
         body = [
-            Let("product", f"Mod(pieceTurn + piece, {PIECES})"),
+            Let("product", f"Mod(pieceTurn + piece, {m.pieces.slots})"),
             *when(first, [WaitFlag("FIX", "M", "product")]),
-            Mmad(piece, a, b, PIECE, SUB, k, begins),
+            Mmad(piece, a, b, rows, SUB, k, begins),
             *when(last, _leaves([out], "product")),
         ]
-        return [For("piece", 0, PIECES, body)]
+        return [For("piece", 0, SUB // rows, body)]
 
     def minus(self, to: Slice) -> list[Node]:
         """Adds −r, 16 rows of which two are not zero, times ones."""
@@ -259,6 +269,8 @@ class Products:
         stride: int,
         sums: Slice | None = None,
         summed: str | bool = False,
+        begins: str = "row == 0",
+        ends: str = "",
     ) -> list[Node]:
         """Adds one sub-tile, ``row``, to [128, 128]·[128, 64], which leaves for ``to`` after the
         last; and its row sums to ``sums``.
@@ -266,19 +278,22 @@ class Products:
         Arguments:
           loads: bring the left matrix to ``left`` and the right one to its slot in L1.
           summed: whether the rows are added up too.
+          begins, ends: whether it is the first and the last of what is added up; by default of its
+            block.
         """
         m, n = self.memory, self.c.n
         right = Slice(m.l1["right"], f"slot * {m.l1['right'].count}", SUB * CHUNK)
         loads_0 = [*_left_in(m.a, left, SUB), *_right_in(m.b, right, CHUNK, SUB, rows=SUB)]
-        product = m.out.at()
-        begins, ends = "row == 0", f"row == {n - SUB}"
-        multiply = [If(begins, [WaitFlag("FIX", "M", OUT)]), self._times(product, 0, CHUNK)]
+        product = m.out.slot("chunk" if m.out.slots > 1 else 0)
+        ends = ends or f"row == {n - SUB}"
+        wait = If(begins, [WaitFlag("FIX", "M", m.of_out)])
+        multiply: list[Node] = [wait, self._times(product, 0, CHUNK, begins)]
         leave = [Fixpipe(to, product, SUB, CHUNK, stride)]
         if sums is not None and m.sums is not None:
             at = SUB * CHUNK
             ones = _right_in(m.b, m.l1["ones"].at(), LEAST, SUB, rows=SUB, at=at)
             loads_0 += when(summed, ones)
-            multiply += when(summed, [self._times(m.sums.at(), at, LEAST)])
+            multiply += when(summed, [self._times(m.sums.at(), at, LEAST, begins)])
             leave += when(summed, [Fixpipe(sums, m.sums.at(), SUB, LEAST, LEAST)])
         return [
             Let("slot", "Mod(pairTurn, 2)"),
@@ -287,17 +302,17 @@ class Products:
             SetFlag("MTE2", "MTE1", "2 + slot"),
             WaitFlag("MTE2", "MTE1", "2 + slot"),
             *self.turn(loads_0, multiply),
-            If(ends, _leaves(leave, OUT)),
+            If(ends, _leaves(leave, m.of_out)),
             SetFlag("MTE1", "MTE2", "2 + slot"),
             Advance("pairTurn"),
         ]
 
-    def _times(self, to: Slice, at: int, n: int) -> Mmad:
+    def _times(self, to: Slice, at: int, n: int, first: str) -> Mmad:
         """A sub-tile of 128 × 128 in L0A times ``n`` columns ``at`` a place in L0B."""
         m = self.memory
         a = Slice(m.a, f"side * {m.a.count}", m.a.count)
         b = Slice(m.b, f"side * {m.b.count}" + (f" + {at}" if at else ""), SUB * n)
-        return Mmad(to, a, b, SUB, n, SUB, "row == 0")
+        return Mmad(to, a, b, SUB, n, SUB, first)
 
 
 def _left_in(to: Buffer, source: Slice, k: int) -> list[Node]:

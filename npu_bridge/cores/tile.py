@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores.context import Context, slot_of
+from npu_bridge.cores.context import GROUPED, Context, slot_of
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import cleared, copy, slab, zero_bits
 from npu_bridge.cores.vector_memory import VectorMemory
@@ -11,7 +11,7 @@ from npu_bridge.dtypes import BLOCK, ITEMSIZE
 from npu_bridge.expressions import Expr, Scalar, times
 from npu_bridge.instructions import FirstBlocks, RowsIn, RowsOut
 from npu_bridge.ir import Advance, For, Function, If, Let, Node, SetFlag, Slice, WaitFlag
-from npu_bridge.layout import CARRIED, DEPTH, LEAST, PADDING, SINGLE, SOFTMAX, UPDATE
+from npu_bridge.layout import CARRIED, DEPTH, LEAST, PADDING, QUERIES, SINGLE, SOFTMAX, UPDATE
 from npu_bridge.lower import Value, Vector
 from npu_bridge.specification import COLUMNS
 from pasa_jax.core.errors import PlanError
@@ -82,14 +82,14 @@ class Tile:
         compute = self._stage(f, stage, {n: self._output(n) for n in stage.outputs})
         return f.done("The row statistics (eq. 10).", [*self._all_rows(), *compute])
 
-    def accumulate(self, sums: Stage, step: Stage) -> Function:
+    def accumulate(self, name: str, sums: Stage, step: Stage) -> Function:
         """Rescales O and adds P·V.
 
         Arguments:
           sums: what is done with the row sums, all rows at once.
         """
         c, r, rings = self.c, self.rows, self.memory.rings
-        f = VectorFunction(self.memory.ub, "Accumulate", ("turn", "side"))
+        f = VectorFunction(self.memory.ub, name, ("turn", "side"))
         columns: list[Node] = []
         if sums.outputs:
             whole = Tile(c, self.memory, c.half)
@@ -154,6 +154,10 @@ class Tile:
             return Vector(self._ring(name, width), r, width)
         if name == "o":
             return Vector(m.state["o"].at(f"row * {c.e}", r * c.e), r, c.e)
+        if name == "reference":
+            assert m.reference is not None
+            place = f"Mod(itemTurn, {QUERIES}) * {c.block_q} + firstRow + row"
+            return Vector(m.reference.at(place, r), r, 1)
         if name == "weights":
             assert m.weights is not None
             # The second row of shares is the tail's.
@@ -226,8 +230,13 @@ class Tile:
     def offsets(self) -> Function:
         """Loads q·κ of the next group of blocks."""
         c = self.c
-        slot = f"(int64_t(core) * {DEPTH} + {slot_of(DEPTH, 'offsetTurn')}) * {LEAST * c.block_q}"
-        source = c.globals["offsets"].at(f"{slot} + firstRow")
+        place = f"int64_t(core) * {DEPTH} + {slot_of(DEPTH, 'offsetTurn')}"
+        if c.kernel.bounded:  # those of all blocks are there
+            place = f"int64_t(core) * {DEPTH} + {slot_of(DEPTH, 'itemTurn')}"
+            place = f"(({place}) * {GROUPED} + Div(j, {LEAST}) * {LEAST}) * {c.block_q}"
+        else:
+            place = f"({place}) * {LEAST * c.block_q}"
+        source = c.globals["offsets"].at(f"{place} + firstRow")
         load = RowsIn(self.memory.rings["offsets"].at(), source, LEAST, c.half, c.block_q - c.half)
         body: list[Node] = [
             SetFlag("V", "MTE2", PADDING),
@@ -235,7 +244,7 @@ class Tile:
             *slab(SINGLE, [load], [], []),
             Advance("offsetTurn"),
         ]
-        return Function("LoadOffsets", (), body, f"q·κ of {LEAST} blocks, a row each (eq. 7).")
+        return Function("LoadOffsets", ("j",), body, f"q·κ of {LEAST} blocks, a row each (eq. 7).")
 
     def _sums(self) -> list[Node]:
         """Loads the row sums of P: one block of each row."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores import careful, choose, close, prepare
+from npu_bridge.cores import bound, careful, choose, close, prepare
 from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, whole
 from npu_bridge.cores.slabs import copy
 from npu_bridge.cores.tile import ARGUMENTS, Tile
@@ -33,9 +33,10 @@ _HELD = {
     "turn": "tileTurn",
     "first": "t == 0",
     "last": "t == tiles - 1",
-    **{name: name for name in ("item", "entry", "head", "start", "side")},
+    **{name: name for name in ("item", "entry", "head", "start", "side", "failed")},
 }
-_COUNTERS = ("softmaxTurn", "updateTurn", "tileTurn", "itemTurn", "offsetTurn")
+# ``failed``: whether the item is not proved, of the shift "bound"; of others 0.
+_COUNTERS = ("softmaxTurn", "updateTurn", "tileTurn", "itemTurn", "offsetTurn", "failed")
 
 
 def vector_core(c: Context) -> Core:
@@ -49,6 +50,8 @@ def vector_core(c: Context) -> Core:
         before, ramp = [*ramp, *_prepare_carefully(c, core, memory)], []
     else:
         before = _prepare(c, core, memory)
+    if c.kernel.bounded:
+        before, ramp = [*ramp, *before], []
     if c.kernel.chooses:  # what prepares the keys lies where the ramp does: it is made twice
         before = [*ramp, *before]
     loop = _Loop(c, core, memory).nodes()
@@ -74,15 +77,20 @@ def vector_core(c: Context) -> Core:
 def _prepare(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
     """Calls of what is done once, before the loop."""
     products, ub = c.full.products, memory.ub
-    functions = [prepare.keys(c, ub)] if "kappa" in products else []
+    functions = [prepare.keys(c, ub, memory.ramp)] if "kappa" in products else []
+    if c.kernel.bounded:
+        functions.append(bound.values(c, ub, memory.ramp))
     first = _choose(c, core, memory) if c.kernel.chooses else []
     if c.refers:
         functions.append(prepare.minus(c, ub))
     if "ones" in products:
         functions.append(prepare.ones(c, ub))
     tails = prepare.tails(c, ub)
-    calls: list[Node] = [*first, *[Call(core.add(f), ()) for f in functions]]
-    calls += [Barrier("ALL"), Call(core.add(tails), ())]
+    calls: list[Node] = first
+    for f in functions:  # each has all of UB
+        calls += [Call(core.add(f), ()), Barrier("ALL")]
+    calls += [] if functions else [Barrier("ALL")]
+    calls.append(Call(core.add(tails), ()))
     if c.kernel.shift == "paper":  # the cube core computes K' from the tails
         calls += [Barrier("ALL"), SyncAll()]
     return calls
@@ -120,26 +128,76 @@ def _load_weights(c: Context, memory: VectorMemory) -> list[Node]:
     return [copy(memory.weights.at(), c.globals["weights"].at(0), 2 * c.n), Barrier("ALL")]
 
 
+class _Way:
+    """One way in which a query tile may be computed: the functions of its key tiles.
+
+    Arguments:
+      suffix: of the functions' names.
+    """
+
+    def __init__(self, c: Context, core: Core, memory: VectorMemory, suffix: str) -> None:
+        self.c, self.core = c, core
+        self.full = Tile(c, memory, c.slabs.rows)
+        self.masked = Tile(c, memory, c.slabs.masked)
+        self.whole = Tile(c, memory, c.half)
+        self.suffix = suffix
+        sums, step = c.columns.accumulate.columns, c.update.accumulate.slab
+        update = Tile(c, memory, c.slabs.update)
+        self.accumulate = core.add(update.accumulate(f"Accumulate{suffix}", sums, step))
+
+    def softmax(self) -> list[Node]:
+        """P of tile t."""
+        c, name = self.c, f"Softmax{self.suffix}"
+        full = self.full.softmax(name, c.full.softmax.slab, "without")
+        masked = self.masked.softmax(f"{name}Masked", c.masked.softmax.slab, "with")
+        return [self._either(full, masked)]
+
+    def statistics(self) -> list[Node]:
+        """The row statistics after it."""
+        full, masked = self.c.columns.softmax.columns, self.c.columns_masked.softmax.columns
+        if not full.outputs:
+            return []
+        both = (
+            self.whole.statistics("Statistics", full),
+            self.whole.statistics("StatisticsMasked", masked),
+        )
+        return [self._either(*both)]
+
+    def refer(self) -> list[Node]:
+        """The shift "reference": −r of tile t, and the wait for what is left of the scores."""
+        c = self.c
+        if c.full.refer is None or c.masked.refer is None:
+            return []
+        full = self.full.refer("Refer", c.full.refer, "without")
+        masked = self.masked.refer("ReferMasked", c.masked.refer, "with")
+        return [
+            self._either(full, masked),
+            CrossSet("MTE3", FLAGS["REFERENCE_READY"], "REFERENCE_READY"),
+            CrossWait("MTE2", FLAGS["SHIFTED_READY"], "SHIFTED_READY"),
+        ]
+
+    def _either(self, full: Function, masked: Function) -> If:
+        """A function without the mask where the whole tile is seen, else one with it."""
+        unmasked = "lo + t >= fullLo" if self.c.kernel.masked else "1"
+        calls = [[Call(self.core.add(f), ARGUMENTS)] for f in (full, masked)]
+        return If(f"({unmasked}) & (lo + t < fullHi)", *calls)
+
+
 class _Loop:
-    """The items of a core: P of a tile, and the output of the tile before, which may belong to the
+    """The items of a core: P of a tile, and the output of an earlier one, which may belong to the
     item before.
     """
 
     def __init__(self, c: Context, core: Core, memory: VectorMemory) -> None:
-        self.c, self.core = c, core
-        self.full = Tile(c, memory, c.slabs.rows)
-        self.masked = Tile(c, memory, c.slabs.masked)
-        update = Tile(c, memory, c.slabs.update)
-        sums, step = c.columns.accumulate.columns, c.update.accumulate.slab
-        accumulate = core.add(update.accumulate(sums, step))
+        self.c, self.core, self.memory = c, core, memory
+        self.ways = [_Way(x, core, memory, "Bound" if x.kernel.bounded else "") for x in c.ways]
         self.begin, self.clear = core.add(close.begin(c, memory)), core.add(close.clear(memory))
         self.end = core.add(close.close(c, memory))
         self.store = core.add(close.store_state(c, memory)) if c.kernel.decode else None
-        self.memory = memory
         looks = c.kernel.repaired and not c.kernel.decode
         self.look = core.add(close.look(c, memory)) if looks else None
         self.report = core.add(close.report(c, memory)) if looks else None
-        self.absorb = core.add(self._absorb(accumulate))
+        self.absorb = core.add(self._absorb())
         turn = [Call(self.absorb, ()), *self._kept({"some": "0"})]
         comment = "The output of all tiles so far."
         self.flush = core.add(Function("Flush", (), turn * LAG, comment))
@@ -165,14 +223,16 @@ class _Loop:
         """One item."""
         ahead = self._prepared("item + cores", f"Mod(itemTurn + 1, {QUERIES})")
         end = self._end("item", "entry", "head", "start", "side")
-        empty: list[Node] = [
-            Call(self.flush, ()), self._begun(), Call(self.clear, ()), *end
-        ]  # fmt: skip
+        empty: list[Node] = [Call(self.flush, ()), self._begun(), Call(self.clear, ()), *end]
+        centre: list[Node] = []
+        if self.c.kernel.bounded:
+            centre = [CrossWait("MTE2", FLAGS["CENTRE_READY"], "CENTRE_READY")]
         return [
             Let("side", f"Mod(itemTurn, {ITEMS})"),
             # The next item's queries take the place of the last item's.
             If("itemTurn > 0", [taken]),
             If("item + cores < items", ahead),
+            *centre,
             If("tiles == 0", empty),
             For("t", 0, "tiles", self._tile()),
             Advance("itemTurn"),
@@ -186,65 +246,39 @@ class _Loop:
         ]
 
     def _tile(self) -> list[Node]:
-        """P of tile t, and the output of the tile before."""
-        c = self.c
-        unmasked = "lo + t >= fullLo" if c.kernel.masked else "1"
-        condition = f"({unmasked}) & (lo + t < fullHi)"
-        full, masked, core = self.full, self.masked, self.core
-        softmax = If(
-            condition,
-            [Call(core.add(full.softmax("Softmax", c.full.softmax.slab, "without")), ARGUMENTS)],
-            [
-                Call(
-                    core.add(masked.softmax("SoftmaxMasked", c.masked.softmax.slab, "with")),
-                    ARGUMENTS,
-                )
-            ],
-        )
-        whole = Tile(c, self.memory, c.half)
-        statistics = If(
-            condition,
-            [Call(core.add(whole.statistics("Statistics", c.columns.softmax.columns)), ARGUMENTS)],
-            [
-                Call(
-                    core.add(
-                        whole.statistics("StatisticsMasked", c.columns_masked.softmax.columns)
-                    ),
-                    ARGUMENTS,
-                )
-            ],
-        )
+        """P of tile t, and the output of an earlier tile."""
         offsets: list[Node] = []
         if "offsets" in self.memory.rings:
             opens = f"(t == 0) | (Mod(lo + t, {LEAST}) == 0)"
-            offsets = [If(opens, [Call(self.core.add(self.full.offsets()), ())])]
-        refer: list[Node] = []
-        if c.refers:
-            refer = [
-                If(
-                    condition,
-                    [Call(core.add(full.refer("Refer", c.full.refer, "without")), ARGUMENTS)],
-                    [
-                        Call(
-                            core.add(masked.refer("ReferMasked", c.masked.refer, "with")), ARGUMENTS
-                        )
-                    ],
-                ),
-                CrossSet("MTE3", FLAGS["REFERENCE_READY"], "REFERENCE_READY"),
-                CrossWait("MTE2", FLAGS["SHIFTED_READY"], "SHIFTED_READY"),
-            ]
+            load = self.core.add(self.ways[0].full.offsets())
+            offsets = [If(opens, [Call(load, ("lo + t",))])]
         return [
             CrossWait("MTE2", FLAGS["SCORES_READY"], "SCORES_READY"),
-            If("t == 0", [self._begun()]),
+            If("t == 0", self._first()),
             *offsets,
-            *refer,
-            softmax,
+            *self.ways[0].refer(),
+            *self._by_proof("failed", [x.softmax() for x in self.ways]),
             CrossSet("MTE3", FLAGS["P_READY"], "P_READY"),
-            statistics,
+            *self._by_proof("failed", [x.statistics() for x in self.ways]),
             Call(self.absorb, ()),
             *self._kept(_HELD),
             Advance("tileTurn"),
         ]
+
+    def _first(self) -> list[Node]:
+        """Before an item's first tile."""
+        if not self.c.kernel.bounded:
+            return [self._begun()]
+        refer = self.core.add(bound.refer(self.c, self.memory))
+        proved = bound.begin(self.c, self.memory)
+        return [Call(refer, refer.parameters), self._begun(), If("failed == 0", proved)]
+
+    @staticmethod
+    def _by_proof(failed: str, ways: list[list[Node]]) -> list[Node]:
+        """What is done in the only way; or in the first where an item is proved."""
+        if len(ways) == 1:
+            return ways[0]
+        return [If(failed, ways[1], ways[0])] if ways[0] else [If(failed, ways[1])]
 
     def _kept(self, now: dict[str, str]) -> list[Node]:
         """Keeps the tile of ``now``; the others' turns come nearer."""
@@ -253,18 +287,23 @@ class _Loop:
         ]
         return [*older, *(Assign(f"{name}1", x) for name, x in now.items())]
 
-    def _absorb(self, accumulate: Function) -> Function:
+    def _absorb(self) -> Function:
         """Adds P·V of the tile whose turn it is; after the last of its item, the output."""
         held = {name: f"{name}{LAG}" for name in _HELD}
         end = self._end(*(held[name] for name in ("item", "entry", "head", "start", "side")))
+        arguments = (held["turn"], held["side"])
+        ways: list[list[Node]] = [[Call(x.accumulate, arguments)] for x in self.ways]
+        whole = self.c.kernel.output_stays  # a proved item's P·V comes all at once
+        clear = f"{held['first']} | (1 - {held['failed']})" if whole else held["first"]
         body: list[Node] = [
             CrossWait("MTE2", FLAGS["UPDATE_READY"], "UPDATE_READY"),
-            If(held["first"], [Call(self.clear, ())]),
-            Call(accumulate, (held["turn"], held["side"])),
+            If(clear, [Call(self.clear, ())]),
+            *self._by_proof(held["failed"], ways),
             If(held["last"], end),
         ]
+        some = f"{held['some']} & ({held['last']} | {held['failed']})" if whole else held["some"]
         comment = "Adds P·V of an earlier tile, if there is one; after its item's last, the output."
-        return Function("Absorb", (), [If(held["some"], body)], comment)
+        return Function("Absorb", (), [If(some, body)], comment)
 
     def _begun(self) -> Call:
         """The beginning of an item."""

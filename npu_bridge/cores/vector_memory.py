@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from npu_bridge.cores.context import Context
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.ir import Buffer
-from npu_bridge.layout import CARRIED, CLOSING, ITEMS, LEAST
+from npu_bridge.layout import CARRIED, CLOSING, ITEMS, LEAST, QUERIES
 from npu_bridge.memory import Memory
 from npu_bridge.specification import COLUMNS
 
@@ -30,6 +30,7 @@ class VectorMemory:
       merging: decoding: two settled states.
       damage: "total": of a query tile, "core": of all of the core's; 0 or NaN.
       guard: a careful kernel's: of each row of several items.
+      reference: the shift "bound": what is taken off the scores of each row of two items.
     """
 
     ub: Memory
@@ -44,6 +45,7 @@ class VectorMemory:
     merging: dict[str, Buffer]
     damage: dict[str, Buffer]
     guard: Buffer | None
+    reference: Buffer | None
 
     @staticmethod
     def of(c: Context) -> VectorMemory:
@@ -55,6 +57,8 @@ class VectorMemory:
         }
         if c.kernel.careful:
             query["guard"] = ub.stay("guardOut", "float", CLOSING, note="their guards")
+        if c.kernel.bounded:
+            query["norms"] = ub.stay("normsOut", "float", CLOSING, note="their lengths")
         state = _state(c, ub)
         kept = _kept(c, ub)
         weights = None
@@ -70,9 +74,14 @@ class VectorMemory:
         guard = None
         if c.kernel.careful:
             guard = ub.stay("guards", "float", c.half, ITEMS, "guard of each row")
+        reference = None
+        if c.kernel.bounded:
+            note = "what is taken off the scores of each row"
+            reference = ub.stay("reference", "float", c.block_q, QUERIES, note)
         return VectorMemory(
-            ub, query, state, kept, ramp, weights, rings, minus, closing, merging, damage, guard
-        )
+            ub, query, state, kept, ramp, weights, rings, minus, closing, merging, damage, guard,
+            reference,
+        )  # fmt: skip
 
 
 def _state(c: Context, ub: Memory) -> dict[str, Buffer]:
@@ -80,14 +89,16 @@ def _state(c: Context, ub: Memory) -> dict[str, Buffer]:
     acc = C_TYPES[c.kernel.precision.accumulator]
     state = {n: ub.stay(n, stat, c.half, ITEMS, f"{n} of each row") for n in ("m", "l", "f")}
     state["o"] = ub.stay("o", acc, c.half * c.e, note="O, not normalised")
-    for name in c.full.carried:
+    for name in dict.fromkeys(name for x in c.ways for name in x.full.carried):
         state[name] = ub.stay(name, stat, c.half, CARRIED, "what the output is multiplied by")
     return state
 
 
 def _kept(c: Context, ub: Memory) -> dict[str, Buffer]:
-    parts = (c.full.softmax, c.masked.softmax, c.update.accumulate)
-    types = {name: dtype for x in parts for name, dtype in x.kept.items()}
+    steps = [
+        part for x in c.ways for part in (x.full.softmax, x.masked.softmax, x.update.accumulate)
+    ]
+    types = {name: dtype for x in steps for name, dtype in x.kept.items()}
     return {n: ub.stay(n, dtype, c.half, note="of each row") for n, dtype in types.items()}
 
 

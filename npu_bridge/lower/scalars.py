@@ -60,6 +60,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "neg": lambda a: -a,
     "tanh": math.tanh,
     "exp": math.exp,
+    "log": math.log,
 }
 
 

@@ -88,7 +88,8 @@ class Call:
           ScheduleError: the schedule does not fit its target.
         """
         q, k, v = checks.query_key_value(given.query, given.key, given.value)
-        precision = checks.precision(given.precision, str(q.dtype), given.shift)
+        target = given.schedule.target if isinstance(given.schedule, Schedule) else "cpu"
+        precision = checks.precision(given.precision, str(q.dtype), given.shift, target)
         scale, number = checks.scale(given.scale, q)
         cap = given.logits_soft_cap
         causal, reach = flag("is_causal", given.is_causal), window(given.local_window_size)

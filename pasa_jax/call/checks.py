@@ -21,7 +21,7 @@ from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import FLOATS, Precision
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.shifts import SHIFTS, check_beta, optimal_beta
-from pasa_jax.core.target import target_of_device
+from pasa_jax.core.target import find_target, target_of_device
 from pasa_jax.core.tile import wide_type
 
 Array = jax.Array
@@ -60,7 +60,9 @@ def query_key_value(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Ar
     return q, k, v
 
 
-def precision(given: str | Precision | None, dtype: str, shift: str) -> Precision:
+def precision(
+    given: str | Precision | None, dtype: str, shift: str, target: str = "cpu"
+) -> Precision:
     if given is None and shift == "bound":
         # A weight may be 2^-100, which float16 does not hold.
         narrow = "bfloat16" if dtype == "bfloat16" else wide_type(jnp.dtype(dtype)).name
@@ -80,7 +82,7 @@ def precision(given: str | Precision | None, dtype: str, shift: str) -> Precisio
     if resolved.products == "float16" and dtype != "float16":
         allowed = 'have products="float32" for inputs that are not float16'
         raise wrong("precision", allowed, resolved, "Cast query, key and value to float16.")
-    if shift == "bound" and not _wide_enough(resolved):
+    if shift == "bound" and not _wide_enough(resolved, target):
         allowed = (
             "store all but the probabilities in float32, and those not in float16, for 'bound'"
         )
@@ -89,9 +91,14 @@ def precision(given: str | Precision | None, dtype: str, shift: str) -> Precisio
     return resolved
 
 
-def _wide_enough(precision: Precision) -> bool:
-    """Whether weights of 2^-100, and scores as far below their reference, can be stored."""
+def _wide_enough(precision: Precision, target: str) -> bool:
+    """Whether weights of 2^-100, and scores as far below their reference, can be stored.
+
+    Where ``target`` rounds products, float16 may hold scores that the reference is taken off later.
+    """
     wide = {precision.scores, precision.statistics, precision.accumulator}
+    if not find_target(target).accumulator_reachable:
+        wide -= {"float16"} - {precision.statistics, precision.accumulator}
     return (
         wide <= {"float32", "float64"}
         and precision.products == "float32"
@@ -148,7 +155,7 @@ def schedule(
 def shift(plan: Plan) -> None:
     """Raises unless the shift, β and the scale fit together."""
     check_choice("shift", plan.shift, ("auto", *SHIFTS))
-    if plan.shift == "bound" and plan.rounds_products:
+    if plan.shift == "bound" and plan.rounds_products and not plan.centred:
         seen = f"'bound' beside {plan.schedule.target}, which rounds products first"
         raise wrong("shift", "be another than 'bound' where products are rounded", seen)
     if plan.shift != "paper":

@@ -51,13 +51,19 @@ def bound_of(
     scale: Float[Array, ""],
     mask: Mask,
     plan: Plan,
+    kappa: Float[Array, "blocks D"] | None = None,
 ) -> Bound:
-    """The bounds of one key head, from its block means: O(T·blocks·D) work."""
+    """The bounds of one key head, from its block means: O(T·blocks·D) work.
+
+    Arguments:
+      kappa: what was taken off the keys, whose scores less that are stored in float16, where q is
+        as it is multiplied and ``scale`` 1; None: scores are not rounded.
+    """
     n, valid = plan.schedule.block_kv, mask.row_valid()
     if valid is not None:  # padding may hold anything
         q = jnp.where(valid[:, None, None], q, jnp.zeros_like(q))
     own = jnp.clip(mask.own_key(jnp.arange(len(q), dtype=jnp.int32)), 0, len(k) - 1)
-    rows, of_own, largest = _of_products(q, k, usable, own, scale, n)
+    rows, of_own, largest = _of_products(q, k, usable, own, scale, n, kappa)
     if plan.logits_soft_cap is not None:
         cap = of_own.dtype.type(plan.logits_soft_cap)
         rows = rows.mapped(lambda x: cap * jnp.tanh(x / cap))
@@ -83,15 +89,24 @@ def _over_last_axis(reduce: Callable[..., Array], x: Array) -> Array:
 
 
 def _of_products(
-    q: Array, k: Array, usable: Array, own: Array, scale: Array, n: int
+    q: Array,
+    k: Array,
+    usable: Array,
+    own: Array,
+    scale: Array,
+    n: int,
+    centre_of: Array | None,
 ) -> tuple[RowBounds, Array, Array]:
     """The bounds on q·k/α [T, G, blocks], a lower one for the own key [T, G], and [] a bound on
-    every product and score.
+    every product and score, infinite where a stored score may leave float16.
+
+    Arguments:
+      centre_of: the blocks' κ, where scores less q·κ/α are stored; None: the blocks' means.
     """
-    wide = tile.wide_type(q.dtype)
+    wide, dtype = tile.wide_type(q.dtype), k.dtype
     q, scale = q.astype(wide), scale.astype(wide)
     k = jnp.where(usable[:, None], k, jnp.zeros_like(k)).astype(wide)
-    kappa, radius = _balls(k, usable, n)
+    kappa, radius, off = _balls(k, usable, n, centre_of)
     # Sums of D products have errors of up to D roundings: these, twice.
     error = 2 * (q.shape[-1] + 4) * float(jnp.finfo(wide).eps)
     length = _norm(q)[..., None]  # [T, G, 1]
@@ -101,7 +116,13 @@ def _of_products(
     centre = jnp.einsum("tgd,bd->tgb", q, kappa, precision="highest") * scale
     of_own = jnp.einsum("tgd,td->tg", q, k[own], precision="highest") * scale
     of_own = of_own - length[..., 0] * error * _norm(k[own])[:, None]
-    return tile.row_bounds(centre, length, radius, reach, error), of_own, largest
+    stored = None
+    if off is not None:
+        stored = tile.stored_error(radius, off, dtype)
+        of_own = of_own - length[..., 0] * jnp.max(stored)
+        fits = jnp.max(tile.overreach(length, radius, reach), initial=0) < 1
+        largest = jnp.where(fits, largest, jnp.inf)
+    return tile.row_bounds(centre, length, radius, reach, error, stored), of_own, largest
 
 
 def _with_bias(rows: RowBounds, bias: Array, counts: Array, n: int) -> RowBounds:
@@ -111,13 +132,20 @@ def _with_bias(rows: RowBounds, bias: Array, counts: Array, n: int) -> RowBounds
     return RowBounds(rows.upper + most, rows.mean + least, rows.lower + least)
 
 
-def _balls(k: Array, usable: Array, n: int) -> tuple[Array, Array]:
-    """The mean [blocks, D] of each block's usable keys, and the largest distance from it."""
+def _balls(
+    k: Array, usable: Array, n: int, centre_of: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """The mean [blocks, D] of each block's usable keys, and the largest distance from it; or
+    another centre, and also how far that is from the mean.
+    """
     count = per_block(usable[:, None], n, lambda x, axis: jnp.sum(x, axis, dtype=k.dtype))
-    kappa = per_block(k, n, jnp.sum) / jnp.maximum(count, 1)
+    kappa, off = per_block(k, n, jnp.sum) / jnp.maximum(count, 1), None
+    if centre_of is not None:
+        mean, kappa = kappa, centre_of.astype(k.dtype)
+        off = _norm(mean - kappa)
     nearest = jnp.repeat(kappa, n, axis=0, total_repeat_length=len(kappa) * n)[: len(k)]
     distance = jnp.where(usable, _norm(k - nearest), jnp.zeros((), k.dtype))
-    return kappa, per_block(distance, n, jnp.max)
+    return kappa, per_block(distance, n, jnp.max), off
 
 
 def _norm(x: Array) -> Array:

@@ -66,11 +66,19 @@ class Plan:
 
     @property
     def unproved(self) -> Plan:
-        """The plan for heads whose bound is too wide: a running maximum, scores in float32.
+        """The plan for heads whose bound is too wide: a running maximum, scores in float32; or
+        those of `mean`, whose keys less κ it has then.
 
         A plan of another shift needs no proof, and is its own.
         """
-        return replace(self, shift="auto") if self.storage is Storage.BOUND else self
+        if self.storage is not Storage.BOUND:
+            return self
+        return replace(self, shift="mean" if self.centred else "auto")
+
+    @property
+    def centred(self) -> bool:
+        """Whether scores are stored as those of `mean` are, and a bound is taken off afterwards."""
+        return self.storage is Storage.BOUND and self.numerics(1).centred
 
     @property
     def rounds_products(self) -> bool:

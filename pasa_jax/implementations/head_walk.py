@@ -47,8 +47,12 @@ class HeadWalk(Walk):
         block_q = max(1, min(plan.schedule.block_q // groups, length))
         if plan.storage is tile.Storage.BOUND:
             walk = HeadWalk.of(head, mask, plan.unproved)
-            arrays = (head.query, head.key, head.value, walk.facts.usable, head.bias, head.scale)
-            return replace(walk, facts=walk.facts._replace(bound=bound_of(*arrays, mask, plan)))
+            q, scale, kappa = head.query, head.scale, None
+            if plan.centred:
+                q, scale, kappa = _multiplied(head, plan), jnp.ones_like(scale), walk.facts.kappa
+            arrays = (q, head.key, head.value, walk.facts.usable, head.bias, scale)
+            bound = bound_of(*arrays, mask, plan, kappa)
+            return replace(walk, facts=walk.facts._replace(bound=bound))
         if known is None:
             facts = prepare(head.query, head.key, head.value, head.scale, mask, plan, block_q)
         else:
@@ -175,6 +179,13 @@ class HeadWalk(Walk):
         if self.head.sinks is None:
             return None
         return jnp.repeat(self.head.sinks, self.block_q)[:, None]
+
+
+def _multiplied(head: Operands, plan: Plan) -> Float[Array, "T G D"]:
+    """The queries as they are multiplied where products are rounded: with their factor."""
+    rows = head.query.reshape(-1, head.query.shape[-1])
+    numerics = plan.numerics(len(head.key))
+    return tile.query_tile(rows, plan.gain(head.scale), None, numerics).q.reshape(head.query.shape)
 
 
 def over_heads(

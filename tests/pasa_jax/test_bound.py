@@ -270,3 +270,44 @@ def test_no_bound_is_claimed_where_a_number_is_not_one():
     assert not bool(proved(x * jnp.nan, key))
     assert not bool(proved(x * 1e30, key * 1e30))
     assert not bool(proved(x * 3.4e38, key))  # the inverse of which float32 flushes to zero
+
+
+class TestScoresThatAreRounded:
+    """On a target that rounds products S' is stored before the bound is taken off."""
+
+    @staticmethod
+    def attend(shift, mean=0.0, amplitude=1.0, **options):
+        rng = np.random.default_rng(0)
+        q, k, v = (
+            jnp.asarray(rng.uniform(-1, 1, (1, n, heads, 64)) * a + m, jnp.bfloat16)
+            for n, heads, m, a in (
+                (100, 2, mean, amplitude),
+                (300, 1, mean, amplitude),
+                (300, 1, 0, 1),
+            )
+        )
+        precision = Precision(scores="float16", probabilities="bfloat16")
+        schedule = Schedule(block_q=128, block_kv=128, target="ascend_910b")
+        if shift == "none":
+            q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+            precision, schedule = Precision(), Schedule()
+        return np.asarray(
+            dot_product_attention(
+                q, k, v, shift=shift, precision=precision, schedule=schedule,
+                implementation="lax", **options,
+            ),
+            np.float64,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["full", "causal"])
+    def test_it_is_as_accurate_as_a_maximum(self, options):
+        exact, bound, mean = (self.attend(s, 1.0, **options) for s in ("none", "bound", "mean"))
+        assert not np.array_equal(bound, mean)
+        errors = [np.sqrt(np.mean((x - exact) ** 2)) for x in (bound, mean)]
+        assert errors[0] <= 1.3 * errors[1]
+
+    @pytest.mark.parametrize(("mean", "amplitude"), [(30.0, 3.0), (0.0, 40.0)])
+    def test_without_a_proof_it_is_mean(self, mean, amplitude):
+        """Where a gap is too wide, or S' may leave float16."""
+        bound, by_mean = (self.attend(s, mean, amplitude) for s in ("bound", "mean"))
+        np.testing.assert_array_equal(bound, by_mean)

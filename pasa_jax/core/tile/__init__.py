@@ -12,16 +12,22 @@ ordinary data. The exponent is multiplied by 2^e again, so m and every offset ar
 from pasa_jax.core.tile.arrays import Guard, is_finite, shown_by, zero_unusable
 from pasa_jax.core.tile.bounds import (
     LARGEST_PRODUCT,
+    LARGEST_STORED,
     RAISED_LOG2,
     RowBounds,
     Sight,
+    extremes,
     fixed_reference,
     guard_by_size,
     in_range,
     in_range_by_sum,
+    overreach,
+    place_sight,
     power_above,
     reference,
     row_bounds,
+    settled_reference,
+    stored_error,
 )
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile, key_tile, mean_key, query_tile
 from pasa_jax.core.tile.numerics import Dialect, Numerics, Storage, lowest, wide_type
@@ -41,6 +47,7 @@ from pasa_jax.core.tile.stored import Scores, plain_scores, scores
 
 __all__ = [
     "LARGEST_PRODUCT",
+    "LARGEST_STORED",
     "RAISED_LOG2",
     "Dialect",
     "Guard",
@@ -54,6 +61,7 @@ __all__ = [
     "Storage",
     "TileGradients",
     "add_sink",
+    "extremes",
     "finish",
     "fixed_reference",
     "gradients",
@@ -66,6 +74,8 @@ __all__ = [
     "lowest",
     "mean_key",
     "merge",
+    "overreach",
+    "place_sight",
     "plain_scores",
     "power_above",
     "probabilities",
@@ -77,8 +87,10 @@ __all__ = [
     "running_maximum",
     "scores",
     "settle",
+    "settled_reference",
     "shown_by",
     "sink_weight",
+    "stored_error",
     "update",
     "wide_type",
     "zero_unusable",

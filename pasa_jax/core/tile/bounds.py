@@ -24,6 +24,7 @@ RAISED_LOG2 = 60
 _LEAST_LOG2 = -100
 _MOST_LOG2 = 126  # of a sum
 LARGEST_PRODUCT = 2.0**120  # of a query and a key, and of a score
+LARGEST_STORED = 2.0**15  # of a score that is stored in float16
 
 
 class RowBounds(NamedTuple):
@@ -52,20 +53,53 @@ class Sight(NamedTuple):
 
 
 def row_bounds(
-    centre: Array, length: Array, radius: Array, reach: Array, error: float
+    centre: Array,
+    length: Array,
+    radius: Array,
+    reach: Array,
+    error: float,
+    stored: Array | None = None,
 ) -> RowBounds:
     """The bounds of rows of ``length`` ‖q‖/α whose products with the means are ``centre``, q·κ/α.
 
     Arguments:
       radius, reach: of each block: no key is further from its mean, and none is longer.
       error: of ``centre`` and of the scores, relative to length·reach.
+      stored: what `stored_error` says, where scores are stored in 16 bits; None: they are not.
     """
     slack = error * reach
+    if stored is not None:
+        slack = slack + stored
     return RowBounds(
         upper=centre + length * (radius + slack),
         mean=centre - length * slack,
         lower=centre - length * (radius + slack),
     )
+
+
+def stored_error(radius: Array, off: Array, dtype: jnp.dtype) -> Array:
+    """The error of scores around a centre that are rounded to float16, of keys less the centre that
+    are rounded to ``dtype``, relative to ‖q‖/α; twice, like other errors.
+
+    Arguments:
+      radius: no key is further from the centre.
+      off: how far the centre lies from the mean of its keys.
+    """
+    rounding = float(jnp.finfo(dtype).eps) + float(jnp.finfo(jnp.float16).eps)
+    return off + radius * radius.dtype.type(rounding)
+
+
+def overreach(length: Array, radius: Array, reach: Array) -> Array:
+    """At least 1 where a score that is stored in float16, or a product, may be too large."""
+    stored = radius * radius.dtype.type(1 / LARGEST_STORED)
+    product = reach * reach.dtype.type(1 / LARGEST_PRODUCT)
+    return length * jnp.maximum(stored, product)
+
+
+def place_sight(lo: Array, hi: Array, start: Array, stop: Array) -> Sight:
+    """What rows that see the keys [lo, hi) see of the keys [start, stop), if all are usable."""
+    some = jnp.minimum(hi, stop) > jnp.maximum(lo, start)
+    return Sight(some, some, some & (lo <= start) & (hi >= stop))
 
 
 def reference(
@@ -86,10 +120,23 @@ def reference(
       over_blocks: (jnp.max, x) -> the largest of each row.
       ln_2: ln 2 in the unit of the scores.
     """
+    m, least = extremes(bounds, sight, over_blocks)
+    return settled_reference(m, jnp.maximum(least, own), ln_2)
+
+
+def extremes(
+    bounds: RowBounds, sight: Sight, over_blocks: Callable[..., Array]
+) -> tuple[Array, Array]:
+    """Of each row's scores in some blocks: an upper bound on the largest, and a lower one; −∞ where
+    it sees none of them.
+    """
     m = over_blocks(jnp.max, jnp.where(sight.some, bounds.upper, -jnp.inf))
     partly = jnp.where(sight.surely, bounds.lower, -jnp.inf)
-    least = over_blocks(jnp.max, jnp.where(sight.whole, bounds.mean, partly))
-    least = jnp.maximum(least, own)
+    return m, over_blocks(jnp.max, jnp.where(sight.whole, bounds.mean, partly))
+
+
+def settled_reference(m: Array, least: Array, ln_2: float) -> tuple[Array, Array]:
+    """`reference` from an upper bound on the largest score of each row and from a lower one."""
     some = m != -jnp.inf
     zero = jnp.zeros_like(m)
     gap = jnp.where(some, (m - least) * m.dtype.type(1 / ln_2), zero)

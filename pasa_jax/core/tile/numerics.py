@@ -147,6 +147,14 @@ class Numerics:
         return jnp.dtype(self.precision.scores) if narrow else self.statistics
 
     @property
+    def centred(self) -> bool:
+        """Whether `Storage.BOUND` stores scores as `BLOCK_MEAN` does, in float16, and takes its
+        reference off afterwards: where products are rounded it cannot be done before.
+        """
+        rounded = self.rounds_products and self.precision.scores == "float16"
+        return self.storage is Storage.BOUND and rounded
+
+    @property
     def unit(self) -> float:
         """What natural scores are multiplied by: log2 e where they are in units of ln 2."""
         return math.log2(math.e) if self.dialect.base_two else 1.0

@@ -87,7 +87,8 @@ def scores(
         maximum = jnp.maximum(maximum, jnp.full_like(maximum, lowest(maximum.dtype)))
     product = product * query.gain
     offset = None
-    if numerics.storage in (Storage.BENEATH_MAXIMUM, Storage.BOUND):  # rounded below, or not at all
+    wide = numerics.storage in (Storage.BENEATH_MAXIMUM, Storage.BOUND) and not numerics.centred
+    if wide:  # rounded below, or not at all
         z = product.astype(stat)
     elif numerics.storage is Storage.LAGGING:
         plain = bias is None and numerics.logits_soft_cap is None
@@ -114,7 +115,9 @@ def scores(
         slope = None if slope is None else jnp.where(mask, slope, jnp.zeros_like(slope))
     if numerics.storage is Storage.BOUND:
         assert query.reference is not None
-        stored = z - beside(query.reference)
+        # The exponent is as large as the gap: it is formed in float32.
+        rest = query.reference if offset is None else query.reference - offset
+        stored = z - beside(rest)
         return Scores(stored, query.reference, None, slope if with_slope else None, mask is None)
     base = numerics.over_row(jnp.max, z) if maximum is None else maximum.astype(z.dtype)
     if numerics.subtracts_running_maximum:
