@@ -252,7 +252,7 @@ def chosen(kernel: Kernel) -> Trace:
         return {"chosen": jnp.where(pays, 1.0, 0.0)}
 
     one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    sums = dict.fromkeys(("offset", "power", "around"), one)
+    sums: dict[str, Any] = dict.fromkeys(("offset", "power", "around"), one)
     return trace(decided, sums | dict.fromkeys(("blocks", "keys", "scale"), _FLOAT))
 
 

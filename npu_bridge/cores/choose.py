@@ -4,6 +4,8 @@ whether κ is taken off (core/choice.py).
 
 from __future__ import annotations
 
+from typing import Any
+
 from npu_bridge import stages
 from npu_bridge.cores.context import Context, query_row
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
@@ -164,7 +166,7 @@ def heads(c: Context, ub: Memory, ramp: Buffer) -> Function:
 def _lowered(
     f: VectorFunction,
     traced: stages.Trace,
-    values: dict[str, object],
+    values: dict[str, Any],
     to: dict[str, Buffer],
     old: dict[str, Buffer] | None = None,
 ) -> list[Node]:
