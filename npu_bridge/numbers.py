@@ -179,7 +179,7 @@ def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
         size = (_CORE_BLOCKS, _GROUPED) if kernel.bounded else (_CORE_COLUMNS,)
         arrays.append(Array("offsets", types["offsets"], size, "q·κ"))
     if kernel.bounded:
-        arrays.append(Array("norms", "float", (_QUERIES,), "lengths of the query rows"))
+        arrays.append(Array("norms", "float", (_CORE_ROWS,), "lengths of the query rows"))
         arrays.append(Array("facts", "float", (_HEADS, _FACTS, _GROUPED), ", ".join(FACTS)))
         arrays.append(Array("proof", "float", (_PROOFS,), "0, or 1 where a row is not proved"))
     if "sums" in types:

@@ -93,6 +93,8 @@ class _TimedRun(CoreRun):
 
     def wait_flag(self, node: WaitFlag, id: int) -> None:
         event = self.events[node.source, node.to, id].popleft()
+        if node.to == "S":  # which issues all that follows
+            self.hold(event)
         self.now[node.to] = max(self.now[node.to], event)
 
     def barrier(self, pipe: str) -> None:

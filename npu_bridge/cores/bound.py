@@ -165,7 +165,7 @@ def refer(c: Context, memory: VectorMemory) -> Function:
     settling = f.lowered(traced.equations, inputs_of(traced.inputs, values), outputs)
     item = f"int64_t(core) * {DEPTH} + {slot_of(DEPTH, 'itemTurn')}"
     of_centre = c.globals["offsets"].at(f"(({item}) * {GROUPED} + base) * {rows}")
-    of_norms = f"(int64_t(core) * {QUERIES} + Mod(itemTurn, {QUERIES})) * {rows}"
+    of_norms = f"({item}) * {rows}"
     of_facts = c.globals["facts"].at(fact_at("radius", "base"))
     loads: list[Node] = [
         copy(centre.at(), of_centre, LEAST * rows),
@@ -191,6 +191,8 @@ def refer(c: Context, memory: VectorMemory) -> Function:
         WaitFlag("MTE3", "S", 0),
         Invalidate("proof", "float"),
         Assign("failed", f"Pick(proof.GetValue({proof}) != 0.0f, 1, 0)"),
+        SetFlag("S", "MTE3", 0),  # the place is written again later
+        WaitFlag("S", "MTE3", 0),
     ]
     return f.done("m of each row, and whether all are proved (eq. 21, 22).", body)
 

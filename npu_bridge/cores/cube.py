@@ -157,7 +157,12 @@ def _step(products: Products, core: Core, ahead: int) -> Function:
     valued: list[Node] = [CrossSet("FIX", FLAGS["UPDATE_READY"], "UPDATE_READY")]
     if c.kernel.output_stays:  # the proof was written before the item's first P
         proof = f"Pick(proof.GetValue({proof_at('valueTurn')}) != 0.0f, 1, 0)"
-        look: list[Node] = [Invalidate("proof", "float"), Assign("failed", proof)]
+        look: list[Node] = [
+            Invalidate("proof", "float"),
+            Assign("failed", proof),
+            SetFlag("S", "MTE2", slot_of(DEPTH, "valueTurn")),  # its place is written again later
+            WaitFlag("S", "MTE2", slot_of(DEPTH, "valueTurn")),
+        ]
         p_ready.append(If(f"first{ahead}", look))
         ends = (f"first{ahead} | failed", f"last{ahead} | failed")
         valued = [If(ends[1], valued)]

@@ -32,7 +32,7 @@ def query(c: Context, memory: VectorMemory) -> Function:
     rows, careful, bounded = CLOSING, c.kernel.careful, c.kernel.bounded
     trace = bound_stages.queries if bounded else stages.queries
     traced = (stages.guarded_queries if careful else trace)(c.kernel, rows)
-    f = VectorFunction(memory.ub, "PrepareQuery", ("item", "slot"))
+    f = VectorFunction(memory.ub, "PrepareQuery", ("item", "turn"))
     source, to = memory.query["in"], memory.query["out"]
     at = f"({query_row('first')}) * {c.d}"
     loads = padded_load(
@@ -50,12 +50,16 @@ def query(c: Context, memory: VectorMemory) -> Function:
         if bounded:
             outputs[traced.outputs["length"]] = Output(memory.query["norms"].at())
         compute = f.lowered(traced.equations, inputs_of(traced.inputs, values), outputs)
-    place = f"(int64_t(core) * {QUERIES} + slot) * {c.block_q} + firstRow + row"
+    slot = f"int64_t(core) * {QUERIES} + Mod(turn, {QUERIES})"
+    place = f"({slot}) * {c.block_q} + firstRow + row"
     scaled = c.globals["scaledQuery"].at(f"({place}) * {c.d}")
     stores: list[Node] = [copy(scaled, to.at(), rows * c.d)]
     lets = c.item()
     if bounded:
-        stores.append(copy(c.globals["norms"].at(place), memory.query["norms"].at(), rows))
+        # The other vector core reads them too, and may be a few items behind.
+        turn = f"int64_t(core) * {DEPTH} + Mod(turn, {DEPTH})"
+        at = f"({turn}) * {c.block_q} + firstRow + row"
+        stores.append(copy(c.globals["norms"].at(at), memory.query["norms"].at(), rows))
     if careful:
         row = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {c.block_q}"
         to_guard = c.globals["guard"].at(f"{row} + firstRow + row")

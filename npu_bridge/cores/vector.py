@@ -24,7 +24,7 @@ from npu_bridge.ir import (
     SyncAll,
     WaitFlag,
 )
-from npu_bridge.layout import FLAGS, ITEMS, LAG, LEAST, QUERIES, SINGLE, SOFTMAX, UPDATE
+from npu_bridge.layout import FLAGS, ITEMS, LAG, LEAST, SINGLE, SOFTMAX, UPDATE
 
 # What is kept of the tiles whose P·V is still to come: whether there is one, which it is, whether
 # it is the first and the last of its item, and what `close` wants to know of the item.
@@ -221,7 +221,7 @@ class _Loop:
 
     def _item(self, taken: Node) -> list[Node]:
         """One item."""
-        ahead = self._prepared("item + cores", f"Mod(itemTurn + 1, {QUERIES})")
+        ahead = self._prepared("item + cores", "itemTurn + 1")
         end = self._end("item", "entry", "head", "start", "side")
         empty: list[Node] = [Call(self.flush, ()), self._begun(), Call(self.clear, ()), *end]
         centre: list[Node] = []
@@ -238,10 +238,10 @@ class _Loop:
             Advance("itemTurn"),
         ]
 
-    def _prepared(self, item: str, slot: str | int) -> list[Node]:
-        """The queries of an item, made ready for the cube core."""
+    def _prepared(self, item: str, turn: str | int) -> list[Node]:
+        """The queries of the core's ``turn``-th item, made ready for the cube core."""
         return [
-            Call(self.query, (item, slot)),
+            Call(self.query, (item, turn)),
             CrossSet("MTE3", FLAGS["QUERY_READY"], "QUERY_READY"),
         ]
 
