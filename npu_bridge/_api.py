@@ -17,7 +17,7 @@ from pasa_jax.core.shifts import check_beta
 from pasa_jax.core.target import find_target
 
 TARGETS = {"910b": "ascend_910b", "910_93": "ascend_910b"}  # one architecture, dav-2201
-SHIFTS = ("none", "paper", "mean", "reference", "bound")
+SHIFTS = ("none", "paper", "mean", "reference", "auto", "bound")
 DTYPES = ("float16", "bfloat16")
 _BOUND = Precision(scores="float16", probabilities="bfloat16")
 _REFUSED = {
@@ -49,6 +49,8 @@ def kernel(
     lengths: bool = False,
     return_lse: bool = False,
     decode: bool = False,
+    dropout_rate: float = 0.0,
+    repair: bool = True,
 ) -> Kernel:
     """What a kernel computes. Batch, heads and lengths are given when it runs.
 
@@ -56,9 +58,10 @@ def kernel(
       head_dim, value_head_dim: D and E: 64, 128, 192 or 256; E is D by default.
       dtype: of query, key, value and output: "float16" or "bfloat16".
       shift: "none", "paper", "mean" or "reference", whose row maximum is taken off in the cube
-        unit's float32 sums, as two more columns; it forms the scores twice. Or "bound", for
-        bfloat16 without bias, mask, segments and soft cap: query tiles whose weights are proved to
-        stay in range need no running maximum; the others are computed as by "mean".
+        unit's float32 sums, as two more columns; it forms the scores twice. "auto" chooses `mean`
+        or `none` for each key head by the data, before the loop. "bound", for bfloat16 without
+        bias, mask, segments and soft cap: query tiles whose weights are proved to stay in range
+        need no running maximum; the others are computed as by "mean".
       precision: a `Precision` or its name; None: scores, exponentials and probabilities in
         ``dtype``, statistics and output in float32. ``probabilities`` must be ``dtype``.
       schedule: for "ascend_910b"; block_q must be 128. None: the fastest by the cost model
@@ -75,6 +78,10 @@ def kernel(
       return_lse: whether it also writes the log-sum-exp, float32.
       decode: a kernel for one query (T = 1): the N/K query heads of a key head, 128 at most, are
         the rows of a tile, and the keys are split over the cores. Takes no bias, mask or segments.
+      dropout_rate: must be 0: a kernel drops no weights.
+      repair: whether a query tile whose result is not finite is computed again, with a guard for
+        each row and without the values that it may not see. False: a smaller kernel, which promises
+        less. (Kernels with float16 statistics are never repaired.)
 
     Raises:
       ValueError: an argument is not one of these; the message says which are.
@@ -89,6 +96,9 @@ def kernel(
         if axes is not None:
             check_choice(name, axes, ("BNTS", "1NTS", "B1TS", "11TS"))
     check_choice("causal_alignment", causal_alignment, ("top_left", "bottom_right"))
+    if dropout_rate != 0:
+        way = "Train with pasa_jax.dot_product_attention, which drops weights."
+        raise wrong("dropout_rate", "be 0: emitted kernels do not drop weights", dropout_rate, way)
     if beta is not None and shift != "paper":
         raise wrong("beta", "be given with shift='paper' only", repr(beta))
     if beta is not None:
@@ -123,6 +133,7 @@ def kernel(
         lengths=lengths,
         return_lse=return_lse,
         decode=decode,
+        repair=repair,
     )
     if find_target(described.schedule.target).name not in TARGETS.values():
         raise wrong("schedule.target", "be 'ascend_910b'", described.schedule.target)

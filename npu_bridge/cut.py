@@ -5,6 +5,7 @@ equations between them, stages, for the vector unit.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from npu_bridge.dtypes import C_TYPES
@@ -84,6 +85,7 @@ _RESULTS = {
 _STATE = ("m", "l", "o", "f")
 
 
+@lru_cache(maxsize=64)
 def step(kernel: Kernel, rows: int, *, masked: bool) -> Step:
     """The loop's body on one slab, cut at its products."""
     traced = loop_body(kernel, rows, masked=masked)

@@ -94,6 +94,7 @@ class Size:
 
 _QUERIES = Size(f"{QUERIES}, block_q", f"uint64_t(cores) * {QUERIES} * PASA_BLOCK_Q", per_core=True)
 _ROWS = Size("B, N, padded T", QUERY_ROWS.name)
+_TILES = Size("query tiles, 2", f"{QUERY_ROWS.name} / PASA_BLOCK_Q * 2")
 _HEADS = Size("B, K", ENTRIES.name)
 _BLOCKS = Size("blocks", BLOCKS.name)
 _GROUPED = Size("blocks in whole groups", f"(({BLOCKS.name} + {LEAST - 1}) / {LEAST} * {LEAST})")
@@ -158,7 +159,7 @@ def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
         arrays.append(Array("guard", "float", (_ROWS,), "power of two that a row is divided by"))
         arrays.append(Array("keyBound", "float", (_HEADS,), "largest magnitude of the keys"))
         arrays.append(Array("valueGain", "float", (_HEADS,), "factor of the values"))
-    elif kernel.shift != "mean":  # keys are multiplied as they lie
+    elif kernel.form != "mean":  # keys are multiplied as they lie
         arrays.append(Array("keyTail", dtype, (_HEADS, _N, _D), last))
     if not kernel.careful:
         arrays.append(Array("valueTail", dtype, (_HEADS, _N, _E), last))
@@ -169,6 +170,10 @@ def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
     if "shifted" in types:
         arrays.append(Array("shifted", types["shifted"], (_CORE_ROWS, _N), "S − r"))
         arrays.append(Array("minus", dtype, (_CORE_COLUMNS,), "−r in two halves"))
+    if kernel.chooses:
+        arrays.append(Array("moments", "float", (_TILES, _D), "Σq of a query tile, and Σq²"))
+        arrays.append(Array("spread", "float", (_HEADS, _BLOCKS, _D), "Σ(k − κ)² of a block"))
+        arrays.append(Array("takesKappa", "float", (_HEADS,), "1 where κ is taken off, else 0"))
     if "offsets" in types:
         arrays.append(Array("kappa", dtype, (_HEADS, _GROUPED, _D), "κ"))
         size = (_CORE_BLOCKS, _GROUPED) if kernel.bounded else (_CORE_COLUMNS,)

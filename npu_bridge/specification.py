@@ -30,7 +30,7 @@ class Kernel:
     Arguments:
       head_dim, value_head_dim: D and E.
       dtype: of query, key, value and output, "float16" or "bfloat16".
-      shift: "none", "paper", "mean", "reference" or "bound".
+      shift: "none", "paper", "mean", "reference", "auto" or "bound".
       is_causal, causal_alignment, window, logits_soft_cap: as `dot_product_attention` takes them.
       bias: which of the axes [B, N, T, S] a bias has, as a string like "1NTS"; None: no bias.
       mask_axes: which of the axes [B, N, T, S] a boolean mask has, likewise; None: no mask.
@@ -102,9 +102,21 @@ class Kernel:
         return replace(self, careful=True, shift="mean", beta=None, precision=precision)
 
     @property
+    def chooses(self) -> bool:
+        """Whether `auto` chooses κ or 0 for each key head, on the chip."""
+        return self.plan.chooses_per_head
+
+    @property
+    def form(self) -> str:
+        """The shift whose form the kernel has: `auto` is `mean` whose κ may be 0, or `none`."""
+        if self.shift != "auto":
+            return self.shift
+        return "mean" if self.chooses else "none"
+
+    @property
     def keys_shifted(self) -> bool:
         """Whether the scores are made of K', which is computed first."""
-        return self.shift in ("mean", "paper", "reference", "bound")
+        return self.form in ("mean", "paper", "reference", "bound")
 
     @property
     def bounded(self) -> bool:
@@ -114,7 +126,7 @@ class Kernel:
     @property
     def unproved(self) -> Kernel:
         """What a query tile without a proof is computed by."""
-        return replace(self, shift=self.plan.unproved.shift)
+        return replace(self, shift="mean")
 
     @property
     def output_stays(self) -> bool:

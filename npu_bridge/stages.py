@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -19,11 +20,15 @@ from npu_bridge.expressions import Scalar
 from npu_bridge.ir import Node
 from npu_bridge.lower import Equation, Lowering, Value, Var, flatten
 from npu_bridge.specification import Array, Kernel
-from pasa_jax.core import tile
+from pasa_jax.core import choice, tile
 from pasa_jax.core.errors import LoweringError
 
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
 _FLOAT = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+# A kernel is built with several slabs until one fits: what depends on neither is traced once.
+_once = lru_cache(maxsize=64)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def _no_memory(*_: Any) -> Any:
 # Before the loop.
 
 
+@_once
 def queries(kernel: Kernel, rows: int) -> Trace:
     """The query rows as they are multiplied: every factor that a score has is in them."""
 
@@ -116,6 +122,7 @@ def queries(kernel: Kernel, rows: int) -> Trace:
     return trace(scaled, {"query": query, "scale": _FLOAT})
 
 
+@_once
 def key_total(kernel: Kernel, rows: int) -> Trace:
     """A slab of keys, added to ``total`` row by row."""
 
@@ -127,17 +134,22 @@ def key_total(kernel: Kernel, rows: int) -> Trace:
     return trace(added, {"key": key, "total": total})
 
 
+@_once
 def kappa(kernel: Kernel, rows: int) -> Trace:
     """κ of a block from sums of its keys and their number."""
 
-    def mean(total: Array, count: Array) -> dict[str, Any]:
+    def mean(total: Array, count: Array, chosen: Array | None = None) -> dict[str, Any]:
         whole = jnp.sum(total, axis=0, keepdims=True)
+        if chosen is not None:  # 1 or 0
+            whole = whole * chosen
         return {"kappa": tile.mean_key(whole, count, jnp.dtype(kernel.dtype))}
 
     total = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.float32)
-    return trace(mean, {"total": total, "count": _FLOAT})
+    shapes = {"total": total, "count": _FLOAT}
+    return trace(mean, shapes | ({"chosen": _FLOAT} if kernel.chooses else {}))
 
 
+@_once
 def shifted_keys(kernel: Kernel, rows: int) -> Trace:
     """K' of a slab of keys."""
 
@@ -147,6 +159,101 @@ def shifted_keys(kernel: Kernel, rows: int) -> Trace:
     dtype = jnp.dtype(kernel.dtype)
     key = jax.ShapeDtypeStruct((rows, kernel.head_dim), dtype)
     return trace(shifted, {"key": key, "kappa": jax.ShapeDtypeStruct((1, kernel.head_dim), dtype)})
+
+
+# What `auto` chooses by (core/choice.py).
+
+
+@_once
+def moments(kernel: Kernel, rows: int) -> Trace:
+    """A slab of queries or keys and its squares, added to ``total`` and ``square`` row by row."""
+
+    def added(x: Array, total: Array, square: Array) -> dict[str, Any]:
+        wide = x.astype(jnp.float32)
+        return {"total": total + wide, "square": square + wide * wide}
+
+    x = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.dtype(kernel.dtype))
+    wide = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.float32)
+    return trace(added, {"x": x, "total": wide, "square": wide})
+
+
+@_once
+def moment_rows(kernel: Kernel, rows: int) -> Trace:
+    """``total`` and ``square`` summed over the rows."""
+
+    def summed(total: Array, square: Array) -> dict[str, Any]:
+        sums = {"total": total, "square": square}
+        return {n: jnp.sum(x, axis=0, keepdims=True) for n, x in sums.items()}
+
+    wide = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.float32)
+    return trace(summed, {"total": wide, "square": wide})
+
+
+@_once
+def moment_tiles(kernel: Kernel, rows: int) -> Trace:
+    """``total`` and ``square`` of several tiles with those of more, whose names have a 2."""
+
+    def added(**x: Array) -> dict[str, Any]:
+        return {n: x[n] + x[f"{n}2"] for n in ("total", "square")}
+
+    wide = jax.ShapeDtypeStruct((rows, kernel.head_dim), jnp.float32)
+    return trace(added, dict.fromkeys(("total", "square", "total2", "square2"), wide))
+
+
+@_once
+def spread(kernel: Kernel) -> Trace:
+    """κ of a block and Σ(k − κ)² by channel over its ``count`` keys, from the sums of ``looked`` of
+    them and of their squares.
+    """
+
+    def found(total: Array, square: Array, count: Array, looked: Array) -> dict[str, Any]:
+        mean = tile.mean_key(total, looked, jnp.dtype(jnp.float32))
+        apart = jnp.maximum(square - mean * total, 0) * (count / looked)
+        return {"kappa": mean.astype(kernel.dtype), "spread": apart}
+
+    row = _row(kernel.head_dim)
+    return trace(found, {"total": row, "square": row, "count": _FLOAT, "looked": _FLOAT})
+
+
+def _mean_and_variance(total: Array, square: Array, count: Array) -> tuple[Array, Array]:
+    mean = total * (1 / count)
+    return mean, jnp.maximum(square * (1 / count) - mean * mean, 0)
+
+
+@_once
+def choice_of_block(kernel: Kernel) -> Trace:
+    """What a block adds to ``offset``, ``power`` and ``around`` [1, 1]."""
+
+    def added(
+        kappa: Array, spread: Array, total: Array, square: Array, count: Array,
+        offset: Array, power: Array, around: Array,
+    ) -> dict[str, Any]:  # fmt: skip
+        mean, var = _mean_and_variance(total, square, count)
+        of, squared = choice.of_block(kappa.astype(jnp.float32), mean.T, var.T)
+        apart = spread @ (mean * mean + var).T
+        return {"offset": offset + of, "power": power + squared, "around": around + apart}
+
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    row = _row(kernel.head_dim)
+    kappa = jax.ShapeDtypeStruct((1, kernel.head_dim), jnp.dtype(kernel.dtype))
+    shapes = {"kappa": kappa, "spread": row, "total": row, "square": row, "count": _FLOAT}
+    return trace(added, shapes | dict.fromkeys(("offset", "power", "around"), one))
+
+
+@_once
+def chosen(kernel: Kernel) -> Trace:
+    """1 where κ is taken off the keys of a head, else 0, from the sums over its blocks."""
+
+    def decided(
+        offset: Array, power: Array, around: Array, blocks: Array, keys: Array, scale: Array
+    ) -> dict[str, Any]:
+        towards = offset * (jnp.where(scale < 0, -1.0, 1.0) / blocks)
+        pays = choice.pays(power * (1 / blocks), around * (1 / jnp.maximum(keys, 1.0)), towards)
+        return {"chosen": jnp.where(pays, 1.0, 0.0)}
+
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    sums: dict[str, Any] = dict.fromkeys(("offset", "power", "around"), one)
+    return trace(decided, sums | dict.fromkeys(("blocks", "keys", "scale"), _FLOAT))
 
 
 # Before the careful kernel's loop.
@@ -177,6 +284,7 @@ def _row(size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, size), jnp.float32)
 
 
+@_once
 def usable_total(kernel: Kernel, rows: int) -> Trace:
     """Sum and number of the usable keys of a slab, added to ``total`` and ``count`` [1, D]."""
 
@@ -193,6 +301,7 @@ def usable_total(kernel: Kernel, rows: int) -> Trace:
     return trace(added, {**_slab_shapes(kernel, rows), "total": _row(d), "count": _row(d)}).needed()
 
 
+@_once
 def usable_kappa(kernel: Kernel) -> Trace:
     """κ of a block from the sum and the number of its usable keys; 0 where the sum is infinite."""
 
@@ -204,6 +313,7 @@ def usable_kappa(kernel: Kernel) -> Trace:
     return trace(mean, {"total": _row(kernel.head_dim), "count": _row(kernel.head_dim)}).needed()
 
 
+@_once
 def usable_keys(kernel: Kernel, rows: int) -> Trace:
     """K' of a slab, NaN where a key is not usable; the largest magnitudes so far, by column."""
     narrow = kernel.dtype == "float16"
@@ -239,6 +349,7 @@ def usable_keys(kernel: Kernel, rows: int) -> Trace:
 _SUMMABLE = 2.0**94
 
 
+@_once
 def bounds_of_head(kernel: Kernel) -> Trace:
     """The largest magnitude of a head's keys, and the factor that keeps sums of its values in
     range, each as one number.
@@ -253,6 +364,7 @@ def bounds_of_head(kernel: Kernel) -> Trace:
     return trace(bounds, shapes).needed()
 
 
+@_once
 def guarded_queries(kernel: Kernel, rows: int) -> Trace:
     """Query rows as they are multiplied, divided by their guard, and the guard [R, 1]."""
     stored = kernel.precision.scores
@@ -269,6 +381,7 @@ def guarded_queries(kernel: Kernel, rows: int) -> Trace:
     return trace(guarded, {"query": query, "scale": _FLOAT, "keyBound": _FLOAT}).needed()
 
 
+@_once
 def usable_values(kernel: Kernel, rows: int) -> Trace:
     """The values of a slab, 0 where a key is not usable, times the head's gain."""
 
@@ -283,6 +396,7 @@ def usable_values(kernel: Kernel, rows: int) -> Trace:
 # The loop's body.
 
 
+@_once
 def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
     """One key tile on one slab: `Walk.fold`."""
     n, d, e = kernel.schedule.block_kv, kernel.head_dim, kernel.value_head_dim
@@ -298,7 +412,7 @@ def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
         shapes["raw"] = jax.ShapeDtypeStruct((n, d), dtype)
     if kernel.bounded:
         shapes["reference"] = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
-    if kernel.shift in ("mean", "reference", "bound"):
+    if kernel.form in ("mean", "reference", "bound"):
         shapes["kappa"] = jax.ShapeDtypeStruct((1, d), dtype)
     if kernel.shift == "paper":
         shapes["weights"] = jax.ShapeDtypeStruct((n, 1), jnp.float32)
@@ -348,6 +462,7 @@ def _state_shapes(kernel: Kernel, rows: int, *, settled: bool) -> dict[str, Any]
     return {"m": column, "l": column, "o": o, "f": column}
 
 
+@_once
 def settle(kernel: Kernel, rows: int) -> Trace:
     """m, l and o of a slab that has seen some keys, to be merged, in float32."""
 
@@ -358,6 +473,7 @@ def settle(kernel: Kernel, rows: int) -> Trace:
     return trace(settled, _state_shapes(kernel, rows, settled=False)).needed()
 
 
+@_once
 def merge(kernel: Kernel, rows: int) -> Trace:
     """The state over the keys of two settled ones; the other's names have a 2."""
     one = _state_shapes(kernel, rows, settled=True)
@@ -375,6 +491,7 @@ def merge(kernel: Kernel, rows: int) -> Trace:
     return trace(merged, shapes).needed()
 
 
+@_once
 def close(kernel: Kernel, rows: int) -> Trace:
     """The output and the log-sum-exp of a slab that has seen all its keys."""
 
@@ -392,6 +509,7 @@ def close(kernel: Kernel, rows: int) -> Trace:
     return trace(closed, shapes).needed()
 
 
+@_once
 def damage(kernel: Kernel, rows: int) -> Trace:
     """What is wrong with a slab whose keys have been seen, added to ``total`` and ``core`` [1, 1]:
     0, or NaN where o or l are not finite, or where a row has no weights although it sees a key by

@@ -61,6 +61,8 @@ def cube_core(c: Context) -> Core:
         before = [SyncAll(), Call(core.add(_shift_keys(products)), ())]
     if c.kernel.careful:
         before = [SyncAll()]
+    if c.kernel.chooses:
+        before = [SyncAll(), SyncAll()]
     step = core.add(_step(products, core, ahead))
     both, l1_ids, products_ids = range(2), range(6), range(memory.flags)
     last: list[Node] = [

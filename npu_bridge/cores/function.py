@@ -64,6 +64,7 @@ class VectorFunction:
         start.
         """
         buffer = Buffer(name, "UB", dtype, count, slots)
+        self._uses[name] = 1
         self._end -= buffer.bytes
         buffer.address = self._end
         self._buffers.append(buffer)
@@ -81,10 +82,11 @@ class VectorFunction:
 
         Arguments:
           outputs: where variables must be left.
-          names: how variables are called.
+          names: how variables are called; outputs by where they are left, if nothing is said.
           spare: inputs whose memory may be overwritten.
         """
-        low = Lowering(self._allocate, inputs, names=names, ramp=self._ramp)
+        called = {var: f"new_{x.to.buffer.name}" for var, x in outputs.items()} | (names or {})
+        low = Lowering(self._allocate, inputs, names=called, ramp=self._ramp)
         low.lower(equations)
         self._leave(low, outputs)
         self._buffers += self._placed(low.body, spare)

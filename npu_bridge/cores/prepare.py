@@ -90,6 +90,7 @@ def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
         "total": Vector(total.at(), rows, c.d),
         "kappa": Vector(kappa.at(), 1, c.d),
         "count": Scalar("count"),
+        "chosen": Scalar("taken"),
         **(facts.values() if facts else {}),
     }
 
@@ -133,8 +134,10 @@ def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
     no_facts, to_facts = bound.zeros(c, f) if facts else ([], [])
     none_lo, none_hi = "Pick(count > 0, j + 1, j)", f"Pick(last, {GROUPED}, j + 1)"
     nothing = For("none", none_lo, none_hi, [to_zeros, *to_facts])
+    of_head = "takesKappa.GetValue(entry * kvHeads + kvHead)"
     body: list[Node] = [
         *c.key_blocks(),
+        *([Let("taken", of_head, "float")] if c.kernel.chooses else []),
         Let("count", f"Min({c.n}, keys - j * {c.n})"),
         Let("last", "j == keyBlocks - 1"),
         If("count > 0", work),

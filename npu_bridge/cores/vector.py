@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npu_bridge.cores import bound, careful, close, prepare
+from npu_bridge.cores import bound, careful, choose, close, prepare
 from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, whole
 from npu_bridge.cores.slabs import copy
 from npu_bridge.cores.tile import ARGUMENTS, Tile
@@ -50,8 +50,10 @@ def vector_core(c: Context) -> Core:
         before, ramp = [*ramp, *_prepare_carefully(c, core, memory)], []
     else:
         before = _prepare(c, core, memory)
-        if c.kernel.bounded:
-            before, ramp = [*ramp, *before], []
+    if c.kernel.bounded:
+        before, ramp = [*ramp, *before], []
+    if c.kernel.chooses:  # what prepares the keys lies where the ramp does: it is made twice
+        before = [*ramp, *before]
     loop = _Loop(c, core, memory).nodes()
     ids = [SOFTMAX, SOFTMAX + 1, UPDATE, UPDATE + 1, SINGLE]
     body: list[Node] = [
@@ -78,12 +80,13 @@ def _prepare(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
     functions = [prepare.keys(c, ub, memory.ramp)] if "kappa" in products else []
     if c.kernel.bounded:
         functions.append(bound.values(c, ub, memory.ramp))
+    first = _choose(c, core, memory) if c.kernel.chooses else []
     if c.refers:
         functions.append(prepare.minus(c, ub))
     if "ones" in products:
         functions.append(prepare.ones(c, ub))
     tails = prepare.tails(c, ub)
-    calls: list[Node] = []
+    calls: list[Node] = first
     for f in functions:  # each has all of UB
         calls += [Call(core.add(f), ()), Barrier("ALL")]
     calls += [] if functions else [Barrier("ALL")]
@@ -91,6 +94,17 @@ def _prepare(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
     if c.kernel.shift == "paper":  # the cube core computes K' from the tails
         calls += [Barrier("ALL"), SyncAll()]
     return calls
+
+
+def _choose(c: Context, core: Core, memory: VectorMemory) -> list[Node]:
+    """`auto`: for which heads κ is taken off the keys."""
+    ub, ramp = memory.ub, memory.ramp
+    calls: list[Node] = []
+    for f in (choose.queries(c, ub, ramp), choose.keys(c, ub, ramp), choose.heads(c, ub, ramp)):
+        if f.name == "Choose":
+            calls.append(SyncAll())
+        calls += [Call(core.add(f), ()), Barrier("ALL")]
+    return [*calls, SyncAll(), Invalidate("takesKappa", "float")]
 
 
 def _prepare_carefully(c: Context, core: Core, memory: VectorMemory) -> list[Node]:

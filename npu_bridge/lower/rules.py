@@ -165,6 +165,13 @@ def _reshape(at: Context, eqn: Equation, x: list[Value]) -> Value:
     raise LoweringError(f"{value.rows} × {value.width} numbers as {rows} × {width}")
 
 
+def _transpose(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    value = vector(eqn, x[0])
+    if 1 not in (value.rows, value.width):
+        raise LoweringError("only rows and columns are transposed, which lie in memory alike")
+    return Vector(value.place, value.width, value.rows)
+
+
 def _reduce(name: str) -> Rule:
     def rule(at: Context, eqn: Equation, x: list[Value]) -> Value:
         axes, shape = tuple(eqn.params["axes"]), eqn.inputs[0].aval.shape
@@ -268,9 +275,11 @@ RULES: dict[str, Rule] = {
     "shift_right_arithmetic": _shift,
     "slice": _slice,
     "sqrt": _unary("Sqrt"),
+    "square": lambda at, eqn, x: number(at.to, "Mul", x[0], x[0], at.hint),
     "squeeze": _reshape,
     "sub": _arithmetic("Sub"),
     "tanh": _tanh,
+    "transpose": _transpose,
 }
 # How values are called in the emitted source, by the primitive that makes them.
 NAMES = {

@@ -42,10 +42,22 @@ def shifting_helps(
     q_mean = jnp.mean(rows, axis=0)
     q_var = jnp.mean(jnp.square(rows - q_mean), axis=0)
     centre = kappa.astype(wide)
-    offset = centre @ q_mean
-    square = jnp.mean(jnp.square(offset) + jnp.square(centre) @ q_var)
+    offset, square = of_block(centre, q_mean, q_var)
     weights = usable.astype(wide) / jnp.maximum(jnp.sum(usable, dtype=wide), 1)
     deviation = jnp.where(usable[:, None], k.astype(wide) - spread(centre, n, k.shape[0]), 0)
     around = jnp.sum(weights * (jnp.square(deviation) @ (jnp.square(q_mean) + q_var)))
     towards = jnp.sign(scale).astype(wide) * jnp.mean(offset)
+    return pays(jnp.mean(square), around, towards)
+
+
+def of_block(
+    kappa: Float[Array, "*blocks D"], q_mean: Float[Array, " D"], q_var: Float[Array, " D"]
+) -> tuple[Array, Array]:
+    """[*blocks] the mean of q·κ, and of its square, over the queries."""
+    offset = kappa @ q_mean
+    return offset, jnp.square(offset) + jnp.square(kappa) @ q_var
+
+
+def pays(square: Array, around: Array, towards: Array) -> Array:
+    """Bool: (o + 3σ)² > (3σ)² + σ², from the means of o², σ², and o with the scale's sign."""
     return square + 2 * _TOP * jnp.sqrt(around) * towards > around

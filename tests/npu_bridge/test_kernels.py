@@ -68,6 +68,74 @@ def _exact(kernel: npu_bridge.Kernel, inputs: dict[str, Any]) -> np.ndarray:
     return np.asarray(emulation.expected(plain, wide)[0], np.float64)
 
 
+def _damaged(inputs: dict[str, Any], *keys: int) -> dict[str, Any]:
+    """The inputs with keys and values that are not finite at these places of entry 0, head 0."""
+    wide = {n: np.array(inputs[n], np.float32) for n in ("key", "value")}
+    for i, at in enumerate(keys):
+        wide[("key", "value")[i % 2]][0, at, 0, i % 7] = (np.nan, np.inf)[i // 2 % 2]
+    return {**inputs, **{n: jnp.asarray(x, inputs[n].dtype) for n, x in wide.items()}}
+
+
+_LARGE = {"amplitude": 600.0}
+# Options, sizes, keys that are not finite, whether it is too long for every run.
+_REPAIRED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...], bool]] = {
+    "causal, keys that are not finite": (
+        {"is_causal": True, "return_lse": True},
+        {"queries": 300, "keys": 400},
+        (150, 290, 350, 390),
+        False,
+    ),
+    "scores beyond float16": ({}, {"queries": 200, "keys": 600, **_LARGE}, (), True),
+    "none, causal, values that are not finite": (
+        {"shift": "none", "is_causal": True},
+        {"queries": 300, "keys": 400},
+        (390, 290),
+        True,
+    ),
+    "decode, lengths, sinks, large": (
+        {"decode": True, "lengths": True, "sinks": True, "return_lse": True},
+        {"batch": 2, "keys": 600, "heads": 6, "kv_heads": 2, **_LARGE},
+        (520, 530),
+        True,
+    ),
+    "window, mask, segments, bfloat16": (
+        {"local_window_size": (100, 60), "mask": "B1TS", "segments": True, "dtype": "bfloat16"},
+        {"batch": 2, "queries": 200, "keys": 600},
+        (150, 300),
+        True,
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.npu_full] if full else [])
+        for name, (*_, full) in _REPAIRED.items()
+    ],
+)
+def test_what_is_not_finite_spoils_no_row_that_does_not_see_it(name: str, tmp_path: Path) -> None:
+    options, sizes, keys, _ = _REPAIRED[name]
+    kernel = Case(options).kernel()
+    npu_bridge.emit(kernel, tmp_path)
+    assert npu_bridge.check(tmp_path) == []
+    inputs = emulation.problem(kernel, **sizes)
+    if "lengths" in inputs:
+        inputs["lengths"] = jnp.asarray([500, 250], jnp.int32)
+    inputs = _damaged(inputs, *keys)
+    found = emulation.run(tmp_path, inputs, policies=ROUND_ROBIN)
+    assert found.ok, found.complaints
+    seen = np.isnan(np.asarray(emulation.expected(kernel, inputs)[0], np.float32))
+    np.testing.assert_array_equal(np.isnan(found.output), seen)
+    assert not seen.all()
+    # Without the repair it is not so: the test can fail.
+    plain = tmp_path / "plain"
+    npu_bridge.emit(replace(kernel, repair=False), plain)
+    spoiled = emulation.run(plain, inputs, policies=ROUND_ROBIN)
+    assert not np.array_equal(np.isnan(spoiled.output), seen)
+
+
 @pytest.mark.full
 @needs_compiler
 def test_every_order_of_the_pipes_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -94,7 +162,7 @@ class TestMutants:
     # Of those that are not, why they change nothing. Each is a part of a line or of the line's
     # function; what is listed here and found nevertheless does not matter.
     EQUIVALENT = (
-        ("PipeBarrier<PIPE_ALL>", "the emulator's SyncAll waits for every pipe of the core"),
+        ("PipeBarrier<PIPE_ALL>", "SyncAll begins with it, as its header says"),
         ("PipeBarrier<PIPE_V>", "flags or a later barrier order the same instructions"),
         ("PipeBarrier<PIPE_M>", "the last product of a sum is ordered by its flag"),
         ("Duplicate(rowsIn", "rows beyond T are not stored; finite values meet P = 0"),
@@ -122,7 +190,7 @@ class TestMutants:
                 "return_lse": True,
             }
         )
-        kernel = case.kernel()
+        kernel = replace(case.kernel(), repair=False)
         npu_bridge.emit(kernel, tmp_path)
         source = tmp_path / "pasa_attention.cpp"
         text, mutants = with_switches(source.read_text())
