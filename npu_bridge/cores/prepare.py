@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from npu_bridge import stages
-from npu_bridge.cores.context import GROUPED, Context, query_row
+from npu_bridge.cores.context import Context
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import (
     computed,
@@ -32,7 +32,7 @@ def query(c: Context, memory: VectorMemory) -> Function:
     traced = (stages.guarded_queries if careful else stages.queries)(c.kernel, rows)
     f = VectorFunction(memory.ub, "PrepareQuery", ("item", "slot"))
     source, to = memory.query["in"], memory.query["out"]
-    at = f"({query_row('first')}) * {c.d}"
+    at = f"({c.query_row('first')}) * {c.d}"
     loads = padded_load(
         source.at(), c.globals["query"].at(at), rows, "valid", c.d, f"(rowStride - 1) * {c.d}"
     )
@@ -51,14 +51,14 @@ def query(c: Context, memory: VectorMemory) -> Function:
     stores: list[Node] = [copy(scaled, to.at(), rows * c.d)]
     lets = c.item()
     if careful:
-        row = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {c.block_q}"
+        row = f"{c.tile_row('tile')} * {c.block_q}"
         to_guard = c.globals["guard"].at(f"{row} + firstRow + row")
         stores.append(copy(to_guard, memory.query["guard"].at(), rows))
         of_head = "entry * kvHeads + Div(head, groups)"
         lets.append(Let("bound", f"keyBound.GetValue({of_head})", "float"))
     slabs: list[Node] = [
         Let("first", "start + firstRow + row"),
-        Let("valid", f"Max(0, Min({rows}, queryLength - first))"),
+        Let("valid", f"Max(0, Min({rows}, {c.rows_end} - first))"),
         *slab(SINGLE, loads, compute, stores),
     ]
     body: list[Node] = [*lets, For("row", 0, c.half, slabs, rows)]
@@ -89,14 +89,14 @@ def keys(c: Context, ub: Memory) -> Function:
     finding = lowered(stages.kappa(c.kernel, rows), "kappa", Output(kappa.at()))
     shifted = Output(to.slot("slot"))
     shifting = lowered(stages.shifted_keys(c.kernel, rows), "shifted", shifted)
-    at = f"((int64_t(entry) * keyLength + first) * kvHeads + kvHead) * {c.d}"
+    at = f"{c.key_row('first')} * {c.d}"
     gap = f"(kvHeads - 1) * {c.d}"
     loads: list[Node] = [
         Let("first", f"j * {c.n} + slab"),
         Let("valid", f"Max(0, Min({rows}, keys - first))"),
         *padded_load(source.slot("slot"), c.globals["key"].at(at), rows, "valid", c.d, gap),
     ]
-    block = "((int64_t(entry) * kvHeads + kvHead) * keyBlocks + j)"
+    block = c.block_row("j")
     out = c.globals["shiftedKey"].at(f"({block} * {c.n} + slab) * {c.d}")
     to_kappa = copy(c.globals["kappa"].at(f"{c.kappa_row('j')} * {c.d}"), kappa.at(), c.d)
     stores: list[Node] = [copy(out, to.slot("slot"), rows * c.d)]
@@ -111,17 +111,17 @@ def keys(c: Context, ub: Memory) -> Function:
     # The cube unit multiplies by whole groups of κ: of those that are none, by zeros.
     zeros = f.temporary("zeros", c.dtype, c.d)
     to_zeros = copy(c.globals["kappa"].at(f"{c.kappa_row('none')} * {c.d}"), zeros.at(), c.d)
-    nothing = For("none", "Pick(count > 0, j + 1, j)", f"Pick(last, {GROUPED}, j + 1)", [to_zeros])
+    nothing = For("none", "Pick(count > 0, j + 1, j)", f"Pick(last, {c.kappa_end()}, j + 1)", [to_zeros])
     body: list[Node] = [
         *c.key_blocks(),
         Let("count", f"Min({c.n}, keys - j * {c.n})"),
-        Let("last", "j == keyBlocks - 1"),
+        Let("last", f"{'blockSlot' if c.kernel.packed else 'j'} == keyBlocks - 1"),
         If("count > 0", work),
         nothing,
     ]
     comment = "κ of each key block, and the keys without it (eq. 7)."
     clear = computed([zero_bits(zeros.at(), c.d)], [])
-    return f.done(comment, [*clear, *spread_units("batch * kvHeads * keyBlocks", body)])
+    return f.done(comment, [*clear, *spread_units(c.block_units, body)])
 
 
 def tails(c: Context, ub: Memory) -> Function:
@@ -149,7 +149,7 @@ def tails(c: Context, ub: Memory) -> Function:
 
 def _tail(c: Context, name: str, width: int, buffer: Buffer) -> list[Node]:
     """Copies rows of "key" or "value" by way of ``buffer``."""
-    at = f"((int64_t(entry) * keyLength + first) * kvHeads + kvHead) * {width}"
+    at = f"{c.key_row('first')} * {width}"
     source, gap = c.globals[name].at(at), f"(kvHeads - 1) * {width}"
     to = c.globals[f"{name}Tail"].at(f"(int64_t(unit) * {c.n} + slab) * {width}")
     return [
