@@ -54,7 +54,9 @@ def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
     bounding = lowered(
         stages.bounds_of_head(c.kernel), {n: Output(numbers[n].at(0, 1)) for n in numbers}
     )
-    block = f"{c.block_row('j')} * {c.n}"
+    block = f"(int64_t(unit) * keyBlocks + j) * {c.n}"
+    if c.kernel.packed:
+        block = f"{c.block_row('j')} * {c.n}"
     at = c.key_row("first")
     loads: list[Node] = [
         Let("first", f"j * {c.n} + slab"),

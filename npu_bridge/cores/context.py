@@ -137,9 +137,10 @@ class Context:
         repaired = ["damagedCores"] if self.kernel.repaired else []
         return [*repaired, *(["sequence"] if self.kernel.packed else [])]
 
-    # Where an entry's queries and keys begin. The sequences of a packed kernel lie one after another;
-    # in the workspace sequence b has the query tiles from slot ⌊queryOffsets[b] / block_q⌋ + b on and
-    # the key blocks from ⌊keyOffsets[b] / n⌋ + b on, which is room for all of each.
+    # Where an entry's queries and keys begin. The sequences of a packed kernel lie one after
+    # another; in the workspace sequence b has the query tiles from slot
+    # ⌊queryOffsets[b] / block_q⌋ + b on and the key blocks from ⌊keyOffsets[b] / n⌋ + b on, which
+    # is room for all of each.
 
     @property
     def grouped(self) -> str:
@@ -203,7 +204,7 @@ class Context:
 
     @staticmethod
     def _sequence(first: str, slot: str) -> list[Node]:
-        """The sequence that a slot is of; ``first`` is the first slot of the one named ``other``."""
+        """The sequence that a slot is of; ``first`` is the first slot of that named ``other``."""
         count = Advance("sequence", f"Pick({first} <= {slot}, 1, 0)")
         return [
             Assign("sequence", 0),

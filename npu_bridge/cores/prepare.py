@@ -111,7 +111,9 @@ def keys(c: Context, ub: Memory) -> Function:
     # The cube unit multiplies by whole groups of κ: of those that are none, by zeros.
     zeros = f.temporary("zeros", c.dtype, c.d)
     to_zeros = copy(c.globals["kappa"].at(f"{c.kappa_row('none')} * {c.d}"), zeros.at(), c.d)
-    nothing = For("none", "Pick(count > 0, j + 1, j)", f"Pick(last, {c.kappa_end()}, j + 1)", [to_zeros])
+    nothing = For(
+        "none", "Pick(count > 0, j + 1, j)", f"Pick(last, {c.kappa_end()}, j + 1)", [to_zeros]
+    )
     body: list[Node] = [
         *c.key_blocks(),
         Let("count", f"Min({c.n}, keys - j * {c.n})"),

@@ -74,7 +74,10 @@ class Tile:
         stores: list[Node] = [copy(to, Slice(p, times(slot, p.count), r * c.n), r * c.n)]
         out: Expr = "slot" if p.slots > 1 else SOFTMAX
         body = slab("slot", self._loads(stage), compute, stores, out)
-        return f.done(f"From S' to P (eq. 9, 10), {mask} the mask.", [*self._queries(stage), *self._slabs(body)])
+        return f.done(
+            f"From S' to P (eq. 9, 10), {mask} the mask.",
+            [*self._queries(stage), *self._slabs(body)],
+        )
 
     def statistics(self, name: str, stage: Stage) -> Function:
         """The row statistics of a tile, all rows at once."""

@@ -68,6 +68,25 @@ def _exact(kernel: npu_bridge.Kernel, inputs: dict[str, Any]) -> np.ndarray:
     return np.asarray(emulation.expected(plain, wide)[0], np.float64)
 
 
+@pytest.mark.npu_full
+@needs_compiler
+def test_a_packed_sequence_that_is_not_finite_touches_no_other(tmp_path: Path) -> None:
+    case = CASES["packed"]
+    kernel = case.kernel()
+    npu_bridge.emit(kernel, tmp_path)
+    program = emulation.compiled(tmp_path)
+    inputs = emulation.problem(kernel, **case.sizes)
+    sound = emulation.run(tmp_path, inputs, program=program, policies=ROUND_ROBIN)
+    begin = int(inputs["keyOffsets"][2])
+    inputs["key"] = inputs["key"].at[begin + 3].set(jnp.nan)
+    found = emulation.run(tmp_path, inputs, program=program, policies=ROUND_ROBIN)
+    assert found.ok, found.complaints
+    assert np.isfinite(found.output).all()
+    first, end = (int(inputs["queryOffsets"][i]) for i in (2, 3))
+    others = np.r_[:first, end : len(sound.output)]
+    np.testing.assert_array_equal(found.output[others], sound.output[others])
+
+
 @pytest.mark.full
 @needs_compiler
 def test_every_order_of_the_pipes_gives_the_same_bytes(tmp_path: Path) -> None:
