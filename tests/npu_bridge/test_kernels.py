@@ -44,7 +44,8 @@ def test_output_is_that_of_lax(case: Case, tmp_path: Path) -> None:
     found = emulation.run(tmp_path, inputs, program=program, policies=policies)
     assert found.complaints == []
     assert found.error <= found.tolerance
-    assert found.lse_error <= 1e-3
+    # A score may be rounded to the other neighbour.
+    assert found.lse_error <= max(1e-3, {"float16": 0, "bfloat16": 2**-8}[kernel.dtype])
     if kernel.shift == "none":
         return  # which has nothing against a bias
     # Biased keys, whose scores of 10 000 plain float16 would store to within 4. A score may be
