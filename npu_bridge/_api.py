@@ -48,6 +48,7 @@ def kernel(
     sinks: bool = False,
     lengths: bool = False,
     return_lse: bool = False,
+    packed: bool = False,
     decode: bool = False,
     dropout_rate: float = 0.0,
     repair: bool = True,
@@ -76,6 +77,10 @@ def kernel(
       sinks: whether the kernel takes a float32 score [N] of one more key a head, of value 0.
       lengths: whether the kernel takes a number of keys for each batch entry.
       return_lse: whether it also writes the log-sum-exp, float32.
+      packed: queries are [T, N, D] and keys [S, K, D], those of B sequences one after another, and
+        the kernel takes int32 ``queryOffsets`` and ``keyOffsets`` [B + 1]: where each begins, the
+        totals T and S last. A query sees keys of its own sequence. Takes no bias, mask, segments,
+        lengths, decode or shift "paper".
       decode: a kernel for one query (T = 1): the N/K query heads of a key head, 128 at most, are
         the rows of a tile, and the keys are split over the cores. Takes no bias, mask or segments.
       dropout_rate: must be 0: a kernel drops no weights.
@@ -112,6 +117,10 @@ def kernel(
         given = {"logits_soft_cap": logits_soft_cap, "bias": bias, "mask": mask}
         given |= {"segments": segments or None, "decode": decode or None}
         _check_bound(dtype, precision, given)
+    if packed:
+        _check_packed(
+            shift, bias=bias, mask=mask, segments=segments, lengths=lengths, decode=decode
+        )
     described = Kernel(
         head_dim=head_dim,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim,
@@ -132,6 +141,7 @@ def kernel(
         sinks=sinks,
         lengths=lengths,
         return_lse=return_lse,
+        packed=packed,
         decode=decode,
         repair=repair,
     )
@@ -158,6 +168,29 @@ def _check_bound(dtype: str, precision: str | Precision | None, given: dict[str,
         if x is not None:
             allowed = "not be given for shift='bound', whose proof looks at positions alone"
             raise wrong(name, allowed, repr(x), "Use shift='mean'.")
+
+
+_PACKED = {
+    "bias": "It has the axes [B, N, T, S], and packed sequences have no T and S of their own.",
+    "mask": "It has the axes [B, N, T, S], and packed sequences have no T and S of their own.",
+    "segments": "The offsets say already which keys a query sees.",
+    "lengths": "The offsets say already how many keys a sequence has.",
+    "decode": "Use packed=False: with one query each, the sequences are a batch.",
+}
+
+
+def _check_packed(shift: str, **options: Any) -> None:
+    """Raises where a packed kernel cannot have one of the options."""
+    for name, why in _PACKED.items():
+        if options[name]:
+            raise wrong(name, "not be given for a packed kernel", repr(options[name]), why)
+    why = {
+        "paper": "Its matrix knows one last block, and each sequence has its own. Use 'mean'.",
+        "auto": "It chooses for whole heads. Use 'mean'.",
+        "bound": "Its proof looks at whole heads. Use 'mean'.",
+    }
+    if shift in why:
+        raise wrong("shift", f"not be {shift!r} for a packed kernel", repr(shift), why[shift])
 
 
 def _precision(precision: str | Precision | None, dtype: str, shift: str) -> Precision:

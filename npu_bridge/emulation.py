@@ -6,7 +6,8 @@ import json
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pasa_jax
-from npu_bridge.interface import passed
+from npu_bridge.interface import passed, sizes
 from npu_bridge.project import read_description
 from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import EmulationError
@@ -29,7 +30,7 @@ class Run:
     """The result of a run.
 
     Arguments:
-      output: [B, T, N, E]; lse: [B, T, N] or None.
+      output: [B, T, N, E]; lse: [B, T, N] or None. Packed: without B.
       complaints: of the emulator.
       instructions: how many of each pipe were executed.
       error: largest |output − lax's|, over the largest |value|.
@@ -74,13 +75,25 @@ def problem(
     batch: int = 1,
     heads: int = 2,
     kv_heads: int = 1,
-    queries: int = 128,
-    keys: int = 512,
+    queries: int | Sequence[int] = 128,
+    keys: int | Sequence[int] = 512,
     mean: float = 0.0,
     amplitude: float = 1.0,
     seed: int = 0,
 ) -> dict[str, jax.Array]:
-    """Random inputs as the paper's benchmark draws them: uniform around ``mean``."""
+    """Random inputs as the paper's benchmark draws them: uniform around ``mean``.
+
+    Arguments:
+      queries, keys: T and S. Of a packed kernel, those of each sequence, or of all ``batch`` ones.
+    """
+    offsets: dict[str, jax.Array] = {}
+    if kernel.packed:
+        lengths = [(x,) * batch if isinstance(x, int) else x for x in (queries, keys)]
+        named = zip(("queryOffsets", "keyOffsets"), lengths, strict=True)
+        offsets = {name: jnp.asarray([0, *np.cumsum(x)], jnp.int32) for name, x in named}
+        batch, (queries, keys) = 1, (sum(x) for x in lengths)
+    assert isinstance(queries, int)
+    assert isinstance(keys, int)
     queries = 1 if kernel.decode else queries
     rng = np.random.default_rng(seed)
     shapes = {
@@ -90,10 +103,12 @@ def problem(
     }
     inputs = {
         name: jnp.asarray(
-            rng.uniform(-1, 1, shape) * amplitude + mean * (name != "value"), kernel.dtype
+            rng.uniform(-1, 1, shape[kernel.packed :]) * amplitude + mean * (name != "value"),
+            kernel.dtype,
         )
         for name, shape in shapes.items()
     }
+    inputs |= offsets
     if kernel.bias is not None:
         size = {"B": batch, "N": heads, "T": queries, "S": keys, "1": 1}
         shape = tuple(size[axis] for axis in kernel.bias)
@@ -116,6 +131,8 @@ def problem(
 
 def expected(kernel: Kernel, inputs: dict[str, jax.Array], scale: float | None = None) -> Any:
     """What "lax" computes on the same schedule and precision: output and log-sum-exp."""
+    if kernel.packed:
+        return _expected_packed(kernel, inputs, scale)
     return pasa_jax.dot_product_attention(
         inputs["query"],
         inputs["key"],
@@ -139,6 +156,27 @@ def expected(kernel: Kernel, inputs: dict[str, jax.Array], scale: float | None =
     )
 
 
+def _expected_packed(
+    kernel: Kernel, inputs: dict[str, jax.Array], scale: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """The same, sequence by sequence."""
+    alone, results = replace(kernel, packed=False), []
+    starts = (np.asarray(inputs[f"{name}Offsets"]) for name in ("query", "key"))
+    for q, q_end, k, k_end in zip(*(y for x in starts for y in (x[:-1], x[1:])), strict=True):
+        if q == q_end:
+            continue
+        part = {n: inputs[n][None, k:k_end] for n in ("key", "value")}
+        if k == k_end:  # a key that does not count: there are no arrays without any
+            part = {n: jnp.zeros((1, 1, *x.shape[2:]), x.dtype) for n, x in part.items()}
+            part["lengths"] = jnp.zeros(1, jnp.int32)
+        part["query"] = inputs["query"][None, q:q_end]
+        if "sinks" in inputs:
+            part["sinks"] = inputs["sinks"]
+        results.append(expected(alone, part, scale))
+    output, lse = (jnp.concatenate([x[i][0] for x in results]) for i in range(2))
+    return output, lse
+
+
 def _segments(inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array] | None:
     if "querySegments" not in inputs:
         return None
@@ -159,7 +197,7 @@ def run(
 
     Arguments:
       want: what `expected` gives, if it is known already.
-      inputs: by the names of the kernel's arguments, BTNH; default random ones.
+      inputs: by the names of the kernel's arguments, BTNH (packed: TNH); default random ones.
       program: what `compiled` made; None: compile now.
       cores: cube cores, each with its two vector cores.
       policies: orders in which the pipes take turns; see emulator/README.md.
@@ -236,12 +274,11 @@ def _executed(
     policies: tuple[str, ...],
     work: Path,
 ) -> dict[str, Any]:
-    batch, queries, heads, _ = inputs["query"].shape
-    keys, kv_heads = inputs["key"].shape[1:3]
-    sizes = [str(x) for x in (batch, heads, kv_heads, queries, keys, cores)]
+    numbers = (*sizes(kernel, inputs), cores)
+    keys = numbers[4]
     factor = repr(float(np.float32(kernel.head_dim**-0.5 if scale is None else scale)))
     said = subprocess.run(
-        [str(program), "tiling", *sizes, factor, str(work / "tiling")],
+        [str(program), "tiling", *map(str, numbers), factor, str(work / "tiling")],
         capture_output=True,
         text=True,
         check=False,
@@ -256,7 +293,7 @@ def _executed(
             (work / name).write_bytes(arrays[name])
             lines.append(f"arg {name} in {len(arrays[name])} {work / name}")
     item = jnp.dtype(kernel.dtype).itemsize
-    size = batch * queries * heads
+    size = int(np.prod(inputs["query"].shape[:-1]))
     outputs = {"output": size * kernel.value_head_dim * item}
     if kernel.return_lse:
         outputs["lse"] = size * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,6 +26,7 @@ LETTERS = {
     "D": "PASA_HEAD_DIM",
     "E": "PASA_VALUE_HEAD_DIM",
     "n": "PASA_BLOCK_KV",
+    "P": "(run.batch + 1)",
 }
 _SHAPES = {
     "query": "BTND",
@@ -39,6 +41,15 @@ _SHAPES = {
     "output": "BTNE",
     "lse": "BTN",
 }
+_PACKED_SHAPES = {
+    "query": "TND",
+    "key": "SKD",
+    "value": "SKE",
+    "queryOffsets": "P",
+    "keyOffsets": "P",
+    "output": "TNE",
+    "lse": "TN",
+}
 _NOTES = {
     "query": "",
     "key": "",
@@ -49,6 +60,8 @@ _NOTES = {
     "keySegments": "",
     "sinks": "score of one more key of each head, whose value is 0",
     "lengths": "how many keys of each batch entry count",
+    "queryOffsets": "where the queries of each sequence begin, and T",
+    "keyOffsets": "where its keys begin, and S",
     "matrices": "the matrix of 'paper' for full blocks and for the last; see paper_constants.h",
     "weights": "share of each key in the row mean; see paper_constants.h",
     "output": "",
@@ -107,6 +120,8 @@ def arguments(kernel: Kernel) -> dict[str, str]:
         types["sinks"] = "float"
     if kernel.lengths:
         types["lengths"] = "int32_t"
+    if kernel.packed:
+        types |= {"queryOffsets": "int32_t", "keyOffsets": "int32_t"}
     if kernel.shift == "paper":
         types |= {"matrices": dtype, "weights": "float"}
     return types
@@ -120,7 +135,8 @@ def passed(kernel: Kernel) -> list[str]:
 
 def argument(kernel: Kernel, name: str) -> Argument:
     """How the projects describe the kernel's argument ``name``."""
-    axes = {"bias": kernel.bias, "mask": kernel.mask_axes}.get(name, _SHAPES.get(name))
+    shapes = _SHAPES | _PACKED_SHAPES if kernel.packed else _SHAPES
+    axes = {"bias": kernel.bias, "mask": kernel.mask_axes}.get(name, shapes.get(name))
     assert axes is not None
     c_type = arguments(kernel)[name]
     dtype, ge, acl = _TYPES[c_type]
@@ -132,11 +148,19 @@ def argument(kernel: Kernel, name: str) -> Argument:
         acl=f"ACL_{acl}",
         itemsize=ITEMSIZE[c_type],
         axes=axes,
-        shape=f"[{', '.join(axes)}]",
+        shape=f"[{', '.join(axes)}]".replace("P", "B + 1"),
         count=" * ".join(LETTERS.get(letter, letter) for letter in axes),
         source=source,
         note=_NOTES[name],
     )
+
+
+def sizes(kernel: Kernel, inputs: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
+    """B, N, K, T and S of a call; of packed sequences, T and S are the totals."""
+    query, key = inputs["query"].shape, inputs["key"].shape
+    if kernel.packed:
+        return len(inputs["queryOffsets"]) - 1, query[1], key[1], query[0], key[0]
+    return query[0], query[2], key[2], query[1], key[1]
 
 
 def values(kernel: Kernel) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from npu_bridge.cores.context import Core
 from npu_bridge.dtypes import ITEMSIZE, NUMPY
 from npu_bridge.execution import Block, CoreRun, Names, run_together
 from npu_bridge.expressions import Expr, Scalar, evaluate
-from npu_bridge.interface import arguments
+from npu_bridge.interface import arguments, sizes
 from npu_bridge.ir import Instruction, Slice
 from npu_bridge.layout import VECTOR_CORES
 from npu_bridge.numbers import Tiling, tiling, values_of
@@ -89,7 +89,8 @@ def run(
     cores: int = 1,
     scale: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """What a call computes: "output" [B, T, N, E], and "lse" [B, T, N] if the kernel has it.
+    """What a call computes: "output" [B, T, N, E], and "lse" [B, T, N] if the kernel has it
+    (packed: without B).
 
     Arguments:
       inputs: every array that the kernel takes, by name (BTNH); `npu_bridge.emulation.constants`
@@ -98,15 +99,14 @@ def run(
       scale: of the scores; None: 1/√D.
     """
     kernel = program.kernel
-    batch, queries, heads, _ = inputs["query"].shape
-    keys, kv_heads = inputs["key"].shape[1:3]
+    batch, heads, kv_heads, queries, keys = sizes(kernel, inputs)
     given = tiling(
         kernel, batch=batch, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys,
         cores=cores, scale=scale,
     )  # fmt: skip
     shapes = {
-        "output": (batch, queries, heads, kernel.value_head_dim),
-        "lse": (batch, queries, heads),
+        "output": (*inputs["query"].shape[:-1], kernel.value_head_dim),
+        "lse": inputs["query"].shape[:-1],
     }
     shared = _shared(program, inputs, given, shapes)
     numbers = values_of(kernel, given)

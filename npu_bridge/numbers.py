@@ -52,18 +52,30 @@ QUERY_ROWS = Number(
     "queryRows",
     "uint64_t(batch) * heads * ((queryLength + PASA_BLOCK_Q - 1) / PASA_BLOCK_Q) * PASA_BLOCK_Q",
 )
+# Packed: slots of query tiles and of key blocks that the sequences share; see `cores.context`.
+PACKED_BLOCKS = Number("keyBlocks", "keyLength / PASA_BLOCK_KV + batch")
+PACKED_ROWS = Number(
+    "queryRows", "uint64_t(heads) * (queryLength / PASA_BLOCK_Q + batch) * PASA_BLOCK_Q"
+)
 CORE_ROWS = Number("coreRows", f"uint64_t(cores) * {DEPTH} * PASA_BLOCK_Q")
 
 
 def host_numbers(kernel: Kernel) -> list[Number]:
     """What the host works out, in order."""
     parts = [SHARES, PARTS, GROUP_ROWS, GROUP_HEADS] if kernel.decode else [Number("parts", 1)]
+    if kernel.packed:
+        return [ENTRIES, PACKED_BLOCKS, *parts, PACKED_ROWS, CORE_ROWS]
     return [ENTRIES, BLOCKS, *parts, QUERY_ROWS, CORE_ROWS]
 
 
 def kernel_numbers(kernel: Kernel) -> list[Number]:
     """The members of the kernel's `Problem`, in order, from its tiling."""
-    s, decode = kernel.schedule, kernel.decode
+    s, decode, packed = kernel.schedule, kernel.decode, kernel.packed
+    tiles = f"CeilDiv(tiling->queryLength, {s.block_q})"
+    blocks = f"CeilDiv(tiling->keyLength, {s.block_kv})"
+    if packed:
+        tiles = f"tiling->queryLength / {s.block_q} + tiling->batch"
+        blocks = f"tiling->keyLength / {s.block_kv} + tiling->batch"
     return [
         Number("batch", "tiling->batch"),
         Number("heads", "tiling->heads"),
@@ -71,10 +83,10 @@ def kernel_numbers(kernel: Kernel) -> list[Number]:
         Number("groups", "tiling->heads / tiling->kvHeads"),
         Number("queryLength", "tiling->queryLength"),
         Number("keyLength", "tiling->keyLength"),
-        Number("queryTiles", f"CeilDiv(tiling->queryLength, {s.block_q})"),
-        Number("keyBlocks", f"CeilDiv(tiling->keyLength, {s.block_kv})"),
+        Number("queryTiles", tiles),
+        Number("keyBlocks", blocks),
         Number("parts", "tiling->parts"),
-        Number("items", "batch * heads * queryTiles * parts"),
+        Number("items", f"{'' if packed else 'batch * '}heads * queryTiles * parts"),
         Number("cores", "tiling->cores"),
         Number("queries", 1 if decode else "queryLength"),
         Number("rowStride", 1 if decode else "heads"),
@@ -96,8 +108,10 @@ _QUERIES = Size(f"{QUERIES}, block_q", f"uint64_t(cores) * {QUERIES} * PASA_BLOC
 _ROWS = Size("B, N, padded T", QUERY_ROWS.name)
 _TILES = Size("query tiles, 2", f"{QUERY_ROWS.name} / PASA_BLOCK_Q * 2")
 _HEADS = Size("B, K", ENTRIES.name)
+_KEY_HEADS = Size("K", "uint64_t(kvHeads)")  # packed
 _BLOCKS = Size("blocks", BLOCKS.name)
 _GROUPED = Size("blocks in whole groups", f"(({BLOCKS.name} + {LEAST - 1}) / {LEAST} * {LEAST})")
+_PACKED_GROUPED = Size("blocks and a group", f"({BLOCKS.name} + {LEAST})")
 _ITEM_ROWS = Size("items, block_q", f"{QUERY_ROWS.name} * {PARTS.name}")
 _CORE_ROWS = Size(f"{DEPTH}, block_q", CORE_ROWS.name, per_core=True)
 _CORE_COLUMNS = Size(f"{DEPTH}, {LEAST}, block_q", f"{CORE_ROWS.name} * {LEAST}", per_core=True)
@@ -148,14 +162,15 @@ def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
     """The arrays by which the cores hand over, in order."""
     types = {p.name: p.dtype for p in products.values()}
     dtype = C_TYPES[kernel.dtype]
+    heads, grouped = (_KEY_HEADS, _PACKED_GROUPED) if kernel.packed else (_HEADS, _GROUPED)
     arrays = [
         Array("scaledQuery", dtype, (_QUERIES, _D), "query rows as they are multiplied"),
     ]
     if kernel.keys_shifted:
-        arrays.append(Array("shiftedKey", dtype, (_HEADS, _BLOCKS, _N, _D), "K'"))
+        arrays.append(Array("shiftedKey", dtype, (heads, _BLOCKS, _N, _D), "K'"))
     last = "the last block, if it is not full"
     if kernel.careful:
-        arrays.append(Array("valueCopy", dtype, (_HEADS, _BLOCKS, _N, _E), "the finite values"))
+        arrays.append(Array("valueCopy", dtype, (heads, _BLOCKS, _N, _E), "the finite values"))
         arrays.append(Array("guard", "float", (_ROWS,), "power of two that a row is divided by"))
         arrays.append(Array("keyBound", "float", (_HEADS,), "largest magnitude of the keys"))
         arrays.append(Array("valueGain", "float", (_HEADS,), "factor of the values"))
@@ -175,7 +190,7 @@ def workspace(kernel: Kernel, products: dict[str, Product]) -> list[Array]:
         arrays.append(Array("spread", "float", (_HEADS, _BLOCKS, _D), "Σ(k − κ)² of a block"))
         arrays.append(Array("takesKappa", "float", (_HEADS,), "1 where κ is taken off, else 0"))
     if "offsets" in types:
-        arrays.append(Array("kappa", dtype, (_HEADS, _GROUPED, _D), "κ"))
+        arrays.append(Array("kappa", dtype, (heads, grouped, _D), "κ"))
         size = (_CORE_BLOCKS, _GROUPED) if kernel.bounded else (_CORE_COLUMNS,)
         arrays.append(Array("offsets", types["offsets"], size, "q·κ"))
     if kernel.bounded:

@@ -134,6 +134,7 @@ def _values(program: Program) -> dict[str, Any]:
         "scale": f"{k.head_dim**-0.5!r}f",
         "paper": k.shift == "paper",
         "decode": k.decode,
+        "packed": k.packed,
         "parameters": _listed([f"GM_ADDR {n}" for n in names]),
         "core_parameters": _listed([*(f"GM_ADDR {n}" for n in names[:-1]), "TilingPointer tiling"]),
         "arrays_and_workspace": ", ".join(names[:-1]),
@@ -205,6 +206,8 @@ def _title(k: Kernel) -> str:
     words = [f"Attention with the shift '{k.shift}'", f"{k.dtype}", f"D = {k.head_dim}"]
     if k.is_causal:
         words.append(f"causal ({k.causal_alignment})")
+    if k.packed:
+        words.append("packed sequences")
     return ", ".join(words) + f", for {k.schedule.target}."
 
 

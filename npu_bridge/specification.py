@@ -38,6 +38,8 @@ class Kernel:
       sinks: whether each query head has one more key of a given score and value 0.
       lengths: whether each batch entry has a length of its own for its keys.
       return_lse: whether the log-sum-exp is written too.
+      packed: queries [T, N, D] and keys [S, K, D] are those of all sequences, one after another;
+        offsets say where each begins, and a query sees keys of its own sequence.
       decode: one query (T = 1): the query heads of a key head are the rows of a tile, and the keys
         of a head are split over several cores, whose states are merged.
       repair: whether query tiles whose result is not finite are computed again, carefully.
@@ -61,6 +63,7 @@ class Kernel:
     sinks: bool = False
     lengths: bool = False
     return_lse: bool = False
+    packed: bool = False
     decode: bool = False
     repair: bool = True
     careful: bool = False
@@ -145,7 +148,7 @@ class Kernel:
         return self.plan.numerics(self.schedule.block_kv)
 
     def mask(self, queries: Index, keys: Index) -> Mask:
-        """The mask of one batch entry, its lengths known at run time only."""
+        """The mask of one batch entry or sequence, its lengths known at run time only."""
         # What hides keys by data is not looked at here: only that there is such a thing.
         data = jnp.zeros(1, bool) if self.hides_by_data else None
         return Mask(

@@ -544,4 +544,5 @@ def damage(kernel: Kernel, rows: int) -> Trace:
 def _may_see_nothing(kernel: Kernel) -> bool:
     """Whether a row of a call with keys may see none of them by its position."""
     shifted = kernel.is_causal and kernel.causal_alignment == "bottom_right"
-    return kernel.lengths or kernel.window is not None or shifted or kernel.decode
+    some = kernel.lengths or kernel.packed  # either may have no keys at all
+    return some or kernel.window is not None or shifted or kernel.decode

@@ -121,13 +121,13 @@ class _TimedRun(CoreRun):
 
 
 class _Number:
-    """Stands for an array that the scalar unit reads: one number throughout."""
+    """Stands for an array that the scalar unit reads: numbers ``step`` apart."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, step: int = 0) -> None:
+        self.number, self.step = number, step
 
     def GetValue(self, index: int) -> int:
-        return self.number
+        return self.number + index * self.step
 
 
 def cost(
@@ -151,12 +151,15 @@ def cost(
     keys = queries if keys is None else keys
     kv_heads = heads if kv_heads is None else kv_heads
     k = program.kernel
+    together = batch if k.packed else 1  # sequences, all of one length
     given = tiling(
-        k, batch=batch, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys,
+        k, batch=batch, heads=heads, kv_heads=kv_heads, queries=queries * together,
+        keys=keys * together,
         cores=rates.blocks,
     )  # fmt: skip
     # Every entry is as long as it may be; other numbers do not change the time.
     read = {name: _Number(keys if name == "lengths" else 0) for name in program.globals}
+    read |= {"queryOffsets": _Number(0, queries), "keyOffsets": _Number(0, keys)}
     numbers = {**values_of(k, given), **read}
     rounds = -(-numbers["items"] // rates.blocks)
     followed = rounds if items is None else min(rounds, items)

@@ -5,7 +5,7 @@ can leave its range, and nothing that is not finite reaches a row that does not 
 from __future__ import annotations
 
 from npu_bridge import stages
-from npu_bridge.cores.context import GROUPED, Context
+from npu_bridge.cores.context import Context
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import computed, copy, padded_load, slab, spread_units, zero_bits
 from npu_bridge.expressions import Scalar
@@ -55,7 +55,9 @@ def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
         stages.bounds_of_head(c.kernel), {n: Output(numbers[n].at(0, 1)) for n in numbers}
     )
     block = f"(int64_t(unit) * keyBlocks + j) * {c.n}"
-    at = "((int64_t(entry) * keyLength + first) * kvHeads + kvHead)"
+    if c.kernel.packed:
+        block = f"{c.block_row('j')} * {c.n}"
+    at = c.key_row("first")
     loads: list[Node] = [
         Let("first", f"j * {c.n} + slab"),
         Let("valid", f"Max(0, Min({_ROWS}, keys - first))"),
@@ -96,7 +98,7 @@ def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
         For(
             "j",
             f"CeilDiv(keys, {c.n})",
-            GROUPED,
+            c.kappa_end(),
             computed([zero_bits(kappa.at(), c.d)], [to_kappa]),
         ),
         *computed(bounding, stores),
@@ -124,7 +126,7 @@ def values(c: Context, ub: Memory, ramp: Buffer) -> Function:
     }
     inputs = inputs_of(traced.inputs, given)
     compute = f.lowered(traced.equations, inputs, {traced.outputs["values"]: Output(v_out.at())})
-    at = "((int64_t(entry) * keyLength + first) * kvHeads + kvHead)"
+    at = c.key_row("first")
     loads = [
         *padded_load(
             k_in.at(), c.globals["key"].at(f"{at} * {c.d}"), _ROWS, "valid", c.d, _gap(c.d)
@@ -145,4 +147,4 @@ def values(c: Context, ub: Memory, ramp: Buffer) -> Function:
         If(f"j * {c.n} < keys", [For("slab", 0, c.n, rows, _ROWS)]),
     ]
     comment = "The values, zeros where a key or its value is not finite or beyond the last key."
-    return f.done(comment, spread_units("batch * kvHeads * keyBlocks", body))
+    return f.done(comment, spread_units(c.block_units, body))

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from npu_bridge import stages
-from npu_bridge.cores.context import Context, query_row
+from npu_bridge.cores.context import Context
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import computed, copy, padded_load, slab, spread_units
 from npu_bridge.expressions import Scalar
@@ -35,7 +35,7 @@ def queries(c: Context, ub: Memory, ramp: Buffer) -> Function:
     }
     adding = _lowered(f, stages.moments(c.kernel, SAMPLE), values, sums, sums)
     summing = _lowered(f, stages.moment_rows(c.kernel, SAMPLE), values, rows)
-    at = f"({query_row('start')}) * {c.d}"
+    at = f"({c.query_row('start')}) * {c.d}"
     loads: list[Node] = [
         Let("valid", f"Max(0, Min({SAMPLE}, queryLength - start))"),
         *padded_load(

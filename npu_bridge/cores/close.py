@@ -5,7 +5,7 @@ the states over parts of the keys.
 from __future__ import annotations
 
 from npu_bridge import stages
-from npu_bridge.cores.context import Context, Core, query_row
+from npu_bridge.cores.context import Context, Core
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import cleared, computed, copy, slab, spread_units, zero_bits
 from npu_bridge.cores.vector_memory import VectorMemory
@@ -25,7 +25,7 @@ def begin(c: Context, memory: VectorMemory) -> Function:
     f = VectorFunction(memory.ub, "Begin", ("side", *careful))
     body: list[Node] = [Barrier("V")]
     if memory.guard:
-        row = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {c.block_q} + firstRow"
+        row = f"{c.tile_row('tile')} * {c.block_q} + firstRow"
         load = copy(memory.guard.slot("side"), c.globals["guard"].at(row), c.half)
         flags = [("V", "MTE2", PADDING), ("MTE3", "MTE2", 1), ("MTE2", "V", SINGLE)]
         first, second, after = ([SetFlag(*x), WaitFlag(*x)] for x in flags)
@@ -76,7 +76,7 @@ def close(c: Context, memory: VectorMemory) -> Function:
     loads: list[Node] = []
     if c.kernel.sinks:
         state["sinks"], loads = _sinks(c, memory)
-    lets: list[Node] = []
+    lets = c.queries_of("entry")
     if memory.guard:
         at = memory.guard.at(0 if decode else f"side * {c.half} + row", r)
         state |= {"guard": Vector(at, r, 1), "valueGain": Scalar("gain")}
@@ -84,7 +84,7 @@ def close(c: Context, memory: VectorMemory) -> Function:
         lets.append(Let("gain", f"valueGain.GetValue({of_head})", "float"))
     if c.kernel.sinks and not decode:
         lets.append(Let("sink", "sinks.GetValue(head)", "float"))
-    out, row = memory.closing["out"], query_row("first")
+    out, row = memory.closing["out"], c.query_row("first")
     outputs = {traced.outputs["out"]: Output(out.at())}
     to = c.globals["output"].at(f"({row}) * {c.e}")
     stores: list[Node] = [RowsOut(to, out.at(), "valid", c.e, f"(rowStride - 1) * {c.e}")]
@@ -105,7 +105,7 @@ def close(c: Context, memory: VectorMemory) -> Function:
     last: list[Node] = [If(stored, stores)]
     body: list[Node] = [
         Let("first", "start" if decode else "start + firstRow + row"),
-        Let("valid", f"Max(0, Min({r}, queryLength - first))"),
+        Let("valid", f"Max(0, Min({r}, {c.rows_end} - first))"),
         *(slab(SINGLE, loads, compute, last) if loads else computed(compute, last)),
     ]
     if not decode:  # decoding: one slab, which `Merge` has made
@@ -148,8 +148,9 @@ def look(c: Context, memory: VectorMemory) -> Function:
     outputs = {traced.outputs[n]: Output(b.at(0, 1), b) for n, b in totals.items()}
     compute = f.lowered(traced.equations, inputs_of(traced.inputs, values), outputs)
     body: list[Node] = [
+        *c.queries_of("entry"),
         Let("first", "start" if decode else "start + firstRow"),
-        Let("valid", f"Max(0, Min({rows}, queryLength - first))"),
+        Let("valid", f"Max(0, Min({rows}, {c.rows_end} - first))"),
         c.keys_of("entry"),
         *compute,
     ]

@@ -9,6 +9,7 @@ from npu_bridge.dtypes import C_TYPES
 from npu_bridge.expressions import Expr
 from npu_bridge.ir import (
     Advance,
+    Assign,
     Barrier,
     Buffer,
     Comment,
@@ -23,6 +24,7 @@ from npu_bridge.ir import (
 from npu_bridge.layout import LEAST, VECTOR_CORES, Slabs
 from npu_bridge.memory import Memory
 from npu_bridge.specification import Kernel
+
 
 # Blocks of keys of a head, filled up to whole groups.
 GROUPED = f"(CeilDiv(keyBlocks, {LEAST}) * {LEAST})"
@@ -145,18 +147,111 @@ class Context:
         """
         return self.full.refer is not None
 
+    @property
+    def more_counters(self) -> list[str]:
+        """Numbers of both kinds of cores that not every kernel has."""
+        repaired = ["damagedCores"] if self.kernel.repaired else []
+        return [*repaired, *(["sequence"] if self.kernel.packed else [])]
+
+    # Where an entry's queries and keys begin. The sequences of a packed kernel lie one after
+    # another; in the workspace sequence b has the query tiles from slot
+    # ⌊queryOffsets[b] / block_q⌋ + b on and the key blocks from ⌊keyOffsets[b] / n⌋ + b on, which
+    # is room for all of each.
+
+    @property
+    def grouped(self) -> str:
+        """Rows of κ of a head: as many as whole groups of `LEAST` blocks reach."""
+        if self.kernel.packed:  # whose groups begin anywhere
+            return f"(keyBlocks + {LEAST})"
+        return GROUPED
+
+    @property
+    def block_units(self) -> str:
+        """How many units of work there are where each is a block of keys."""
+        return "kvHeads * keyBlocks" if self.kernel.packed else "batch * kvHeads * keyBlocks"
+
+    @property
+    def rows_end(self) -> str:
+        """The end of an entry's rows of queries, in the scope of `queries_of`."""
+        return "queries" if self.kernel.packed else "queryLength"
+
+    def queries_of(self, entry: str) -> list[Node]:
+        """How many queries a sequence has; elsewhere every entry has as many."""
+        return [Let("queries", _length("queryOffsets", entry))] if self.kernel.packed else []
+
+    def query_row(self, row: str) -> str:
+        """Where a row of queries or outputs lies, in rows."""
+        first = "int64_t(entry) * queryLength * heads"
+        if self.kernel.packed:
+            first = "int64_t(queryOffsets.GetValue(entry)) * heads"
+        return f"{first} + ({row}) * rowStride + head * headStride"
+
+    def key_row(self, row: str) -> str:
+        """Where a row of keys or values lies, in rows."""
+        first = "int64_t(entry) * keyLength"
+        if self.kernel.packed:
+            first = "int64_t(keyOffsets.GetValue(entry))"
+        return f"(({first} + {row}) * kvHeads + kvHead)"
+
+    def block_row(self, j: str) -> str:
+        """Which of all blocks of keys is an entry's block j."""
+        if self.kernel.packed:
+            return f"(int64_t(kvHead) * keyBlocks + {self._first_block('entry')} + {j})"
+        return f"((int64_t(entry) * kvHeads + kvHead) * keyBlocks + {j})"
+
+    def tile_row(self, tile: str) -> str:
+        """Which of all query tiles is an entry's ``tile``."""
+        if self.kernel.packed:
+            return f"(int64_t(head) * queryTiles + {self._first_tile('entry')} + {tile})"
+        return f"((int64_t(entry) * heads + head) * queryTiles + {tile})"
+
+    def kappa_end(self) -> str:
+        """Up to which j rows of κ are an entry's."""
+        if not self.kernel.packed:
+            return self.grouped
+        own = f"{self._first_block('(entry + 1)')} - ({self._first_block('entry')})"
+        return f"{own} + Pick(entry == batch - 1, {LEAST}, 0)"
+
+    def _first_block(self, entry: str) -> str:
+        return f"Div(keyOffsets.GetValue({entry}), {self.n}) + {entry}"
+
+    def _first_tile(self, entry: str) -> str:
+        return f"Div(queryOffsets.GetValue({entry}), {self.block_q}) + {entry}"
+
+    @staticmethod
+    def _sequence(first: str, slot: str) -> list[Node]:
+        """The sequence that a slot is of; ``first`` is the first slot of that named ``other``."""
+        count = Advance("sequence", f"Pick({first} <= {slot}, 1, 0)")
+        return [
+            Assign("sequence", 0),
+            For("other", 1, "batch", [count]),
+            Let("entry", "sequence"),
+        ]
+
     def keys_of(self, entry: str) -> Let:
         """How many keys a batch entry has."""
+        if self.kernel.packed:
+            return Let("keys", _length("keyOffsets", entry))
         if self.kernel.lengths:
             return Let("keys", f"Max(0, Min(keyLength, lengths.GetValue({entry})))")
         return Let("keys", "keyLength")
 
     def kappa_row(self, j: str) -> str:
         """Which row of all κ is that of block j: each head has whole groups of `LEAST`."""
-        return f"((int64_t(entry) * kvHeads + kvHead) * {GROUPED} + {j})"
+        if self.kernel.packed:
+            return f"(int64_t(kvHead) * {self.grouped} + {self._first_block('entry')} + {j})"
+        return f"((int64_t(entry) * kvHeads + kvHead) * {self.grouped} + {j})"
 
     def key_blocks(self) -> list[Node]:
         """What the unit of work ``unit`` is where each is a block of keys."""
+        if self.kernel.packed:
+            return [
+                Let("blockSlot", "Mod(unit, keyBlocks)"),
+                Let("kvHead", "Div(unit, keyBlocks)"),
+                *self._sequence(self._first_block("other"), "blockSlot"),
+                Let("j", f"blockSlot - ({self._first_block('entry')})"),
+                self.keys_of("entry"),
+            ]
         return [
             Let("j", "Mod(unit, keyBlocks)"),
             Let("kvHead", "Mod(Div(unit, keyBlocks), kvHeads)"),
@@ -166,6 +261,15 @@ class Context:
 
     def item(self) -> list[Node]:
         """Which queries the item ``item`` is of."""
+        if self.kernel.packed:
+            return [
+                Let("tileSlot", "Mod(item, queryTiles)"),
+                Let("head", "Div(item, queryTiles)"),
+                *self._sequence(self._first_tile("other"), "tileSlot"),
+                Let("tile", f"tileSlot - ({self._first_tile('entry')})"),
+                Let("start", f"tile * {self.block_q}"),
+                *self.queries_of("entry"),
+            ]
         return [
             Let("tile", "Mod(item, queryTiles)"),
             Let("head", "Mod(Div(item, queryTiles), heads)"),
@@ -175,6 +279,8 @@ class Context:
 
     def damage_at(self, tile: str, core: Expr) -> str:
         """Where in `damage` a vector core of the block says how its rows of a query tile are."""
+        if self.kernel.packed:
+            return f"{self.tile_row(tile)} * {VECTOR_CORES} + {core}"
         return f"((entry * heads + head) * queryTiles + {tile}) * {VECTOR_CORES} + {core}"
 
     def items(self, body: list[Node]) -> list[Node]:
@@ -186,7 +292,7 @@ class Context:
             self.keys_of("entry"),
             Comment("The key tiles that these queries see."),
             *bounds,
-            *_part(names["lo"], names["hi"]),
+            *(_all if self.kernel.packed else _part)(names["lo"], names["hi"]),
             Let("fullLo", names["full_lo"]),
             Let("fullHi", names["full_hi"]),
         ]
@@ -202,14 +308,19 @@ def _part(lo: str, hi: str) -> list[Node]:
     ]
 
 
+def _all(lo: str, hi: str) -> list[Node]:
+    """The key tiles of an item of a sequence: none where the item begins after its last query."""
+    return [Let("lo", lo), Let("tiles", f"Pick(start < queries, {hi} - {lo}, 0)")]
+
+
+def _length(offsets: str, entry: str) -> str:
+    """How long a packed sequence is."""
+    return f"{offsets}.GetValue({entry} + 1) - {offsets}.GetValue({entry})"
+
+
 def slot_of(depth: int, turn: str) -> str:
     """The slot, of ``depth`` ones, for the tile that is the core's ``turn``-th."""
     return f"Mod({turn}, {depth})"
-
-
-def query_row(row: str) -> str:
-    """Where a row of queries or outputs lies, in rows."""
-    return f"int64_t(entry) * queryLength * heads + ({row}) * rowStride + head * headStride"
 
 
 def whole(c: Context, body: list[Node]) -> list[Node]:

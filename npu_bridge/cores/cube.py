@@ -54,7 +54,7 @@ def cube_core(c: Context) -> Core:
     products = Products(c, memory)
     # A reference is taken off the scores of its own tile, so those are one tile ahead only.
     ahead = 1 if c.refers else AHEAD
-    counters = (*_COUNTERS, *_earlier(ahead), *(["damagedCores"] if c.kernel.repaired else []))
+    counters = (*_COUNTERS, *_earlier(ahead), *c.more_counters)
     core = Core("AIC", memory.memories, counters)
     before: list[Node] = []
     if c.kernel.shift == "paper":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from npu_bridge import bound_stages, stages
 from npu_bridge.cores import bound
-from npu_bridge.cores.context import GROUPED, Context, query_row
+from npu_bridge.cores.context import Context
 from npu_bridge.cores.function import Output, VectorFunction, inputs_of
 from npu_bridge.cores.slabs import (
     computed,
@@ -34,7 +34,7 @@ def query(c: Context, memory: VectorMemory) -> Function:
     traced = (stages.guarded_queries if careful else trace)(c.kernel, rows)
     f = VectorFunction(memory.ub, "PrepareQuery", ("item", "turn"))
     source, to = memory.query["in"], memory.query["out"]
-    at = f"({query_row('first')}) * {c.d}"
+    at = f"({c.query_row('first')}) * {c.d}"
     loads = padded_load(
         source.at(), c.globals["query"].at(at), rows, "valid", c.d, f"(rowStride - 1) * {c.d}"
     )
@@ -61,14 +61,14 @@ def query(c: Context, memory: VectorMemory) -> Function:
         at = f"({turn}) * {c.block_q} + firstRow + row"
         stores.append(copy(c.globals["norms"].at(at), memory.query["norms"].at(), rows))
     if careful:
-        row = f"((int64_t(entry) * heads + head) * queryTiles + tile) * {c.block_q}"
+        row = f"{c.tile_row('tile')} * {c.block_q}"
         to_guard = c.globals["guard"].at(f"{row} + firstRow + row")
         stores.append(copy(to_guard, memory.query["guard"].at(), rows))
         of_head = "entry * kvHeads + Div(head, groups)"
         lets.append(Let("bound", f"keyBound.GetValue({of_head})", "float"))
     slabs: list[Node] = [
         Let("first", "start + firstRow + row"),
-        Let("valid", f"Max(0, Min({rows}, queryLength - first))"),
+        Let("valid", f"Max(0, Min({rows}, {c.rows_end} - first))"),
         *slab(SINGLE, loads, compute, stores),
     ]
     body: list[Node] = [*lets, For("row", 0, c.half, slabs, rows)]
@@ -107,14 +107,14 @@ def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
     else:
         finding = lowered(stages.kappa(c.kernel, rows), found)
         shifting = lowered(stages.shifted_keys(c.kernel, rows), shifted)
-    at = f"((int64_t(entry) * keyLength + first) * kvHeads + kvHead) * {c.d}"
+    at = f"{c.key_row('first')} * {c.d}"
     gap = f"(kvHeads - 1) * {c.d}"
     loads: list[Node] = [
         Let("first", f"j * {c.n} + slab"),
         Let("valid", f"Max(0, Min({rows}, keys - first))"),
         *padded_load(source.slot("slot"), c.globals["key"].at(at), rows, "valid", c.d, gap),
     ]
-    block = "((int64_t(entry) * kvHeads + kvHead) * keyBlocks + j)"
+    block = c.block_row("j")
     out = c.globals["shiftedKey"].at(f"({block} * {c.n} + slab) * {c.d}")
     to_kappa = copy(c.globals["kappa"].at(f"{c.kappa_row('j')} * {c.d}"), kappa.at(), c.d)
     stores: list[Node] = [copy(out, to.slot("slot"), rows * c.d)]
@@ -132,20 +132,20 @@ def keys(c: Context, ub: Memory, ramp: Buffer) -> Function:
     zeros = f.temporary("zeros", c.dtype, c.d)
     to_zeros = copy(c.globals["kappa"].at(f"{c.kappa_row('none')} * {c.d}"), zeros.at(), c.d)
     no_facts, to_facts = bound.zeros(c, f) if facts else ([], [])
-    none_lo, none_hi = "Pick(count > 0, j + 1, j)", f"Pick(last, {GROUPED}, j + 1)"
+    none_lo, none_hi = "Pick(count > 0, j + 1, j)", f"Pick(last, {c.kappa_end()}, j + 1)"
     nothing = For("none", none_lo, none_hi, [to_zeros, *to_facts])
     of_head = "takesKappa.GetValue(entry * kvHeads + kvHead)"
     body: list[Node] = [
         *c.key_blocks(),
         *([Let("taken", of_head, "float")] if c.kernel.chooses else []),
         Let("count", f"Min({c.n}, keys - j * {c.n})"),
-        Let("last", "j == keyBlocks - 1"),
+        Let("last", f"{'blockSlot' if c.kernel.packed else 'j'} == keyBlocks - 1"),
         If("count > 0", work),
         nothing,
     ]
     comment = "κ of each key block, and the keys without it (eq. 7)."
     clear = computed([zero_bits(zeros.at(), c.d), *no_facts], [])
-    return f.done(comment, [*clear, *spread_units("batch * kvHeads * keyBlocks", body)])
+    return f.done(comment, [*clear, *spread_units(c.block_units, body)])
 
 
 def tails(c: Context, ub: Memory) -> Function:
@@ -173,7 +173,7 @@ def tails(c: Context, ub: Memory) -> Function:
 
 def _tail(c: Context, name: str, width: int, buffer: Buffer) -> list[Node]:
     """Copies rows of "key" or "value" by way of ``buffer``."""
-    at = f"((int64_t(entry) * keyLength + first) * kvHeads + kvHead) * {width}"
+    at = f"{c.key_row('first')} * {width}"
     source, gap = c.globals[name].at(at), f"(kvHeads - 1) * {width}"
     to = c.globals[f"{name}Tail"].at(f"(int64_t(unit) * {c.n} + slab) * {width}")
     return [

@@ -123,11 +123,10 @@ class Products:
         size = c.d if name == "key" else c.e
         if c.kernel.careful:  # the copies hold whole blocks
             assert name == "value"
-            block = "(int64_t(entry) * kvHeads + kvHead) * keyBlocks + j"
-            at = f"(({block}) * {c.n} + {offset}) * {size} + {column}"
+            at = f"({c.block_row('j')} * {c.n} + {offset}) * {size} + {column}"
             return [matrix_in(to, c.globals["valueCopy"].at(at), rows, width, str(size))]
         row = f"j * {c.n} + {offset}"
-        at = f"((int64_t(entry) * keyLength + {row}) * kvHeads + kvHead) * {size} + {column}"
+        at = f"{c.key_row(row)} * {size} + {column}"
         tail = f"((int64_t(entry) * kvHeads + kvHead) * {c.n} + {offset}) * {size} + {column}"
         whole = matrix_in(to, c.globals[name].at(at), rows, width, f"kvHeads * {size}")
         last = matrix_in(to, c.globals[f"{name}Tail"].at(tail), rows, width, str(size))
@@ -140,8 +139,7 @@ class Products:
         c = self.c
         if not c.kernel.keys_shifted:
             return self.rows_in(to, "key", SUB, c.d, offset)
-        head = "(int64_t(entry) * kvHeads + kvHead)"
-        at = f"(({head} * keyBlocks + j) * {c.n} + {offset}) * {c.d}"
+        at = f"({c.block_row('j')} * {c.n} + {offset}) * {c.d}"
         return [matrix_in(to, c.globals["shiftedKey"].at(at), SUB, c.d, str(c.d))]
 
     # Queries times keys.

@@ -54,7 +54,7 @@ class Tile:
         comment = (
             f"r, the running maximum, or the block's if there is none (eq. 11), {mask} the mask."
         )
-        return f.done(comment, self._slabs(body))
+        return f.done(comment, [*self._queries(stage), *self._slabs(body)])
 
     def softmax(self, name: str, stage: Stage, mask: str) -> Function:
         """From S' to P, and to what the row statistics are made of.
@@ -74,13 +74,17 @@ class Tile:
         stores: list[Node] = [copy(to, Slice(p, times(slot, p.count), r * c.n), r * c.n)]
         out: Expr = "slot" if p.slots > 1 else SOFTMAX
         body = slab("slot", self._loads(stage), compute, stores, out)
-        return f.done(f"From S' to P (eq. 9, 10), {mask} the mask.", self._slabs(body))
+        return f.done(
+            f"From S' to P (eq. 9, 10), {mask} the mask.",
+            [*self._queries(stage), *self._slabs(body)],
+        )
 
     def statistics(self, name: str, stage: Stage) -> Function:
         """The row statistics of a tile, all rows at once."""
         f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
         compute = self._stage(f, stage, {n: self._output(n) for n in stage.outputs})
-        return f.done("The row statistics (eq. 10).", [*self._all_rows(), *compute])
+        body = [*self._queries(stage), *self._all_rows(), *compute]
+        return f.done("The row statistics (eq. 10).", body)
 
     def accumulate(self, name: str, sums: Stage, step: Stage) -> Function:
         """Rescales O and adds P·V.
@@ -107,6 +111,10 @@ class Tile:
         comment = "Rescales O and adds P·V of a tile (eq. 10)."
         rows = For("row", 0, c.half, body, r)
         return f.done(comment, [*([If("1", columns)] if columns else []), rows])
+
+    def _queries(self, stage: Stage) -> list[Node]:
+        """How many queries the sequence has, where the stage reads it."""
+        return self.c.queries_of("entry") if "queries" in stage.inputs else []
 
     def _all_rows(self) -> list[Node]:
         """Names for all rows of the tile."""

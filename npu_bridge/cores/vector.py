@@ -43,7 +43,7 @@ def vector_core(c: Context) -> Core:
     """Prepares, then goes through this core's items; decoding: merges their states at the end."""
     memory = VectorMemory.of(c)
     counters = [*_COUNTERS, *(f"{name}{i}" for i in range(1, LAG + 1) for name in _HELD)]
-    counters += ["damagedCores"] if c.kernel.repaired else []
+    counters += c.more_counters
     core = Core("AIV", {"UB": memory.ub}, tuple(counters))
     ramp: list[Node] = [Call(core.add(prepare.ramp(memory.ub, memory.ramp)), ())]
     if c.kernel.careful:

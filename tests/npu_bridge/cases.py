@@ -31,6 +31,7 @@ class Case:
 
 
 _ODD = {"queries": 200, "keys": 600}
+_PACKED = {"queries": (70, 0, 200, 33, 60), "keys": (70, 5, 300, 0, 20)}  # of each sequence
 CASES: dict[str, Case] = {
     # Those of every run are not repaired: their text is half as long.
     "mean, causal": Case({"is_causal": True, "repair": False}, {"queries": 300, "keys": 300}, 512),
@@ -140,6 +141,30 @@ CASES: dict[str, Case] = {
     "4096 keys": Case({"is_causal": True}, {"queries": 1024, "keys": 4096, "heads": 1}, 512, True),
     "reference, bfloat16": Case(
         {"shift": "reference", "dtype": "bfloat16", "is_causal": True}, _ODD, full=True
+    ),
+    "packed": Case({"packed": True, "return_lse": True, "head_dim": 64}, _PACKED, 128),
+    "packed, bottom right, window, sinks, bfloat16": Case(
+        {
+            "packed": True,
+            "is_causal": True,
+            "causal_alignment": "bottom_right",
+            "local_window_size": (90, 20),
+            "sinks": True,
+            "return_lse": True,
+            "dtype": "bfloat16",
+        },
+        _PACKED,
+        full=True,
+    ),
+    "packed, grouped heads, soft cap, none": Case(
+        {"packed": True, "shift": "none", "logits_soft_cap": 3.0},
+        {"queries": (300, 1, 128, 0), "keys": (700, 256, 0, 9), "heads": 4, "kv_heads": 2},
+        full=True,
+    ),
+    "packed, causal, reference": Case(
+        {"packed": True, "is_causal": True, "shift": "reference", "return_lse": True},
+        {**_PACKED, "heads": 4, "kv_heads": 2},
+        full=True,
     ),
     "bias, bfloat16": Case({"bias": "11TS", "dtype": "bfloat16"}, _ODD, full=True),
 }

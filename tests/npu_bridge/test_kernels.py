@@ -44,7 +44,8 @@ def test_output_is_that_of_lax(case: Case, tmp_path: Path) -> None:
     found = emulation.run(tmp_path, inputs, program=program, policies=policies)
     assert found.complaints == []
     assert found.error <= found.tolerance
-    assert found.lse_error <= 1e-3
+    # A score may be rounded to the other neighbour.
+    assert found.lse_error <= max(1e-3, {"float16": 0, "bfloat16": 2**-8}[kernel.dtype])
     if kernel.shift == "none":
         return  # which has nothing against a bias
     # Biased keys, whose scores of 10 000 plain float16 would store to within 4. A score may be
@@ -134,6 +135,25 @@ def test_what_is_not_finite_spoils_no_row_that_does_not_see_it(name: str, tmp_pa
     npu_bridge.emit(replace(kernel, repair=False), plain)
     spoiled = emulation.run(plain, inputs, policies=ROUND_ROBIN)
     assert not np.array_equal(np.isnan(spoiled.output), seen)
+
+
+@pytest.mark.npu_full
+@needs_compiler
+def test_a_packed_sequence_that_is_not_finite_touches_no_other(tmp_path: Path) -> None:
+    case = CASES["packed"]
+    kernel = case.kernel()
+    npu_bridge.emit(kernel, tmp_path)
+    program = emulation.compiled(tmp_path)
+    inputs = emulation.problem(kernel, **case.sizes)
+    sound = emulation.run(tmp_path, inputs, program=program, policies=ROUND_ROBIN)
+    begin = int(inputs["keyOffsets"][2])
+    inputs["key"] = inputs["key"].at[begin + 3].set(jnp.nan)
+    found = emulation.run(tmp_path, inputs, program=program, policies=ROUND_ROBIN)
+    assert found.ok, found.complaints
+    assert np.isfinite(found.output).all()
+    first, end = (int(inputs["queryOffsets"][i]) for i in (2, 3))
+    others = np.r_[:first, end : len(sound.output)]
+    np.testing.assert_array_equal(found.output[others], sound.output[others])
 
 
 @pytest.mark.full

@@ -29,6 +29,7 @@ EQUAL_TYPES = (
     "`precision.probabilities` must be the type of the values, since the cube unit multiplies "
     "equal types; got "
 )
+NO_AXES = "It has the axes [B, N, T, S], and packed sequences have no T and S of their own."
 
 # Arguments of `kernel` -> the whole message.
 WRONG = [
@@ -98,6 +99,24 @@ WRONG = [
     (
         {"schedule": replace(SCHEDULE, block_q=64)},
         "`schedule.block_q` must be 128, the rows of a cube tile; got 64",
+    ),
+    *(
+        (
+            {"packed": True, name: given},
+            f"`{name}` must not be given for a packed kernel; got {given!r}. {why}",
+        )
+        for name, given, why in (
+            ("bias", "11TS", NO_AXES),
+            ("mask", "11TS", NO_AXES),
+            ("segments", True, "The offsets say already which keys a query sees."),
+            ("lengths", True, "The offsets say already how many keys a sequence has."),
+            ("decode", True, "Use packed=False: with one query each, the sequences are a batch."),
+        )
+    ),
+    (
+        {"packed": True, "shift": "paper"},
+        "`shift` must not be 'paper' for a packed kernel; got 'paper'. Its matrix knows one last "
+        "block, and each sequence has its own. Use 'mean'.",
     ),
     (
         {"schedule": replace(SCHEDULE, block_kv=200)},
