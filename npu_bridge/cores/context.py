@@ -25,7 +25,6 @@ from npu_bridge.layout import LEAST, VECTOR_CORES, Slabs
 from npu_bridge.memory import Memory
 from npu_bridge.specification import Kernel
 
-
 # Blocks of keys of a head, filled up to whole groups.
 GROUPED = f"(CeilDiv(keyBlocks, {LEAST}) * {LEAST})"
 
