@@ -50,22 +50,25 @@ class Program:
         return self.cube, self.vector
 
 
-def build(kernel: Kernel) -> Program:
+def build(kernel: Kernel, *, careful: bool = True) -> Program:
     """The program of a kernel, with the tallest slabs that fit, and with P·V double-buffered if
     that fits too.
+
+    Arguments:
+      careful: False: without the kernel for damaged tiles, which takes no time where none is.
 
     Raises:
       PlanError: no slab fits; the message says which memory, how much and what would fit.
     """
     check(kernel)
     program = _fitting(kernel)
-    if not kernel.repaired:
+    if not (careful and kernel.repaired):
         return program
-    careful = _fitting(kernel.carefully)
-    arrays, names = shared(program.workspace, careful.workspace)
+    again = _fitting(kernel.carefully)
+    arrays, names = shared(program.workspace, again.workspace)
     if any(name != called for name, called in names.items()):
-        careful = _fitting(kernel.carefully, names)
-    return replace(program, workspace=arrays, careful=careful)
+        again = _fitting(kernel.carefully, names)
+    return replace(program, workspace=arrays, careful=again)
 
 
 def _fitting(kernel: Kernel, names: dict[str, str] | None = None) -> Program:

@@ -12,6 +12,7 @@
 #define __aicore__
 #define __gm__
 #define __mix__(cube, vector)
+#define __schedmode__(mode)
 #define GM_ADDR uint8_t*
 #define ASCEND_IS_AIC (::AscendC::is_core(::AscendC::emulator::CoreKind::AIC))
 #define ASCEND_IS_AIV (::AscendC::is_core(::AscendC::emulator::CoreKind::AIV))

@@ -165,7 +165,8 @@ def fold(to: Emitter, name: str, x: Vector, width: int) -> Vector:
         raise LoweringError(f"{x.width} columns are no multiple of {width}")
     while x.width > width:
         stretches = x.width // width
-        at_once = _AT_ONCE if stretches % _AT_ONCE == 0 else stretches
+        divisors = (_AT_ONCE, *range(2, stretches + 1))
+        at_once = next(x for x in divisors if stretches % x == 0)
         x = _folded(to, name, x, width, at_once)
     return x
 

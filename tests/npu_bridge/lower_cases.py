@@ -93,7 +93,11 @@ for _dtype, _type in FLOATS.items():
             *(drawn(*s, _type) for s in ((R, _width), (R, 1), (1, _width))),
         )
         def _(x: Any, column: Any, row: Any) -> dict[str, Any]:
-            return {"column": x - column, "row": x * row, "outer": column * row}
+            turned = lax.transpose(row, (1, 0))  # a row as a column, and back
+            return {
+                "column": x - column, "row": x * row, "outer": column * row,
+                "turned": x + lax.transpose(turned * 2, (1, 0)),
+            }  # fmt: skip
 
     @case(f"unary {_dtype}", drawn(R, W, _type), drawn(R, W, _type, 0.1, 4), error=4)
     def _(x: Any, y: Any) -> dict[str, Any]:
@@ -102,6 +106,7 @@ for _dtype, _type in FLOATS.items():
             "neg": -x, "tanh": jnp.tanh(x),
             "clamp": lax.clamp(x.dtype.type(-0.5), x, x.dtype.type(0.75)),
             "clamp by tiles": lax.clamp(-y, x, y), "stop": lax.stop_gradient(x) * y,
+            "square": jnp.square(x),
         }  # fmt: skip
 
     for _width in (8, 16, 64, 128, 512):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from npu_bridge import cut, emulation, project
+from npu_bridge import cut, emulation, project, stages
 from npu_bridge.program import build
 from npu_bridge.specification import Kernel
 from pasa_jax.core import tile
@@ -47,6 +47,14 @@ def test_a_product_with_something_computed_is_refused(monkeypatch):
 # One mathematics: what changes in a tile function changes in the kernel.
 
 
+def _forget() -> None:
+    """Forgets what was traced before a tile function changed."""
+    jax.clear_caches()
+    for function in (cut.step, *vars(stages).values()):
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
 @needs_compiler
 def test_a_changed_tile_function_changes_the_kernel(monkeypatch, tmp_path):
     plain, probabilities = project.files(build(HALF)), tile.probabilities
@@ -58,7 +66,7 @@ def test_a_changed_tile_function_changes_the_kernel(monkeypatch, tmp_path):
         return p * p
 
     monkeypatch.setattr(softmax, "probabilities", squared)
-    jax.clear_caches()
+    _forget()
     try:
         program = build(HALF)
         changed = project.files(program)
@@ -70,7 +78,7 @@ def test_a_changed_tile_function_changes_the_kernel(monkeypatch, tmp_path):
         policies = ("round_robin",)
         done = emulation.run(tmp_path, inputs, program=compiled, policies=policies)
     finally:
-        jax.clear_caches()
+        _forget()
     assert done.complaints == []
     assert done.error <= done.tolerance
     assert np.abs(done.output - np.asarray(before[0], np.float32)).max() > 10 * done.tolerance

@@ -34,7 +34,15 @@ EQUAL_TYPES = (
 WRONG = [
     ({"target": "a100"}, "`target` must be one of '910b', '910_93'; got 'a100'."),
     ({"dtype": "float32"}, "`dtype` must be one of 'float16', 'bfloat16'; got 'float32'."),
-    ({"shift": "auto"}, "`shift` must be one of 'none', 'paper', 'mean', 'reference'; got 'auto'."),
+    (
+        {"shift": "sage"},
+        "`shift` must be one of 'none', 'paper', 'mean', 'reference', 'auto', 'bound'; got 'sage'.",
+    ),
+    (
+        {"dropout_rate": 0.1},
+        "`dropout_rate` must be 0: emitted kernels do not drop weights; got 0.1. Train with "
+        "pasa_jax.dot_product_attention, which drops weights.",
+    ),
     ({"bias": "NTS"}, "`bias` must be one of 'BNTS', '1NTS', 'B1TS', '11TS'; got 'NTS'."),
     ({"beta": 0.9}, "`beta` must be given with shift='paper' only; got 0.9."),
     ({"beta": 1.5, "shift": "paper"}, "`beta` must lie strictly between 0 and 1; got 1.5."),
@@ -315,6 +323,7 @@ def test_plan_and_list(command):
     assert "primitives: abs, add, and" in out
 
 
+@pytest.mark.full
 def test_cost(command):
     code, out, _ = command("cost", "--queries", 1024, "--head-dim", 64)
     assert code == 0
@@ -332,7 +341,7 @@ def test_cost(command):
         (["emit", "--out", "x", "--head-dim", "96", "--block-kv", "128"], "`head_dim` must be 64,"),
         (["emit", "--out", "x", "--head-dim", "many"], "Invalid value for '--head-dim'"),
         (["emit", "--out", "/dev/null/x", *SMALL], "Not a directory: '/dev/null/x'"),
-        (["plan", "--shift", "auto"], "`shift` must be one of 'none', 'paper', 'mean',"),
+        (["plan", "--shift", "sage"], "`shift` must be one of 'none', 'paper', 'mean',"),
         (["plan", "--block-kv", "200"], "`schedule.block_kv` must be a multiple of 128; got 200"),
         (["run", "nowhere"], "No such file or directory: 'nowhere/kernel.json'"),
         (["cost", "--queries", "0"], "Invalid value for '--queries'"),
