@@ -8,7 +8,7 @@ online softmax (docs/algorithm.md, section 2):
     mean        q·κ/α, κ the mean of the block's keys                              (eq. 7)
     mean_past   the same with κ from earlier keys alone, for causal masks          (eq. 8)
     reference   the row maximum of the float32 tile, before rounding               (eq. 9)
-    bound       a bound on the row maximum, known before the walk: scores stay in
+    bound       a bound on the row maximum, known before the walk: it is taken off in
                 float32, and partial results add                                   (eq. 21)
     auto        chooses, per key head where the choice depends on the data         (section 6)
 """

@@ -30,6 +30,7 @@ class Case:
         return npu_bridge.kernel(schedule=schedule, **self.options)
 
 
+_BOUND = {"shift": "bound", "dtype": "bfloat16"}
 _ODD = {"queries": 200, "keys": 600}
 _PACKED = {"queries": (70, 0, 200, 33, 60), "keys": (70, 5, 300, 0, 20)}  # of each sequence
 CASES: dict[str, Case] = {
@@ -167,4 +168,25 @@ CASES: dict[str, Case] = {
         full=True,
     ),
     "bias, bfloat16": Case({"bias": "11TS", "dtype": "bfloat16"}, _ODD, full=True),
+    "bound": Case({**_BOUND}, _ODD, full=True),
+    "bound, causal, log-sum-exp": Case(
+        {**_BOUND, "is_causal": True, "return_lse": True}, {"queries": 300, "keys": 300}, 128, True
+    ),
+    "bound, lengths, bottom right": Case(
+        {**_BOUND, "is_causal": True, "causal_alignment": "bottom_right", "lengths": True},
+        {"batch": 3, "queries": 200, "keys": 700},
+        full=True,
+    ),
+    "bound, window, sinks": Case(
+        {**_BOUND, "local_window_size": (100, 50), "sinks": True},
+        {"queries": 300, "keys": 700, "heads": 4},
+        128,
+        True,
+    ),
+    "bound, more than 16 blocks": Case(
+        {**_BOUND, "head_dim": 64}, {"queries": 100, "keys": 5000, "heads": 1}, full=True
+    ),
+    "bound, output that does not stay": Case(
+        {**_BOUND, "head_dim": 256, "value_head_dim": 192}, _ODD, full=True
+    ),
 }

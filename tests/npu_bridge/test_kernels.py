@@ -156,6 +156,24 @@ def test_a_packed_sequence_that_is_not_finite_touches_no_other(tmp_path: Path) -
     np.testing.assert_array_equal(found.output[others], sound.output[others])
 
 
+def test_what_a_bound_does_not_prove_is_as_by_mean(tmp_path: Path) -> None:
+    """Heads with and without a proof in one call."""
+    kernel = CASES["bound"].kernel()
+    npu_bridge.emit(kernel, tmp_path)
+    inputs = emulation.problem(kernel, queries=300, keys=600, heads=3, kv_heads=3)
+    inputs["query"] = inputs["query"] * jnp.asarray([1, 60, 1], jnp.bfloat16)[:, None]
+    found = emulation.run(tmp_path, inputs, policies=("round_robin", "random 1"))
+    assert found.ok, found.complaints
+    by = {
+        shift: np.asarray(emulation.expected(replace(kernel, shift=shift), inputs)[0], np.float32)
+        for shift in ("bound", "mean")
+    }
+    for head, shift, other in ((0, "bound", "mean"), (1, "mean", ""), (2, "bound", "mean")):
+        same = {n: np.mean(found.output[:, :, head] == x[:, :, head]) for n, x in by.items()}
+        assert same[shift] > 0.95
+        assert not other or same[other] < 0.8
+
+
 @pytest.mark.full
 @needs_compiler
 def test_every_order_of_the_pipes_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -87,6 +87,21 @@ WRONG = [
         "`precision.products` must be one of 'float32'; got 'float16'.",
     ),
     (
+        {"shift": "bound"},
+        "`dtype` must be 'bfloat16' for shift='bound', whose weights have not float16's range; got "
+        "'float16'. Use shift='mean'.",
+    ),
+    (
+        {"shift": "bound", "dtype": "bfloat16", "bias": "11TS"},
+        "`bias` must not be given for shift='bound', whose proof looks at positions alone; got "
+        "'11TS'. Use shift='mean'.",
+    ),
+    (
+        {"shift": "bound", "dtype": "bfloat16", "precision": "bfloat16"},
+        "`precision` must be None for shift='bound', which stores scores in float16 and P in "
+        "bfloat16; got 'bfloat16'.",
+    ),
+    (
         {"schedule": replace(SCHEDULE, target="cpu")},
         "`schedule.target` must be 'ascend_910b'; got cpu.",
     ),

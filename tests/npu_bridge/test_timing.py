@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import npu_bridge
 from npu_bridge.tables import NAMED
 
@@ -13,6 +15,21 @@ def test_sixteen_bit_hand_over_is_faster() -> None:
         return npu_bridge.cost(kernel, queries=2048, heads=24).seconds
 
     assert seconds("mean, float16 tiles") < seconds("mean, float32 hand-over")
+
+
+def test_a_shift_costs_little() -> None:
+    none, mean = (
+        npu_bridge.cost(npu_bridge.kernel(shift=shift), queries=4096, heads=24).seconds
+        for shift in ("none", "mean")
+    )
+    assert none < mean < 1.05 * none
+
+
+def test_a_fixed_reference_is_faster_than_a_maximum() -> None:
+    bound = npu_bridge.kernel(shift="bound", dtype="bfloat16")
+    mean = replace(bound, shift="mean")
+    costs = [npu_bridge.cost(k, queries=4096, heads=24).seconds for k in (bound, mean)]
+    assert costs[0] < costs[1]
 
 
 def test_skipped_tiles_cost_nothing() -> None:
