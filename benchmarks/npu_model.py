@@ -24,15 +24,15 @@ from npu_bridge.rates import Rates
 from npu_bridge.tables import NAMED
 from pasa_jax import Schedule
 
-BLOCKS = (128, 256, 512)
-OURS = ("none, float32 hand-over", "none, float16 tiles", "mean, float16 tiles")
+BLOCKS = (128, 256, 512, 1024)
+OURS = ("none, float32 hand-over", "none, float16 tiles", "mean, float16 tiles", "bound, bfloat16")
 _WORKER = """
 import json, sys, tilesim
 root = list(tilesim.__path__)[0]
 sys.path.insert(0, root)
 from api.operator_api.op_latency_predict import op_latency_predict
 latencies = {}
-for blocks in (1, 2, 4):
+for blocks in (1, 2, 4, 8):
     tiles = {"t_s1c": 128, "t_s1v": 64, "t_d1": 128, "t_d2": 128, "t_dv": 128, "t_s2c": 128,
              "t_s2v": 128, "n_s2": blocks}
     shape = [1, 4096, 1, 128]
@@ -63,7 +63,8 @@ def ours(name: str, block: int) -> dict[str, float]:
     """The same of the emitted kernel."""
     shift, precision = NAMED[name]
     schedule = Schedule(block_q=128, block_kv=block, target="ascend_910b")
-    kernel = npu_bridge.kernel(shift=shift, precision=precision, schedule=schedule)
+    dtype = precision.probabilities
+    kernel = npu_bridge.kernel(shift=shift, precision=precision, schedule=schedule, dtype=dtype)
     cost = npu_bridge.cost(kernel, queries=4096, heads=1, items=None)
     per_cycle = 1e6 / Rates().clock
     busy = {"cube": "AIC M", "fixpipe": "AIC FIX", "vector": "AIV V"}

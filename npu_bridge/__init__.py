@@ -3,7 +3,7 @@
 >>> import npu_bridge
 >>> kernel = npu_bridge.kernel(head_dim=128, shift="mean", is_causal=True)
 >>> print(npu_bridge.plan(kernel).splitlines()[0])
-Schedule: 128 queries x 384 keys a tile, 32 rows a slab of a vector core.
+Schedule: 128 queries x 1024 keys a tile, 8 rows a slab of a vector core.
 """
 
 from npu_bridge._api import check, cost, emit, kernel, plan, run

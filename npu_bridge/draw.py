@@ -8,12 +8,15 @@ from npu_bridge.timing import Cost
 
 _COLOURS = {
     "Scores": "#3b6fb6",
+    "Offsets": "#7ba7d9",
     "Softmax": "#c8553d",
     "SoftmaxMasked": "#e08e45",
+    "Statistics": "#e9c46a",
     "Values": "#2a9d8f",
     "Accumulate": "#8e6bbf",
     "Close": "#7f7f7f",
     "Begin": "#bfbfbf",
+    "PrepareQuery": "#6d4c41",
 }
 
 

@@ -206,6 +206,8 @@ def _followed(
                 **numbers,
                 "vectorCore": i,
                 "vectorCores": VECTOR_CORES * rates.blocks,
+                "cores": items.step,  # from one followed item to the next
+                "items": items.stop,
                 "firstRow": i * half,
             },
             rates,

@@ -76,7 +76,7 @@ class Schedule:
           window: the keys that a query sees of those before it, where a window limits them.
 
         >>> Schedule.for_target("ascend_910b", dtype="float16").block_kv
-        512
+        1024
         """
         target = target if isinstance(target, Target) else find_target(target)
         dtype = _type_name(dtype)
