@@ -29,7 +29,8 @@ def begin(c: Context, memory: VectorMemory) -> Function:
         load = copy(memory.guard.slot("side"), c.globals["guard"].at(row), c.half)
         flags = [("V", "MTE2", PADDING), ("MTE3", "MTE2", 1), ("MTE2", "V", SINGLE)]
         first, second, after = ([SetFlag(*x), WaitFlag(*x)] for x in flags)
-        body += [*first, *second, load, *after]
+        taken = ("V", "MTE2", SINGLE)
+        body += [*first, *second, WaitFlag(*taken), load, *after, SetFlag(*taken)]
     for name in ("m", "l", "f"):
         b = memory.state[name]
         lowest = name == "m"
