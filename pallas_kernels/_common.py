@@ -35,6 +35,10 @@ def refusal(operands: Operands, mask: Mask, plan: Plan, no_float64: str) -> str 
     """
     if mask.dropout is not None:
         return "it has no dropout"
+    if mask.query_positions is not None or mask.kinds is not None or mask.mods is not None:
+        return "it has no positions, block masks and functions"
+    if operands.factors is not None:
+        return "it has no bias of low rank"
     if str(operands.query.dtype) == "float64":
         return no_float64
     if 0 in operands.query.shape or 0 in operands.key.shape or 0 in operands.value.shape:

@@ -15,7 +15,7 @@ from pallas_kernels._common import narrowed
 from pallas_kernels._float16 import to_bits
 from pallas_kernels._tpu_walk import LANES, bias_per_head, grouped, padded, per_head
 from pasa_jax.core.mask import Mask
-from pasa_jax.core.operands import Operands, Result, fold_bias
+from pasa_jax.core.operands import Operands, Result, fold_heads
 from pasa_jax.core.plan import Plan
 
 Array = jax.Array
@@ -79,7 +79,7 @@ class Gradients(NamedTuple):
             value=value.astype(like.value.dtype),
             bias=None
             if like.bias is None
-            else fold_bias(self.bias, like.bias).astype(like.bias.dtype),
+            else fold_heads(self.bias, like.bias).astype(like.bias.dtype),
             sinks=None,
             scale=jnp.sum(self.scale).astype(like.scale.dtype),
         )

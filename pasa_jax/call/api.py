@@ -13,6 +13,9 @@ from pasa_jax.call.backends import Implementation
 from pasa_jax.call.compute import compute
 from pasa_jax.call.explanation import Explanation, explained
 from pasa_jax.call.partial import Partial, partial_result
+from pasa_jax.core.block_mask import BlockMask
+from pasa_jax.core.low_rank import LowRankBias
+from pasa_jax.core.mods import MaskMod, ScoreMod
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 
@@ -23,7 +26,7 @@ def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    bias: ArrayLike | None = None,
+    bias: ArrayLike | LowRankBias | None = None,
     mask: ArrayLike | None = None,
     *,
     scale: ArrayLike | None = None,
@@ -35,6 +38,14 @@ def dot_product_attention(
     return_residual: bool = False,
     causal_alignment: str = "top_left",
     segment_ids: SegmentIds | None = None,
+    q_positions: ArrayLike | None = None,
+    kv_positions: ArrayLike | None = None,
+    mask_mod: MaskMod | None = None,
+    score_mod: ScoreMod | None = None,
+    block_mask: BlockMask | None = None,
+    q_data: Any = None,
+    kv_data: Any = None,
+    head_data: Any = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     shift: str = "auto",
@@ -58,7 +69,8 @@ def dot_product_attention(
       key: [B, S, K, D] or [S, K, D], of query's type.
       value: [B, S, K, E] or [S, K, E], of query's type; E may differ from D.
       bias: broadcastable to [B, N, T, S], added to the scaled scores; floating or integers. −inf,
-        or the lowest finite number of its type (as masks of Hugging Face hold), hides a key.
+        or the lowest finite number of its type (as masks of Hugging Face hold), hides a key. A
+        `LowRankBias` is never formed as a whole.
       mask: bool, broadcastable to [B, N, T, S], True where the query sees the key.
       scale: factor of the scores; default 1/√D. A real number that float32 (float64 for float64
         inputs) can hold, or a scalar array.
@@ -76,6 +88,20 @@ def dot_product_attention(
         (FlashAttention: the last query stands at the last key). Places the window too.
       segment_ids: [B, T] integers for self-attention, or a pair ([B, T], [B, S]); a query sees
         the keys of its own segment.
+      q_positions, kv_positions: [B, T] or [T], [B, S] or [S] integers: where queries and keys
+        stand, for ``is_causal`` and ``local_window_size``, in place of 0, 1, … (caches, rings,
+        permuted or packed tokens). From −2³⁰ to 2³⁰.
+      mask_mod: a function mask_mod(b, h, q, kv) -> bool, True where the query sees the key. Its
+        arguments are int32 arrays that broadcast: batch entry, query head, index of the query and
+        of the key. It must be elementwise, and hold no arrays.
+      score_mod: a function score_mod(score, b, h, q, kv) -> score, likewise, of the scaled score
+        after the soft cap, in float32 (float64 for float64); −inf hides the key. JAX
+        differentiates it. Scores beyond float32 are cut before it.
+      block_mask: a `BlockMask`: only its blocks are visited, and its own mask_mod is asked in those
+        that are partly seen. Tiles are by default no larger than its blocks.
+      q_data, kv_data, head_data: pytrees of numbers for the functions, which get them by these
+        names, sliced by tile: leaves [T], [B, T] or [B, N, T]; [S], [B, S] or [B, N, S]; [N] or
+        [B, N]. Floating leaves have gradients.
       logits_soft_cap: c > 0: scores become c·tanh(s/c) before bias and mask.
       sinks: [N] scores of one more key a head, with value 0: they only take up weight.
       shift: ``"auto"``, ``"none"``, ``"paper"``, ``"mean"``, ``"mean_past"``, ``"reference"`` or
@@ -134,6 +160,14 @@ def dot_product_attention(
             return_residual=return_residual,
             causal_alignment=causal_alignment,
             segment_ids=segment_ids,
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            mask_mod=mask_mod,
+            score_mod=score_mod,
+            block_mask=block_mask,
+            q_data=q_data,
+            kv_data=kv_data,
+            head_data=head_data,
             logits_soft_cap=logits_soft_cap,
             sinks=sinks,
             shift=shift,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from pasa_jax.call import checks
+from pasa_jax.call import checks, functions
 from pasa_jax.call.backends import Implementation
 from pasa_jax.call.checks import SegmentIds
+from pasa_jax.core.block_mask import BlockMask
 from pasa_jax.core.checks import flag, window
+from pasa_jax.core.low_rank import LowRankBias
 from pasa_jax.core.mask import Mask
+from pasa_jax.core.mods import MaskMod, ScoreMod
 from pasa_jax.core.operands import Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
@@ -30,6 +34,12 @@ ARRAYS = (
     "query_seq_lengths",
     "key_value_seq_lengths",
     "segment_ids",
+    "q_positions",
+    "kv_positions",
+    "block_mask",
+    "q_data",
+    "kv_data",
+    "head_data",
     "sinks",
     "dropout_key",
 )
@@ -42,7 +52,7 @@ class Arguments:
     query: ArrayLike
     key: ArrayLike
     value: ArrayLike
-    bias: ArrayLike | None
+    bias: ArrayLike | LowRankBias | None
     mask: ArrayLike | None
     scale: ArrayLike | None
     is_causal: bool
@@ -53,6 +63,14 @@ class Arguments:
     return_residual: bool
     causal_alignment: str
     segment_ids: SegmentIds | None
+    q_positions: ArrayLike | None
+    kv_positions: ArrayLike | None
+    mask_mod: MaskMod | None
+    score_mod: ScoreMod | None
+    block_mask: BlockMask | None
+    q_data: Any
+    kv_data: Any
+    head_data: Any
     logits_soft_cap: float | None
     sinks: ArrayLike | None
     shift: str
@@ -93,11 +111,15 @@ class Call:
         scale, number = checks.scale(given.scale, q)
         cap = given.logits_soft_cap
         causal, reach = flag("is_causal", given.is_causal), window(given.local_window_size)
+        full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        kinds = checks.block_mask(given.block_mask, full)
+        size = None if given.block_mask is None else given.block_mask.block_size
         plan = Plan(
             shift=given.shift,
             precision=precision,
             logits_soft_cap=None if cap is None else checks.soft_cap(cap),
-            schedule=checks.schedule(given.schedule, q, k, v, causal, reach),
+            modified=given.score_mod is not None,
+            schedule=checks.schedule(given.schedule, q, k, v, causal, reach, size),
             interpret=flag("interpret", given.interpret),
             beta=given.beta,
             scale=number,
@@ -105,18 +127,27 @@ class Call:
             dropout_rate=checks.dropout_rate(given.dropout_rate),
         )
         checks.shift(plan)
-        full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         ids = (None, None)
         if given.segment_ids is not None:
             ids = checks.segments(given.segment_ids, q, k)
+        wide = wide_type(q.dtype)
+        low_rank = isinstance(given.bias, LowRankBias)
+        mods, data = functions.mods_of(given, full, wide)
         operands = Operands(
             query=q,
             key=k,
             value=v,
-            bias=checks.bias(given.bias, full, wide_type(q.dtype)),
+            bias=None if low_rank else checks.bias(given.bias, full, wide),
             sinks=checks.sinks(given.sinks, q.shape[2]),
             scale=scale,
+            factors=checks.factors(given.bias, full, wide) if low_rank else None,
+            data=data,
         )
+        places: tuple[Array | None, Array | None] = (None, None)
+        if causal or reach is not None:  # nothing else compares positions
+            places = checks.positions(
+                given.q_positions, given.kv_positions, q, k, given.causal_alignment
+            )
         mask = Mask(
             query_length=q.shape[1],
             key_length=k.shape[1],
@@ -127,6 +158,11 @@ class Call:
             key_lengths=checks.lengths("key_value_seq_lengths", given.key_value_seq_lengths, k),
             query_segments=ids[0],
             key_segments=ids[1],
+            query_positions=places[0],
+            key_positions=places[1],
+            kinds=kinds,
+            block_size=size or (1, 1),
+            mods=mods,
             array=checks.mask(given.mask, full),
             dropout=checks.seeds(plan.dropout_rate, given.dropout_key, given.dropout_broadcast, q),
         )

@@ -15,8 +15,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from pasa_jax.core import dropout as _dropout
+from pasa_jax.core.block_mask import BlockMask
 from pasa_jax.core.checks import flag, is_real, positive
 from pasa_jax.core.errors import check_choice, wrong
+from pasa_jax.core.low_rank import LowRankBias
+from pasa_jax.core.operands import Factors
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import FLOATS, Precision
 from pasa_jax.core.schedule import Schedule
@@ -135,7 +138,9 @@ def schedule(
     v: Array,
     is_causal: bool,
     window: tuple[int, int] | None,
+    block_size: tuple[int, int] | None = None,
 ) -> Schedule:
+    """The tiles; by default no larger than the blocks of a block mask."""
     if given is None:
         device = jax.devices()[0]
         target = target_of_device(device.platform, device.device_kind)
@@ -144,6 +149,9 @@ def schedule(
         if window is not None and window[0] < k.shape[1]:
             sizes["window"] = window[0]
         given = Schedule.for_target(target, **sizes)
+        if block_size is not None:
+            rows = block_size[0] * (q.shape[2] // k.shape[2])
+            given = given.fitted(rows, block_size[1])
     elif isinstance(given, Schedule):
         given.check(head_dim=q.shape[3], value_head_dim=v.shape[3], dtype=str(q.dtype))
     else:
@@ -155,6 +163,9 @@ def schedule(
 def shift(plan: Plan) -> None:
     """Raises unless the shift, β and the scale fit together."""
     check_choice("shift", plan.shift, ("auto", *SHIFTS))
+    if plan.shift == "bound" and plan.modified:
+        way_out = "A function may return anything, so nothing bounds its scores. Use 'auto'."
+        raise wrong("shift", "be another than 'bound' beside a score_mod", "'bound'", way_out)
     if plan.shift == "bound" and plan.rounds_products and not plan.centred:
         seen = f"'bound' beside {plan.schedule.target}, which rounds products first"
         raise wrong("shift", "be another than 'bound' where products are rounded", seen)
@@ -219,6 +230,72 @@ def bias(given: ArrayLike | None, full: tuple[int, ...], wide: jnp.dtype) -> Arr
     if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype.itemsize > wide.itemsize:
         x = x.astype(wide)
     return _broadcastable("bias", x, full)
+
+
+def factors(given: LowRankBias, full: tuple[int, int, int, int], wide: jnp.dtype) -> Factors:
+    """The factors of a bias of low rank, [B|1, N|1, …]."""
+    b, n, t, s = full
+    arrays = []
+    for name, x, length in (("q_factors", given.q_factors, t), ("k_factors", given.k_factors, s)):
+        x = jnp.asarray(x)
+        fits = x.ndim in (2, 3, 4) and _is_number_type(x.dtype)
+        x = x.reshape((1,) * (4 - x.ndim) + x.shape) if x.ndim < 4 else x
+        if not fits or x.shape[0] not in (1, b) or x.shape[1] not in (1, n) or x.shape[2] != length:
+            allowed = f"have numbers [B, N, {length}, R], with B = {b} or 1 and N = {n} or 1"
+            raise wrong(f"bias.{name}", allowed, f"{x.dtype}{list(x.shape)}")
+        arrays.append(x.astype(wide))
+    q, k = arrays
+    if q.shape[3] != k.shape[3] or q.shape[3] == 0:
+        allowed = f"have the rank of q_factors, {q.shape[3]}, at least 1"
+        raise wrong("bias.k_factors", allowed, k.shape[3])
+    scale = jnp.asarray(given.scale)
+    scale = scale.reshape((1,) * (2 - scale.ndim) + scale.shape) if scale.ndim < 2 else scale
+    fits = scale.ndim == 2 and scale.shape[0] in (1, b) and scale.shape[1] in (1, n)
+    if not fits or not _is_number_type(scale.dtype):
+        allowed = f"be a number, [N] or [B, N], with B = {b} or 1 and N = {n} or 1"
+        raise wrong("bias.scale", allowed, f"{scale.dtype}{list(scale.shape)}")
+    return Factors(q, k, scale.astype(wide))
+
+
+def positions(
+    q_given: ArrayLike | None, kv_given: ArrayLike | None, q: Array, k: Array, alignment: str
+) -> tuple[Array | None, Array | None]:
+    """[B|1, T] and [B|1, S] int32; (None, None) where neither is given."""
+    if q_given is None and kv_given is None:
+        return None, None
+    if alignment != "top_left":
+        way_out = "Positions say where queries stand; shift q_positions instead."
+        raise wrong("causal_alignment", "be 'top_left' beside positions", repr(alignment), way_out)
+    arrays = []
+    for name, given, x in (("q_positions", q_given, q), ("kv_positions", kv_given, k)):
+        length = x.shape[1]
+        array = jnp.arange(length, dtype=jnp.int32) if given is None else jnp.asarray(given)
+        array = array[None] if array.ndim == 1 else array
+        fits = array.ndim == 2 and array.shape[1] == length and array.shape[0] in (1, x.shape[0])
+        if not fits or not jnp.issubdtype(array.dtype, jnp.integer):
+            allowed = f"be integers, [B, {length}] or [{length}]"
+            raise wrong(name, allowed, f"{array.dtype}{list(array.shape)}")
+        # Far enough from the ends of int32 for a window.
+        far = min(2**30, int(jnp.iinfo(array.dtype).max))
+        low = max(-(2**30), int(jnp.iinfo(array.dtype).min))
+        arrays.append(
+            jnp.clip(array, array.dtype.type(low), array.dtype.type(far)).astype(jnp.int32)
+        )
+    return arrays[0], arrays[1]
+
+
+def block_mask(given: BlockMask | None, full: tuple[int, int, int, int]) -> Array | None:
+    """[B|1, N|1, rows, columns] int8, the kinds of its blocks."""
+    if given is None:
+        return None
+    if not isinstance(given, BlockMask):
+        way_out = "create_block_mask or BlockMask.from_kv_blocks makes one."
+        raise wrong("block_mask", "be a BlockMask", repr(type(given)), way_out)
+    b, n, *lengths = given.shape
+    if tuple(lengths) != full[2:] or b not in (1, full[0]) or n not in (1, full[1]):
+        allowed = f"be of B = {full[0]} or 1, N = {full[1]} or 1, T = {full[2]}, S = {full[3]}"
+        raise wrong("block_mask", allowed, f"{given.shape}")
+    return given.kinds
 
 
 def mask(given: ArrayLike | None, full: tuple[int, ...]) -> Array | None:

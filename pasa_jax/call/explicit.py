@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pasa_jax.core.errors import wrong
 from pasa_jax.core.mask import Mask
+from pasa_jax.core.mods import Mods
 from pasa_jax.core.operands import Operands
 
 Array = jax.Array
@@ -77,6 +78,21 @@ class Placement(NamedTuple):
             return x
         return jax.reshard(x, NamedSharding(self.mesh, spec))
 
+    def put_by_head(self, x: Array) -> Array:
+        """x [B|1, N|1, …] sharded as the call is."""
+        return self.put(x, "b", "n", *"lr"[: x.ndim - 2])
+
+    def put_mods(self, mods: Mods | None) -> Mods | None:
+        """What the functions of the caller are given, sharded as the call is."""
+        if mods is None:
+            return None
+        return replace(
+            mods,
+            data=jax.tree.map(self.put_by_head, mods.data),
+            entries=self.put(mods.entries, "b"),
+            heads=self.put(mods.heads, "n"),
+        )
+
 
 def sharded(
     compute: Callable[[Operands, Mask], Any],
@@ -101,12 +117,18 @@ def sharded(
         bias=place.put(o.bias, *tiled),
         sinks=place.put(o.sinks, "n"),
         scale=place.put(o.scale),
+        factors=jax.tree.map(place.put_by_head, o.factors),
+        data=jax.tree.map(place.put_by_head, o.data),
     )
     fields = {
         "query_lengths": place.put(mask.query_lengths, "b"),
         "key_lengths": place.put(mask.key_lengths, "b"),
         "query_segments": place.put(mask.query_segments, "b", "t"),
         "key_segments": place.put(mask.key_segments, "b", "s"),
+        "query_positions": place.put(mask.query_positions, "b", "t"),
+        "key_positions": place.put(mask.key_positions, "b", "s"),
+        "kinds": place.put(mask.kinds, *tiled),
+        "mods": place.put_mods(mask.mods),
         "array": place.put(mask.array, *tiled),
         "dropout": place.put(mask.dropout, "b", "n", "two"),
     }

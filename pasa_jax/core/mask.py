@@ -11,12 +11,14 @@ from jax import lax
 
 from pasa_jax.core.bits import take
 from pasa_jax.core.errors import check_choice
+from pasa_jax.core.mods import Data, Mods
 from pasa_jax.core.schedule import Schedule
 
 Array = jax.Array
 Index = int | Array
 TileKind = Literal["skip", "partial", "full"]
 ALIGNMENTS = ("top_left", "bottom_right")
+_NO_DATA = Data()
 
 
 class KeyRange(NamedTuple):
@@ -46,7 +48,13 @@ class Mask:
       query_lengths, key_lengths: [B] int32 valid lengths, or [] for one head.
       query_segments, key_segments: [B, T], [B, S] int32 (one head: [T], [S]); a query sees the
         keys of its own segment.
+      query_positions, key_positions: [B|1, T], [B|1, S] int32 (one head: [T], [S]), both or none.
+        Causality and the window then compare these instead of places in the arrays.
       array: [B|1, N|1, T|1, S|1] bool (one head: [G|1, T|1, S|1]), True where the query sees.
+      kinds: [B|1, N|1, rows, columns] int8 (one head: [G|1, rows, columns]), for each block of a
+        block mask whether it is hidden (0), `Mods.block_mod` is asked (1), or it is seen (2).
+      block_size: queries and keys of such a block.
+      mods: the functions of the caller.
       dropout: [B|1, N|1, 2] uint32 (one head: [G|1, 2]), the seeds of which weights dropout keeps
         (`dropout.kept`). It hides no key: a dropped weight still counts in the softmax.
     """
@@ -60,7 +68,12 @@ class Mask:
     key_lengths: Array | None = None
     query_segments: Array | None = None
     key_segments: Array | None = None
+    query_positions: Array | None = None
+    key_positions: Array | None = None
     array: Array | None = None
+    kinds: Array | None = None
+    block_size: tuple[int, int] = field(default=(1, 1), metadata={"static": True})
+    mods: Mods | None = None
     dropout: Array | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +99,11 @@ class Mask:
             key_lengths=of(self.key_lengths),
             query_segments=of(self.query_segments),
             key_segments=of(self.key_segments),
+            query_positions=of(self.query_positions),
+            key_positions=of(self.key_positions),
             array=of_heads(self.array),
+            kinds=of_heads(self.kinds),
+            mods=None if self.mods is None else self.mods.one_head(b, h, groups),
             dropout=of_heads(self.dropout),
         )
 
@@ -94,8 +111,21 @@ class Mask:
 
     @property
     def data_dependent(self) -> bool:
-        """Whether segments or an array hide keys: no tile is full by its place alone."""
-        return self.array is not None or self.query_segments is not None
+        """Whether data or functions hide keys: no tile is full by its place alone."""
+        asked = self.mods is not None and self.mods.mask_mod is not None
+        return self.listed or asked or self.array is not None
+
+    @property
+    def listed(self) -> bool:
+        """Whether data say of whole tiles that they are hidden, or seen (`core.visits`)."""
+        data = (self.query_segments, self.query_positions, self.kinds)
+        return any(x is not None for x in data)
+
+    @property
+    def interval_known(self) -> bool:
+        """Whether a row's keys are an interval of places, cut by segments and an array at most."""
+        functions = self.mods is not None and self.mods.mask_mod is not None
+        return self.query_positions is None and self.kinds is None and not functions
 
     def any_partial(self, block_kv: int) -> bool:
         """Whether some tile may need the mask."""
@@ -110,8 +140,14 @@ class Mask:
     def key_range(self, start: Index, stop: Index, block_kv: int) -> KeyRange:
         """The key tiles that the queries [start, stop) see; of ints where start and stop are ints.
 
-        Segments and arrays do not narrow it: a walker tests the mask of each such tile.
+        Data and functions do not narrow it: a walker tests the mask of each such tile, or has lists
+        of them (`core.visits`).
         """
+        r = self.place_range(start, stop, block_kv)
+        return KeyRange(r.lo, r.lo, r.lo, r.hi) if self.data_dependent else r
+
+    def place_range(self, start: Index, stop: Index, block_kv: int) -> KeyRange:
+        """`key_range` by lengths, causality and window alone."""
         keys = self.valid_keys()
         lo, hi, full_lo, full_hi = 0, keys, 0, keys
         left, right = self._reach()
@@ -126,8 +162,6 @@ class Mask:
             hi = where(start < self.query_lengths, hi, 0)
         lo, hi = div(lo, block_kv), div(hi + block_kv - 1, block_kv)
         lo = minimum(lo, hi)
-        if self.data_dependent:
-            return KeyRange(lo, lo, lo, hi)
         full_lo = minimum(maximum(div(full_lo + block_kv - 1, block_kv), lo), hi)
         full_hi = minimum(maximum(div(full_hi, block_kv), full_lo), hi)
         return KeyRange(lo, full_lo, full_hi, hi)
@@ -195,20 +229,73 @@ class Mask:
         return jnp.broadcast_to(seen, jnp.broadcast_shapes(rows.shape, columns.shape))
 
     def tile_array(
-        self, row_start: Index, rows: int, key_start: Index, keys: int, groups: int
+        self,
+        row_start: Index,
+        rows: int,
+        key_start: Index,
+        keys: int,
+        groups: int,
+        data: Data = _NO_DATA,
     ) -> Array | None:
-        """[groups·rows, keys] bool of segments and array for one tile, or None."""
-        seen = None
+        """[groups·rows, keys] bool of data and functions for one tile of one head, or None.
+
+        Arguments:
+          data: the leaves of the functions' data that have a gradient.
+        """
+        at_rows, at_keys = (row_start, rows), (key_start, keys)
+        conditions: list[Array] = []
         if self.query_segments is not None and self.key_segments is not None:
-            q = lax.dynamic_slice_in_dim(self.query_segments, row_start, rows)
-            k = lax.dynamic_slice_in_dim(self.key_segments, key_start, keys)
-            seen = (q[:, None] == k[None, :])[None]
+            q, k = take(self.query_segments, *at_rows), take(self.key_segments, *at_keys)
+            conditions.append(q[:, None] == k[None, :])
+        if self.query_positions is not None and self.key_positions is not None:
+            q, k = take(self.query_positions, *at_rows), take(self.key_positions, *at_keys)
+            conditions.append(self.by_position(q[:, None], k[None, :]))
         if self.array is not None:
-            tile = slice_tile(self.array, row_start, rows, key_start, keys)
-            seen = tile if seen is None else seen & tile
+            conditions.append(slice_tile(self.array, row_start, rows, key_start, keys))
+        seen = None
+        for x in conditions:
+            seen = x if seen is None else seen & x
+        if seen is not None:
+            seen = jnp.broadcast_to(seen, (groups, rows, keys)).reshape(groups * rows, keys)
+        by_mods = self._by_mods(at_rows, at_keys, groups, data)
+        if by_mods is None or seen is None:
+            return by_mods if seen is None else seen
+        return seen & by_mods
+
+    def _by_mods(
+        self, rows: tuple[Index, int], keys: tuple[Index, int], groups: int, data: Data
+    ) -> Array | None:
+        """[groups·rows, keys] bool of block mask and functions for one tile of a head, or None."""
+        mods, seen = self.mods, None
+        if mods is None and self.kinds is None:
+            return None
+        shape = (groups, rows[1], keys[1])
+        if mods is not None:
+            place = mods.place(rows, keys, groups, transposed=False)
+            data = mods.data.beside(data).tile(rows, keys, groups, transposed=False)
+        if self.kinds is not None:
+            kinds = take_blocks(self.kinds, rows, self.block_size[0], 1)
+            kinds = take_blocks(kinds, keys, self.block_size[1], 2)
+            kinds = jnp.broadcast_to(kinds, shape).reshape(-1, keys[1])
+            seen = kinds != 0
+            if mods is not None and mods.block_mod is not None:
+                seen = (kinds == 2) | (seen & mods.shows(mods.block_mod, place, data))
+        if mods is not None and mods.mask_mod is not None:
+            shown = mods.shows(mods.mask_mod, place, data)
+            seen = shown if seen is None else seen & shown
         if seen is None:
             return None
-        return jnp.broadcast_to(seen, (groups, rows, keys)).reshape(groups * rows, keys)
+        return jnp.broadcast_to(seen, (groups * rows[1], keys[1]))
+
+    def by_position(self, rows: Array, columns: Array) -> Array:
+        """Bool of causality and window, of positions of queries and keys that broadcast."""
+        left, right = self.reach()
+        seen = jnp.ones((), bool)
+        if left is not None:
+            seen = columns >= rows - left
+        if right is not None:
+            seen = seen & (columns <= rows + right)
+        return seen
 
     def visible_keys(self) -> Array:
         """[S] bool: False for keys that no query sees, by lengths, causality, window and array."""
@@ -260,9 +347,14 @@ class Mask:
             return 0
         return self.valid_keys() - self.valid_queries()
 
-    def _reach(self) -> tuple[int | None, int | None]:
+    def reach(self) -> tuple[int | None, int | None]:
+        """How far a query sees to the left and to the right of itself; None: without end."""
         left, right = self.window if self.window is not None else (None, None)
         return left, 0 if self.is_causal else right
+
+    def _reach(self) -> tuple[int | None, int | None]:
+        """`reach` in places, which positions replace."""
+        return (None, None) if self.query_positions is not None else self.reach()
 
 
 def pick(x: Array, index: Index) -> Array:
@@ -277,6 +369,12 @@ def slice_tile(x: Array, row: Index, rows: int, column: Index, columns: int) -> 
     if x.shape[-1] > 1:
         x = lax.dynamic_slice_in_dim(x, column, columns, axis=-1)
     return x
+
+
+def take_blocks(x: Array, at: tuple[Index, int], block: int, axis: int) -> Array:
+    """Of x, which has one entry for each block along ``axis``: that of each place from at[0] on."""
+    places = at[0] + jnp.arange(at[1], dtype=jnp.int32)
+    return jnp.take(x, div(places, block), axis=axis)
 
 
 # Arithmetic on indices: Python numbers give Python numbers.

@@ -10,10 +10,19 @@ from jax import lax
 
 from pasa_jax.core.bits import take
 from pasa_jax.core.mask import Index, pick
+from pasa_jax.core.mods import Data
 
 Array = jax.Array
 # Which parts of a result are wanted: the output, its log-sum-exp too, or all that a gradient needs.
 Wanted = Literal["out", "lse", "residuals"]
+
+
+class Factors(NamedTuple):
+    """A bias of low rank: scale · q·kᵀ, in float32 (float64 for float64 inputs)."""
+
+    q: Array  # [B|1, N|1, T, R]  one head: [G|1, T, R]
+    k: Array  # [B|1, N|1, S, R]  one head: [G|1, S, R]
+    scale: Array  # [B|1, N|1]    one head: [G|1]
 
 
 class Operands(NamedTuple):
@@ -25,15 +34,17 @@ class Operands(NamedTuple):
     bias: Array | None  # [B|1, N|1, T|1, S|1]  one head: [G|1, T|1, S|1]
     sinks: Array | None  # [N]                  one head: [G]
     scale: Array  # []
+    factors: Factors | None = None
+    data: Data = Data()  # what the functions of the caller are given, as far as it is floating
 
     def head(self, b: Index, h: Index) -> Operands:
         """The operands of batch entry ``b`` and key head ``h``."""
         groups = self.query.shape[2] // self.key.shape[2]
-        bias = None
-        if self.bias is not None:
-            bias = pick(self.bias, b)
-            if bias.shape[0] > 1:
-                bias = lax.dynamic_slice_in_dim(bias, h * groups, groups)
+
+        def of(x: Array) -> Array:
+            x = pick(x, b)
+            return x if x.shape[0] == 1 else lax.dynamic_slice_in_dim(x, h * groups, groups)
+
         sinks = self.sinks
         if sinks is not None:
             sinks = lax.dynamic_slice_in_dim(sinks, h * groups, groups)
@@ -41,9 +52,11 @@ class Operands(NamedTuple):
             query=heads_of(self.query, b, h, groups),
             key=heads_of(self.key, b, h, 1)[:, 0],
             value=heads_of(self.value, b, h, 1)[:, 0],
-            bias=bias,
+            bias=None if self.bias is None else of(self.bias),
             sinks=sinks,
             scale=self.scale,
+            factors=jax.tree.map(of, self.factors),
+            data=self.data.one_head(b, h, groups),
         )
 
 
@@ -52,11 +65,10 @@ def heads_of(x: Array, b: Index, h: Index, groups: int) -> Array:
     return take(pick(x, b), h * groups, groups, 1)
 
 
-def fold_bias(d_bias: Array, bias: Array | None) -> Array:
-    """[B, K, G|1, T|1, S|1] -> the bias's own shape, summed where it is broadcast."""
-    assert bias is not None
-    full = d_bias.reshape(d_bias.shape[0], -1, *d_bias.shape[3:])
-    axes = tuple(a for a in (0, 1) if bias.shape[a] == 1)
+def fold_heads(x: Array, like: Array) -> Array:
+    """[B, K, G|1, …] -> the shape of ``like`` [B|1, N|1, …], summed where it is broadcast."""
+    full = x.reshape(x.shape[0], -1, *x.shape[3:])
+    axes = tuple(a for a in (0, 1) if like.shape[a] == 1)
     return jnp.sum(full, axis=axes, keepdims=True)
 
 

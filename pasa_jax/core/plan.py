@@ -29,6 +29,7 @@ class Plan:
       shift: as asked for, ``"auto"`` included.
       precision, schedule: defaults resolved.
       logits_soft_cap: or None.
+      modified: whether a function of the caller changes scores.
       beta: β of `paper`, or None for `optimal_beta` of the block.
       scale: 1/α where it is a Python number; None: it is an array. `paper` folds it into M.
       explicit_precision: whether the caller named the precision.
@@ -43,6 +44,7 @@ class Plan:
     precision: Precision
     schedule: Schedule
     logits_soft_cap: float | None = None
+    modified: bool = False
     beta: float | None = None
     scale: float | None = None
     explicit_precision: bool = False
@@ -134,6 +136,7 @@ class Plan:
             rounds_products=self.rounds_products,
             inva=self.paper_blocks(keys).inva if paper else 1.0,
             logits_soft_cap=self.logits_soft_cap,
+            modified=self.modified,
             dialect=self.dialect,
             kept_share=1 - self.dropout_rate,
         )

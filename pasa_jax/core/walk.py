@@ -86,6 +86,22 @@ class Walk(ABC):
         """``carry`` as a loop over this head's tiles must start with it."""
         return carry
 
+    def visits(self, start: Index) -> tuple[Callable[[Index], Index], Index, Index] | None:
+        """The list of key tiles that the rows at ``start`` visit, or None: there is none.
+
+        Returns:
+          The t-th key tile by t, how many need a mask (they come first), and how many there are.
+        """
+        return None
+
+    def low_rank(self, start: Index, j: Index) -> Float[Array, "R n"] | None:
+        """[R, n] a bias of low rank of a tile, or None."""
+        return None
+
+    def modified(self, start: Index, j: Index) -> tile.Modify | None:
+        """What changes the scores of a tile [R, n] by the caller's ``score_mod``, or None."""
+        return None
+
     # What each row sees.
 
     @property
@@ -146,8 +162,41 @@ class Walk(ABC):
 
         ``mask`` is [R, n] bool, or None where the rows see the whole tile.
         """
+        listed, seen = self.visits(start), partial(self.seen, start)
+        if listed is not None:
+            return self._over_list(*listed, seen, body, carry)
         ends = self.mask.any_partial(self.block_kv)
-        return self._over(self.key_range(start), ends, partial(self.seen, start), body, carry)
+        return self._over(self.key_range(start), ends, seen, body, carry)
+
+    def _over_list(
+        self,
+        at: Callable[[Index], Index],
+        partials: Index,
+        count: Index,
+        seen: Callable[[Index], Bool[Array, "R n"]],
+        body: Step,
+        carry: Any,
+    ) -> Any:
+        """Folds ``body(at(t), mask, carry)`` over a list, the first ``partials`` with a mask."""
+
+        def masked(t: Index, carry: Any) -> Any:
+            return self._masked(at(t), seen, body, carry)
+
+        def full(t: Index, carry: Any) -> Any:
+            return body(at(t), None, carry)
+
+        carry = _loop(jnp.int32(0), partials, masked, self.typed(carry))
+        return _loop(partials, count, full, carry, self.plan.schedule.unroll)
+
+    def _masked(
+        self, i: Index, seen: Callable[[Index], Bool[Array, "R n"]], body: Step, carry: Any
+    ) -> Any:
+        """``body(i, mask, carry)``; not where data or functions hide the whole tile."""
+        mask = seen(i)
+        if not self.mask.data_dependent:
+            return body(i, mask, carry)
+        some = jnp.max(mask.astype(jnp.int32)) > 0  # Triton has no reduction of bools
+        return lax.cond(some, lambda c: body(i, mask, c), lambda c: c, carry)
 
     def query_range(self, j: Index) -> KeyRange:
         start = self.key_start(j)
@@ -182,11 +231,7 @@ class Walk(ABC):
         carry, unroll = self.typed(carry), self.plan.schedule.unroll
 
         def masked(i: Index, carry: Any) -> Any:
-            mask = seen(i)
-            if not self.mask.data_dependent:
-                return body(i, mask, carry)
-            some = jnp.max(mask.astype(jnp.int32)) > 0  # Triton has no reduction of bools
-            return lax.cond(some, lambda c: body(i, mask, c), lambda c: c, carry)
+            return self._masked(i, seen, body, carry)
 
         def full(i: Index, carry: Any) -> Any:
             return body(i, None, carry)
@@ -229,9 +274,33 @@ class Walk(ABC):
         """``carry`` after key tile j, whose mask is ``seen`` [R, n] (None: all is seen)."""
         state, count = carry[0], carry[1] + 1
         key = self.key(j, query.value_gain)
-        s = tile.scores(query, key, state, seen, self.bias(start, j), self.numerics)
+        s = self.scores(start, query, key, state, j, seen)
         kept = self.kept(start, j)
         return tile.update(state, s, query, key, count, self.numerics, kept), count
+
+    def scores(
+        self,
+        start: Index,
+        query: tile.QueryTile,
+        key: tile.KeyTile,
+        state: tile.State,
+        j: Index,
+        seen: Bool[Array, "R n"] | None,
+        *,
+        with_slope: bool = False,
+    ) -> tile.Scores:
+        """The scores of a tile, see `tile.scores`."""
+        return tile.scores(
+            query,
+            key,
+            state,
+            seen,
+            self.bias(start, j),
+            self.numerics,
+            modify=self.modified(start, j),
+            added=self.low_rank(start, j),
+            with_slope=with_slope,
+        )
 
     def close(self, start: Index, query: tile.QueryTile, state: tile.State) -> Rows:
         """The results of a query tile that has seen all its keys."""

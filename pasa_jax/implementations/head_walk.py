@@ -19,15 +19,19 @@ from pasa_jax.core import bits, tile
 from pasa_jax.core.bound import bound_of
 from pasa_jax.core.heads import heads_at_once, varying
 from pasa_jax.core.mask import Index, Mask, div, minimum, pick, slice_tile
-from pasa_jax.core.operands import Operands, fold_bias
+from pasa_jax.core.mods import Data
+from pasa_jax.core.operands import Factors, Operands, fold_heads
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import HeadFacts, Known, prepare, prepare_known
+from pasa_jax.core.visits import Visits, visits
 from pasa_jax.core.walk import Walk
 
 if TYPE_CHECKING:
     from pasa_jax.core.shapes import Bool, Float, Shaped
 
 Array = jax.Array
+
+_FEW_TILES = 2  # of a head: each is looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class HeadWalk(Walk):
 
     head: Operands
     facts: HeadFacts
+    lists: Visits | None = None
 
     @staticmethod
     def of(head: Operands, mask: Mask, plan: Plan, known: Known | None = None) -> HeadWalk:
@@ -47,6 +52,8 @@ class HeadWalk(Walk):
         block_q = max(1, min(plan.schedule.block_q // groups, length))
         if plan.storage is tile.Storage.BOUND:
             walk = HeadWalk.of(head, mask, plan.unproved)
+            if not mask.interval_known or head.factors is not None:
+                return walk  # nothing is known of which blocks a row sees, or of the bias
             q, scale, kappa = head.query, head.scale, None
             if plan.centred:
                 q, scale, kappa = _multiplied(head, plan), jnp.ones_like(scale), walk.facts.kappa
@@ -66,6 +73,7 @@ class HeadWalk(Walk):
             value_size=head.value.shape[1],
             head=head,
             facts=facts,
+            lists=_lists(mask, block_q, plan.schedule.block_kv),
         )
 
     def by_bound(self) -> HeadWalk:
@@ -164,9 +172,20 @@ class HeadWalk(Walk):
             extra["weights"] = jnp.where(tail, blocks.tail_weights, blocks.weights)
         return tile.key_tile(k, v, usable, self.numerics, value_gain=value_gain, **extra)
 
+    def visits(self, start: Index) -> tuple[Callable[[Index], Index], Index, Index] | None:
+        if self.lists is None:
+            return None
+        i = div(start + self.block_q - 1, self.block_q)
+        row = lax.dynamic_index_in_dim(self.lists.order, i, keepdims=False)
+
+        def at(t: Index) -> Index:
+            return lax.dynamic_index_in_dim(row, t, keepdims=False)
+
+        return at, self.lists.partial[i], self.lists.count[i]
+
     def array(self, start: Index, j: Index) -> Bool[Array, "R n"] | None:
         at, n = self.key_start(j), self.block_kv
-        return self.mask.tile_array(start, self.block_q, at, n, self.groups)
+        return self.mask.tile_array(start, self.block_q, at, n, self.groups, self.head.data)
 
     def bias(self, start: Index, j: Index) -> Shaped[Array, "R n"] | None:
         if self.head.bias is None:
@@ -175,10 +194,43 @@ class HeadWalk(Walk):
         shape = (self.groups, self.block_q, self.block_kv)
         return jnp.broadcast_to(x, shape).reshape(-1, self.block_kv)
 
+    def low_rank(self, start: Index, j: Index) -> Float[Array, "R n"] | None:
+        if self.head.factors is None:
+            return None
+        return self.product_of(self.factors(start, j, self.head.factors))
+
+    def product_of(self, factors: Factors) -> Float[Array, "R n"]:
+        """[R, n] the bias of a tile from its factors."""
+        return tile.low_rank(*factors, self.groups)
+
+    def factors(self, start: Index, j: Index, of: Factors) -> Factors:
+        """The factors of a tile: [G|1, block_q, rank], [G|1, n, rank] and [G|1]."""
+        k = bits.take(of.k, self.key_start(j), self.block_kv, 1)
+        return Factors(bits.take(of.q, start, self.block_q, 1), k, of.scale)
+
+    def modified(self, start: Index, j: Index) -> tile.Modify | None:
+        mods = self.mask.mods
+        if mods is None or mods.score_mod is None:
+            return None
+        return partial(self.scored, start, j, self.head.data)
+
+    def scored(self, start: Index, j: Index, data: Data, score: Array) -> Float[Array, "R n"]:
+        """What the caller's function makes of a tile of scores, from floating data of this head."""
+        mods, at = self.mask.mods, ((start, self.block_q), (self.key_start(j), self.block_kv))
+        assert mods is not None
+        tiled = mods.data.beside(data).tile(*at, self.groups, transposed=False)
+        return mods.scored(score, mods.place(*at, self.groups, transposed=False), tiled)
+
     def sinks(self) -> Float[Array, "R 1"] | None:
         if self.head.sinks is None:
             return None
         return jnp.repeat(self.head.sinks, self.block_q)[:, None]
+
+
+def _lists(mask: Mask, block_q: int, block_kv: int) -> Visits | None:
+    """The tiles to visit, where data say so, and there are enough tiles to choose from."""
+    tiles = -(-mask.query_length // block_q) * -(-mask.key_length // block_kv)
+    return visits(mask, block_q, block_kv) if mask.listed and tiles > _FEW_TILES else None
 
 
 def _multiplied(head: Operands, plan: Plan) -> Float[Array, "T G D"]:
@@ -192,24 +244,26 @@ def over_heads(
     operands: Operands,
     mask: Mask,
     plan: Plan,
-    program: Callable[[HeadWalk, Index, Index], tuple[Any, Array | None]],
+    program: Callable[[HeadWalk, Index, Index], tuple[Any, Any]],
     known: Known | None = None,
-) -> tuple[Any, Array | None]:
+    sums: Any = None,
+) -> tuple[Any, Any]:
     """Runs ``program`` for every key head, one after another or all at once.
 
     Arguments:
-      program: (walk, b, h) -> (arrays [L, g, …], an addend to the bias's gradient or None).
+      program: (walk, b, h) -> (arrays [L, g, …], addends to the gradients of ``sums``).
       known: what a cache has stored about keys and values, [B, K, …], or None.
+      sums: arrays [B|1, N|1, …] that heads may share; the addends of one head are [G|1, …].
 
     Returns:
-      The arrays as [B, L, K·g, …] and the bias's gradient.
+      The arrays as [B, L, K·g, …] and the sums of the addends, of the shapes of ``sums``.
     """
     batch, keys, kv_heads, _ = operands.key.shape
     groups = operands.query.shape[2] // kv_heads
     # An array has no slice that is larger than it is: cut the blocks.
     plan = replace(plan, schedule=plan.schedule.fitted(plan.schedule.block_q, keys))
 
-    def one(b: Index, h: Index) -> tuple[Any, Array | None]:
+    def one(b: Index, h: Index) -> tuple[Any, Any]:
         of_head = None if known is None else jax.tree.map(lambda x: pick(pick(x, b), h), known)
         walk = HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan, of_head)
         bound = walk.facts.bound
@@ -219,34 +273,32 @@ def over_heads(
         return lax.cond(bound.proved, *(partial(f, walk) for f in either))
 
     if plan.schedule.batch_heads:
-        placed, d_bias = heads_at_once(one, batch, kv_heads)
+        placed, added = heads_at_once(one, batch, kv_heads)
         placed = jax.tree.map(
             lambda x: jnp.moveaxis(x, 1, 2).reshape(batch, x.shape[2], -1, *x.shape[4:]), placed
         )
-        return placed, None if d_bias is None else fold_bias(d_bias, operands.bias)
+        return placed, jax.tree.map(fold_heads, added, sums)
 
-    def body(t: Array, buffers: tuple[Any, Array | None]) -> tuple[Any, Array | None]:
+    def body(t: Array, buffers: tuple[Any, Any]) -> tuple[Any, Any]:
         b, h = t.astype(jnp.int32) // kv_heads, t.astype(jnp.int32) % kv_heads
-        placed, d_bias = one(b, h)
+        placed, added = one(b, h)
 
         def put(buffer: Array, x: Array) -> Array:
             return bits.put(buffer, x[None], _place(b, 0, h * x.shape[1], *[0] * (x.ndim - 2)))
 
-        total = buffers[1]
-        if total is not None and d_bias is not None:
-            at = (b if len(total) > 1 else 0, h * groups if total.shape[1] > 1 else 0, 0, 0)
-            total = add_at(total, d_bias[None], at)
-        return jax.tree.map(put, buffers[0], placed), total
+        def add(total: Array, x: Array) -> Array:
+            at = (b if len(total) > 1 else 0, h * groups if total.shape[1] > 1 else 0)
+            return add_at(total, x[None], (*at, *[0] * (total.ndim - 2)))
 
-    shapes, bias_shape = jax.eval_shape(one, jnp.int32(0), jnp.int32(0))
+        return jax.tree.map(put, buffers[0], placed), jax.tree.map(add, buffers[1], added)
+
+    shapes, added = jax.eval_shape(one, jnp.int32(0), jnp.int32(0))
     buffers = jax.tree.map(
         lambda x: jnp.zeros((batch, x.shape[0], kv_heads * x.shape[1], *x.shape[2:]), x.dtype),
         shapes,
     )
-    d_bias = None
-    if bias_shape is not None and operands.bias is not None:
-        d_bias = jnp.zeros(operands.bias.shape, bias_shape.dtype)
-    return lax.fori_loop(0, batch * kv_heads, body, varying((buffers, d_bias), (operands, mask)))
+    totals = jax.tree.map(lambda x, like: jnp.zeros(like.shape, x.dtype), added, sums)
+    return lax.fori_loop(0, batch * kv_heads, body, varying((buffers, totals), (operands, mask)))
 
 
 def _place(*index: Index) -> tuple[Array, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jax import lax
 
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
-from pasa_jax.core.operands import Operands, Result, Wanted, heads_of
+from pasa_jax.core.mods import Data
+from pasa_jax.core.operands import Factors, Operands, Result, Wanted, heads_of
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import Known
 from pasa_jax.core.target import find_target
@@ -86,7 +87,7 @@ def backward(
     """
     groups = operands.query.shape[2] // operands.key.shape[2]
 
-    def program(walk: HeadWalk, b: Index, h: Index) -> tuple[Any, Array | None]:
+    def program(walk: HeadWalk, b: Index, h: Index) -> tuple[Any, _Shared]:
         def of_head(x: Array) -> Array:
             return heads_of(x, b, h, groups)
 
@@ -95,17 +96,28 @@ def backward(
             walk, residuals, of_head(d_out), None if d_lse is None else of_head(d_lse)
         )
 
-    (d_q, d_k, d_v, d_scale, d_sinks), d_bias = over_heads(operands, mask, plan, program)
-    if operands.bias is not None and d_bias is not None:
-        d_bias = d_bias.astype(operands.bias.dtype)
+    shared = _Shared(operands.bias, operands.factors, operands.data)
+    placed, sums = over_heads(operands, mask, plan, program, sums=shared)
+    d_q, d_k, d_v, d_scale, d_sinks = placed
+    sums = jax.tree.map(lambda x, like: x.astype(like.dtype), sums, shared)
     return Operands(
         query=d_q,
         key=d_k,
         value=d_v,
-        bias=d_bias,
+        bias=sums.bias,
         sinks=None if operands.sinks is None else _sum_to(d_sinks, 2, operands.sinks),
         scale=jnp.sum(d_scale).astype(operands.scale.dtype),
+        factors=sums.factors,
+        data=sums.data,
     )
+
+
+class _Shared(NamedTuple):
+    """What heads may share, or its gradient."""
+
+    bias: Array | None
+    factors: Factors | None
+    data: Data
 
 
 def _sum_to(x: Array, axis: int, like: Array) -> Array:
@@ -144,7 +156,7 @@ def _backward_head(
     result: Result,
     d_out: Float[Array, "T G E"],
     d_lse: Float[Array, "T G"] | None,
-) -> tuple[tuple[Array, ...], Array | None]:
+) -> tuple[tuple[Array, ...], _Shared]:
     numerics, head = walk.numerics, walk.head
     wide = numerics.product
     hides_rows = walk.mask.query_lengths is not None or len(head.query) % walk.block_q != 0
@@ -169,13 +181,12 @@ def _backward_head(
         running = state.m if numerics.storage is tile.Storage.LAGGING else None
 
         def step(j: Index, seen: Array | None, carry: Any) -> Any:
-            d_q, d_k, d_v, d_bias, running = carry
+            d_q, d_k, d_v, shared, running = carry
             key = walk.key(j)
             if hides_rows:  # the mask of a tile that is seen in full does not hide padding
                 seen = live if seen is None else seen & live
-            bias = walk.bias(start, j)
             before = state if running is None else state._replace(m=running)
-            s = tile.scores(query, key, before, seen, bias, numerics, with_slope=True)
+            s = walk.scores(start, query, key, before, j, seen, with_slope=True)
             if running is not None:
                 running = tile.running_maximum(running, s, numerics)
             k, _, usable = walk.raw_keys(j)
@@ -183,16 +194,14 @@ def _backward_head(
             kept = walk.kept(start, j)
             g = tile.gradients(s, query, key, q, k, m, l, d_o, delta, numerics, kept)
             at = walk.key_start(j)
-            if d_bias is not None:
-                tiled = g.scores.reshape(walk.groups, walk.block_q, walk.block_kv)
-                d_bias = _add_bias(d_bias, tiled, start, at)
+            shared = _add_shared(walk, shared, start, j, s, g.scores)
             d_k, d_v = add_at(d_k, g.k, (at, 0)), add_at(d_v, g.v, (at, 0))
-            return d_q + g.q, d_k, d_v, d_bias, running
+            return d_q + g.q, d_k, d_v, shared, running
 
-        d_q, d_k, d_v, d_scale, d_sinks, d_bias = totals
+        d_q, d_k, d_v, d_scale, d_sinks, shared = totals
         zero = jnp.zeros(q.shape, wide)
-        carry = (zero, d_k, d_v, d_bias, running)
-        d_q_tile, d_k, d_v, d_bias, _ = walk.over_keys(start, step, carry)
+        carry = (zero, d_k, d_v, shared, running)
+        d_q_tile, d_k, d_v, shared, _ = walk.over_keys(start, step, carry)
 
         def add(buffer: Array, x: Array) -> Array:  # rows of an earlier tile stay as they are
             return walk.put_rows(buffer, x.astype(buffer.dtype), start, live)
@@ -203,21 +212,59 @@ def _backward_head(
         if sinks is not None:
             weight = tile.sink_weight(sinks, m, l, numerics, query.guard)
             d_sinks = add(d_sinks, -weight * delta)
-        return d_q, d_k, d_v, d_scale, d_sinks, d_bias
+        return d_q, d_k, d_v, d_scale, d_sinks, shared
 
     rows = head.query.shape[:2]
-    d_bias = None if head.bias is None else jnp.zeros(head.bias.shape, wide)
+    shared = _Shared(head.bias, head.factors, head.data)
+    shared = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), shared)
     totals = (
         jnp.zeros(head.query.shape, head.query.dtype),
         jnp.zeros(head.key.shape, wide),
         jnp.zeros(head.value.shape, wide),
         jnp.zeros(rows, wide),
         jnp.zeros(rows, wide),
-        d_bias,
+        shared,
     )
-    d_q, d_k, d_v, d_scale, d_sinks, d_bias = walk.over_queries(query_tile, totals)
+    d_q, d_k, d_v, d_scale, d_sinks, shared = walk.over_queries(query_tile, totals)
     d_k = (d_k * head.scale.astype(wide)).astype(head.key.dtype)
-    return (d_q, d_k[:, None], d_v.astype(head.value.dtype)[:, None], d_scale, d_sinks), d_bias
+    return (d_q, d_k[:, None], d_v.astype(head.value.dtype)[:, None], d_scale, d_sinks), shared
+
+
+def _add_shared(
+    walk: HeadWalk,
+    total: _Shared,
+    start: Index,
+    j: Index,
+    s: tile.Scores,
+    d_scores: Float[Array, "R n"],
+) -> _Shared:
+    """The gradients of what heads share, with a tile's part added.
+
+    Arguments:
+      d_scores: [R, n] cotangent of the scores after soft cap, function and bias.
+    """
+    head, at = walk.head, walk.key_start(j)
+    if total.bias is not None:
+        tiled = d_scores.reshape(walk.groups, walk.block_q, walk.block_kv)
+        total = total._replace(bias=_add_bias(total.bias, tiled, start, at))
+    if total.factors is not None and head.factors is not None:
+        tiled = walk.factors(start, j, head.factors)
+        (d,) = jax.vjp(walk.product_of, tiled)[1](d_scores.astype(tiled.q.dtype))
+        old = total.factors
+        factors = Factors(
+            q=add_at(old.q, d.q.astype(old.q.dtype), (0, start, 0)),
+            k=add_at(old.k, d.k.astype(old.k.dtype), (0, at, 0)),
+            scale=old.scale + d.scale.astype(old.scale.dtype),
+        )
+        total = total._replace(factors=factors)
+    if jax.tree.leaves(total.data) and s.given is not None:
+        score = partial(walk.scored, start, j)
+        (d_data,) = jax.vjp(lambda data: score(data, s.given), head.data)[1](
+            d_scores.astype(s.given.dtype)
+        )
+        data = jax.tree.map(lambda x, d: x + d.astype(x.dtype), total.data, d_data)
+        total = total._replace(data=data)
+    return total
 
 
 def _add_bias(

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from pasa_jax.core import dropout as _dropout
 from pasa_jax.core.mask import Mask
-from pasa_jax.core.operands import Operands
+from pasa_jax.core.mods import Data
+from pasa_jax.core.operands import Factors, Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.tile import lowest, shown_by, wide_type
 
@@ -72,7 +73,12 @@ def attention(
     s = (s * operands.scale.astype(wide)).reshape(batch, heads, length, -1)
     if plan.logits_soft_cap is not None:
         s = plan.logits_soft_cap * jnp.tanh(s / plan.logits_soft_cap)
-    seen = _seen(mask, batch, heads)
+    seen = _seen(mask, operands.data, batch, heads)
+    if mask.mods is not None and mask.mods.score_mod is not None:
+        s = _modified(s, mask, operands.data)
+        seen = seen & shown_by(s)
+    if operands.factors is not None:
+        s = s + _low_rank(operands.factors, batch, heads)
     if operands.bias is not None:
         seen = seen & shown_by(operands.bias)
         s = s + jnp.where(seen, operands.bias, jnp.zeros_like(operands.bias)).astype(wide)
@@ -107,37 +113,65 @@ def attention(
     return out.astype(out_type), logs
 
 
-def _seen(mask: Mask, batch: int, heads: int) -> Bool[Array, "B N T S"]:
+def _seen(mask: Mask, data: Data, batch: int, heads: int) -> Bool[Array, "B N T S"]:
     """[B, N, T, S] bool."""
     length, keys = mask.query_length, mask.key_length
 
-    def one(head: Mask, rows: Array, columns: Array) -> Array:
+    def one(head: Mask, data: Data, rows: Array, columns: Array) -> Array:
         seen = head.visible(rows[:, None], columns[None])
-        array = head.tile_array(0, length, 0, keys, 1)
+        array = head.tile_array(0, length, 0, keys, 1, data)
         return seen if array is None else seen & array
 
-    return _per_head(one, mask, batch, heads)
+    return _per_head(one, mask, data, batch, heads)
+
+
+def _modified(s: Float[Array, "B N T S"], mask: Mask, data: Data) -> Float[Array, "B N T S"]:
+    """The scores as the caller's function changes them."""
+    at = ((0, mask.query_length), (0, mask.key_length))
+
+    def one(head: Mask, data: Data, s: Array) -> Array:
+        assert head.mods is not None
+        data = head.mods.data.beside(data).tile(*at, 1, transposed=False)
+        return head.mods.scored(s, head.mods.place(*at, 1, transposed=False), data)
+
+    def of(b: Array, h: Array, s: Array) -> Array:
+        return one(mask.head(b, h, 1), data.one_head(b, h, 1), s)
+
+    index = (jnp.arange(x, dtype=jnp.int32) for x in s.shape[:2])
+    return jax.vmap(jax.vmap(of, (None, 0, 0)), (0, None, 0))(*index, s)
+
+
+def _low_rank(factors: Factors, batch: int, heads: int) -> Float[Array, "B N T S"]:
+    """[B, N, T, S] the bias that the factors make."""
+    q, k = (jnp.broadcast_to(x, (batch, heads, *x.shape[2:])) for x in (factors.q, factors.k))
+    product = jnp.einsum("bntr,bnsr->bnts", q, k, precision=jax.lax.Precision.HIGHEST)
+    return product * factors.scale[:, :, None, None]
 
 
 def _kept(mask: Mask, batch: int, heads: int, rate: float) -> Bool[Array, "B N T S"]:
     """[B, N, T, S] bool: the weights that dropout keeps."""
 
-    def one(head: Mask, rows: Array, columns: Array) -> Array:
+    def one(head: Mask, data: Data, rows: Array, columns: Array) -> Array:
         assert head.dropout is not None
+        del data
         return _dropout.kept(head.dropout, 1, rows, columns, rate)
 
-    return _per_head(one, mask, batch, heads)
+    return _per_head(one, mask, Data(), batch, heads)
 
 
 def _per_head(
-    one: Callable[[Mask, Array, Array], Array], mask: Mask, batch: int, heads: int
+    one: Callable[[Mask, Data, Array, Array], Array],
+    mask: Mask,
+    data: Data,
+    batch: int,
+    heads: int,
 ) -> Array:
-    """``one(mask of the head, positions of queries, positions of keys)`` of every query head."""
+    """``one(mask, data, places of queries, places of keys)`` of every query head."""
     lengths = (mask.query_length, mask.key_length)
     rows, columns = (jnp.arange(x, dtype=jnp.int32) for x in lengths)
 
     def of(b: Array, h: Array) -> Array:
-        return one(mask.head(b, h, 1), rows, columns)
+        return one(mask.head(b, h, 1), data.one_head(b, h, 1), rows, columns)
 
     index = (jnp.arange(batch, dtype=jnp.int32), jnp.arange(heads, dtype=jnp.int32))
     return jax.vmap(jax.vmap(of, (None, 0)), (0, None))(*index)

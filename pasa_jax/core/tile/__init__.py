@@ -9,7 +9,7 @@ Where the guard asks for it, scores are stored divided by 2^e, e one number per 
 ordinary data. The exponent is multiplied by 2^e again, so m and every offset are divided too.
 """
 
-from pasa_jax.core.tile.arrays import Guard, is_finite, shown_by, zero_unusable
+from pasa_jax.core.tile.arrays import Guard, is_finite, low_rank, shown_by, zero_unusable
 from pasa_jax.core.tile.bounds import (
     LARGEST_PRODUCT,
     LARGEST_STORED,
@@ -43,7 +43,7 @@ from pasa_jax.core.tile.state import (
     settle,
     sink_weight,
 )
-from pasa_jax.core.tile.stored import Scores, plain_scores, scores
+from pasa_jax.core.tile.stored import Modify, Scores, plain_scores, scores
 
 __all__ = [
     "LARGEST_PRODUCT",
@@ -52,6 +52,7 @@ __all__ = [
     "Dialect",
     "Guard",
     "KeyTile",
+    "Modify",
     "Numerics",
     "QueryTile",
     "RowBounds",
@@ -71,6 +72,7 @@ __all__ = [
     "initial_state",
     "is_finite",
     "key_tile",
+    "low_rank",
     "lowest",
     "mean_key",
     "merge",

@@ -82,6 +82,23 @@ def query_key(
     return dot(*pair, (1, 1), dtype)
 
 
+def low_rank(
+    q: Float[Array, "#G rows rank"],
+    k: Float[Array, "#G n rank"],
+    scale: Float[Array, "#G"],
+    groups: int,
+) -> Float[Array, "R n"]:
+    """scale·q·kᵀ of a tile whose query heads are stacked, in the factors' own type."""
+    rows, n = q.shape[1], k.shape[1]
+    if len(k) == 1:
+        product = dot(q.reshape(-1, q.shape[2]), k[0], (1, 1), q.dtype).reshape(-1, rows, n)
+    else:
+        of_heads = [dot(q[min(g, len(q) - 1)], k[g], (1, 1), q.dtype) for g in range(groups)]
+        product = jnp.stack(of_heads)
+    product = product * scale[:, None, None]
+    return jnp.broadcast_to(product, (groups, rows, n)).reshape(-1, n)
+
+
 def weigh(
     p: Float[Array, "rows columns"], v: Float[Array, "n E"], dtype: jnp.dtype, numerics: Numerics
 ) -> Float[Array, "m p"]:

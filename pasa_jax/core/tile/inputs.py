@@ -25,8 +25,8 @@ class QueryTile(NamedTuple):
     guard: Guard | None  # what the stored scores are divided by; None: 1
     rest: Array | None = None  # [1, 1] factor applied after rounding, or None: 1
     value_gain: Array | None = None  # [] factor of the values these rows see, or None: 1
-    # What the scores are divided by until the soft cap, which brings them into range by itself;
-    # ``guard`` is then None. None: 1.
+    # What the scores are divided by until a soft cap or a function of the caller, which need the
+    # scores themselves; ``guard`` is then None. None: 1.
     capped: Guard | None = None
     reference: Array | None = None  # [R, 1] what `Storage.BOUND` takes off the scores
 
@@ -69,7 +69,7 @@ def query_tile(
         gain = jnp.ones_like(gain)
     if numerics.maximum_first:  # a factor that is not negative keeps the order of products
         q, gain = jnp.where(gain < 0, -q, q), jnp.abs(gain)
-    if numerics.logits_soft_cap is not None:
+    if numerics.needs_scores:
         return QueryTile(q, gain, None, rest, capped=guard)
     return QueryTile(q, gain, guard, rest)
 

@@ -101,6 +101,7 @@ class Numerics:
         else can be done with it ("rounded products"); else it is seen in float32 first.
       inva: Inva of eq. 5 for `Storage.PAPER`; 1 for the others, whose offset is added back whole.
       logits_soft_cap: cap of s ↦ cap·tanh(s/cap), or None.
+      modified: whether a function of the caller changes the scores after it.
       dialect: the forms that suit the machine.
       kept_share: the share of the weights that dropout keeps, or 1.
     """
@@ -110,6 +111,7 @@ class Numerics:
     rounds_products: bool = False
     inva: float = 1.0
     logits_soft_cap: float | None = None
+    modified: bool = False
     dialect: Dialect = Dialect()
     kept_share: float = 1.0
 
@@ -143,7 +145,7 @@ class Numerics:
         same = self.precision.exponential == self.precision.scores
         wide = self.storage in (Storage.BENEATH_MAXIMUM, Storage.BOUND)
         wide = wide or self.subtracts_running_maximum
-        narrow = same and not wide and self.logits_soft_cap is None
+        narrow = same and not wide and not self.needs_scores
         return jnp.dtype(self.precision.scores) if narrow else self.statistics
 
     @property
@@ -153,6 +155,11 @@ class Numerics:
         """
         rounded = self.rounds_products and self.precision.scores == "float16"
         return self.storage is Storage.BOUND and rounded
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a tile needs the scores S themselves, for the soft cap or a function."""
+        return self.logits_soft_cap is not None or self.modified
 
     @property
     def unit(self) -> float:
@@ -180,7 +187,7 @@ class Numerics:
         unrounded = self.storage is Storage.BENEATH_MAXIMUM or (
             self.storage is Storage.PLAIN and self.precision.scores == self.product.name
         )
-        return self.dialect.maximum_first and unrounded and self.logits_soft_cap is None
+        return self.dialect.maximum_first and unrounded and not self.needs_scores
 
     @property
     def subtracts_running_maximum(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 
+# What changes the scores [R, n] of a tile: a function of the caller, elementwise.
+Modify = Callable[[Array], Array]
+
+
 class Scores(NamedTuple):
     """The scores of one tile: S = (stored + base) + inva·offset, per row."""
 
@@ -27,8 +32,9 @@ class Scores(NamedTuple):
     base: Array
     # [R, 1] what the shift took off (s̄' for `paper`, to be multiplied by inva), or None: 0
     offset: Array | None
-    slope: Array | None = None  # [R, n] derivative of the soft cap
+    slope: Array | None = None  # [R, n] derivative of the soft cap and the function of the caller
     every: bool = False  # whether every row sees every key of the tile
+    given: Array | None = None  # [R, n] what the function of the caller was given
 
     def maximum(self, numerics: Numerics) -> Column:
         """[R, 1] base + inva·offset in the product's type: the row maximum of S, or the running
@@ -62,6 +68,8 @@ def scores(
     bias: Float[Array, "R n"] | None,
     numerics: Numerics,
     *,
+    modify: Modify | None = None,
+    added: Float[Array, "R n"] | None = None,
     with_slope: bool = False,
 ) -> Scores:
     """The stored scores S' of one tile, masked, minus their row maximum (eq. 4, 7, 9).
@@ -70,12 +78,18 @@ def scores(
       mask: [R, n] or [R, 1] bool, True where the row sees the key; None: everywhere.
       bias: [R, n] added to the scores; −inf, or its type's lowest number, hides a key.
       state: its running maximum is the r of `Storage.LAGGING`, and may be the base.
-      with_slope: also give the soft cap's derivative, for the gradient.
+      modify: the function of the caller that changes scores in natural units, after the soft cap.
+        Where it returns −inf, or the type's lowest number, it hides the key.
+      added: [R, n] added to the scores like a bias; it hides nothing.
+      with_slope: also give the derivative of both, and what ``modify`` was given, for the gradient.
     """
     stat, store = numerics.statistics, jnp.dtype(numerics.precision.scores)
     if bias is not None:
         shown = shown_by(bias)
         mask = shown if mask is None else mask & shown
+    if added is not None:
+        bias = added.astype(stat) if bias is None else bias.astype(stat) + added.astype(stat)
+    if bias is not None:
         bias = divided(bias.astype(stat) * stat.type(numerics.unit), query.guard)
     narrow = numerics.tile if bias is None and query.rest is None else stat
     product = query_key(query.q, key.k, numerics.accumulated, numerics)
@@ -91,7 +105,7 @@ def scores(
     if wide:  # rounded below, or not at all
         z = product.astype(stat)
     elif numerics.storage is Storage.LAGGING:
-        plain = bias is None and numerics.logits_soft_cap is None
+        plain = bias is None and not numerics.needs_scores
         running = state.m if plain else None
         z, offset = _lagging_reference(query, key, product, running, mask, numerics)
     else:
@@ -103,11 +117,19 @@ def scores(
                 z = jnp.where(key.usable, z, jnp.full_like(z, jnp.nan))
         elif key.kappa is not None:
             offset = _kappa_product(query, key, numerics)
-    slope = None
-    if numerics.logits_soft_cap is not None:  # needs S itself: add the offset back first
-        s = z if offset is None else z + beside(offset) * stat.type(numerics.inva)
-        z, slope = _soft_cap(s, query.capped, numerics)
+    slope = given = None
+    if numerics.needs_scores:  # add the offset back first
+        z = z if offset is None else z + beside(offset) * stat.type(numerics.inva)
+        z = _whole(z, query.capped)
         offset = None
+    if numerics.logits_soft_cap is not None:
+        z, slope = _soft_cap(z, numerics)
+    if modify is not None:
+        z, of_function, given = _modified(z, modify, numerics, with_slope)
+        shown = shown_by(z)
+        mask = shown if mask is None else mask & shown
+        if of_function is not None:
+            slope = of_function if slope is None else slope * of_function
     if bias is not None:
         z = z + bias
     if mask is not None:
@@ -118,7 +140,8 @@ def scores(
         # The exponent is as large as the gap: it is formed in float32.
         rest = query.reference if offset is None else query.reference - offset
         stored = z - beside(rest)
-        return Scores(stored, query.reference, None, slope if with_slope else None, mask is None)
+        slope = slope if with_slope else None
+        return Scores(stored, query.reference, None, slope, mask is None, given)
     base = numerics.over_row(jnp.max, z) if maximum is None else maximum.astype(z.dtype)
     if numerics.subtracts_running_maximum:
         if numerics.dialect.whole_maximum and store == stat:
@@ -138,7 +161,8 @@ def scores(
         if store == jnp.float16:  # what is below its range has no weight: clamp it
             stored = jnp.maximum(stored, jnp.full_like(stored, lowest(store)))
         stored = numerics.dialect.narrow(stored, store).astype(numerics.exponential or stat)
-    return Scores(stored, base, offset, slope if with_slope else None, mask is None)
+    slope = slope if with_slope else None
+    return Scores(stored, base, offset, slope, mask is None, given)
 
 
 def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Column:
@@ -182,16 +206,36 @@ def _lagging_reference(
     return product.astype(store).astype(stat), r
 
 
-def _soft_cap(
-    s: Float[Array, "R n"], guard: Guard | None, numerics: Numerics
-) -> tuple[Float[Array, "R n"], Float[Array, "R n"]]:
-    """cap·tanh(S/cap) and its derivative 1 − tanh², of s = S/2^e.
+def _whole(s: Float[Array, "R n"], guard: Guard | None) -> Float[Array, "R n"]:
+    """S of S/2^e; infinite where it is beyond its type."""
+    if guard is None:
+        return s
+    return tempered(s, guard) * beside(guard.beyond).astype(s.dtype)
 
-    An S beyond float32 is infinite here, and its tanh is 1.
-    """
+
+def _soft_cap(
+    s: Float[Array, "R n"], numerics: Numerics
+) -> tuple[Float[Array, "R n"], Float[Array, "R n"]]:
+    """cap·tanh(S/cap) and its derivative 1 − tanh²; tanh of an infinite S is 1."""
     assert numerics.logits_soft_cap is not None
     cap = numerics.statistics.type(numerics.logits_soft_cap * numerics.unit)
-    if guard is not None:
-        s = tempered(s, guard) * beside(guard.beyond).astype(s.dtype)
     tanh = jnp.tanh(s / cap)
     return cap * tanh, 1 - tanh * tanh
+
+
+def _modified(
+    s: Float[Array, "R n"], modify: Modify, numerics: Numerics, with_slope: bool
+) -> tuple[Float[Array, "R n"], Float[Array, "R n"] | None, Float[Array, "R n"]]:
+    """What the caller's function makes of S, its derivative, and what it was given: S in natural
+    units, cut where it is beyond its type.
+    """
+    unit = s.dtype.type(numerics.unit)
+    given = s / unit if numerics.dialect.base_two else s
+    if s.dtype.itemsize >= 4:
+        most = float(jnp.finfo(s.dtype).max) / 4
+        given = jnp.clip(given, -most, most)
+    if with_slope:
+        new, slope = jax.jvp(modify, (given,), (jnp.ones_like(given),))
+    else:
+        new, slope = modify(given), None
+    return (new * unit if numerics.dialect.base_two else new), slope, given
