@@ -224,7 +224,7 @@ class TracedWalk(Walk):
     def bias(self, start: Index, j: Index) -> Array | None:
         return self.parts.get("bias")
 
-    def array(self, start: Index, j: Index) -> Array | None:
+    def array(self, start: Index, j: Index, asks: Array | None = None) -> Array | None:
         p, shown = self.parts, None
         if "querySegments" in p:
             shown = p["querySegments"] == p["keySegments"]

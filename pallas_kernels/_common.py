@@ -16,9 +16,11 @@ from jax.interpreters import batching, mlir
 from pasa_jax.core.errors import BackendUnsupported
 from pasa_jax.core.heads import heads_at_once, varying
 from pasa_jax.core.mask import Mask
+from pasa_jax.core.mods import Data, Mods
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import HeadFacts, prepare
+from pasa_jax.core.visits import TileSight, Visits, tile_kinds, tile_sight
 from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
@@ -35,15 +37,102 @@ def refusal(operands: Operands, mask: Mask, plan: Plan, no_float64: str) -> str 
     """
     if mask.dropout is not None:
         return "it has no dropout"
-    if mask.query_positions is not None or mask.kinds is not None or mask.mods is not None:
-        return "it has no positions, block masks and functions"
-    if operands.factors is not None:
-        return "it has no bias of low rank"
     if str(operands.query.dtype) == "float64":
         return no_float64
+    given = () if mask.mods is None else jax.tree.leaves(mask.mods.data.beside(operands.data))
+    for x in given:
+        if str(x.dtype) not in ("float32", "int32", "bool"):
+            return f"what its functions are given must be float32, int32 or bool, not {x.dtype}"
     if 0 in operands.query.shape or 0 in operands.key.shape or 0 in operands.value.shape:
         return "there is nothing to compute"
     return None
+
+
+def block_refusal(mask: Mask, block_q: int, block_kv: int) -> str | None:
+    """None, or the reason why tiles of this size cannot go through a block mask."""
+    if mask.kinds is None:
+        return None
+    tile, length = (block_q, block_kv), (mask.query_length, mask.key_length)
+    for side, whole, size in zip(tile, length, mask.block_size, strict=True):
+        if size % side and size < whole:
+            return f"a block mask's blocks {mask.block_size} must be multiples of its tiles {tile}"
+    return None
+
+
+class Lists(NamedTuple):
+    """`Visits` of every head as a kernel reads them, None where nothing is listed."""
+
+    order: Any = None  # [B|1, heads|1, tiles, tiles of the other side] int32
+    partial: Any = None  # [B|1, heads|1, tiles] int32
+    count: Any = None  # [B|1, heads|1, tiles] int32
+    asks: Any = None  # as order, where a block mask's function is asked
+
+
+def lists_of(
+    mask: Mask, block_q: int, block_kv: int, groups: int, *, by_key: bool = False
+) -> Lists:
+    """The lists of the tiles that every head visits.
+
+    Arguments:
+      groups: query heads that share their tiles.
+      by_key: the query tiles of each key tile, not the key tiles of each query tile.
+    """
+    if not mask.listed:
+        return Lists()
+    kinds = mask.kinds
+    heads = 1 if kinds is None else max(1, kinds.shape[1] // groups)
+    by_entry = (
+        mask.query_segments,
+        mask.query_positions,
+        mask.key_positions,
+        mask.query_lengths,
+        mask.key_lengths,
+        kinds,
+    )
+    batch = max(len(x) for x in by_entry if x is not None)
+
+    def of(b: Array, h: Array) -> Lists:
+        one = replace(mask, mods=None, array=None, dropout=None).head(b, h, groups)
+        sight = tile_sight(one, block_q, block_kv)
+        asked = mask.mods is not None and mask.mods.mask_mod is not None
+        if asked or mask.array is not None:
+            sight = sight._replace(whole=jnp.zeros_like(sight.whole))
+        if by_key:  # rows beyond the last one are masked
+            inside = (jnp.arange(len(sight.some)) + 1) * block_q <= mask.query_length
+            sight = TileSight(sight.some, sight.whole & inside[:, None]).transposed
+        visits, asks = Visits.of(sight), None
+        if kinds is not None and mask.mods is not None and mask.mods.block_mod is not None:
+            tiles = tile_kinds(one, block_q, block_kv)
+            asks = visits.asks(tiles.T if by_key else tiles)
+        return Lists(*visits, asks)
+
+    return heads_at_once(of, batch, heads)
+
+
+def given_data(mask: Mask, operands: Operands) -> Data:
+    """What the functions of the caller are given, in types that kernels have."""
+    if mask.mods is None:
+        return Data()
+    data = mask.mods.data.beside(operands.data)
+    return jax.tree.map(lambda x: x.astype(jnp.int32) if x.dtype == jnp.bool_ else x, data)
+
+
+def as_given(mods: Mods, data: Data) -> Data:
+    """The data of a tile, in the types in which the caller gave them.
+
+    Arguments:
+      mods: of `without_arrays`, whose data are these types.
+    """
+
+    def cast(x: Array, dtype: Any) -> Array:
+        return x != 0 if dtype == jnp.bool_ else x
+
+    return Data(
+        *(
+            tuple(cast(x, dtype) for x, dtype in zip(part, types, strict=True))
+            for part, types in zip(data, mods.data, strict=True)
+        )
+    )
 
 
 def narrowed(x: Array | None) -> Array | None:
@@ -87,8 +176,18 @@ def without_arrays(mask: Mask) -> Mask:
         key_lengths=None,
         query_segments=present(mask.query_segments),
         key_segments=present(mask.key_segments),
+        query_positions=present(mask.query_positions),
+        key_positions=present(mask.key_positions),
         array=present(mask.array),
+        kinds=present(mask.kinds),
+        mods=None if mask.mods is None else _with_types(mask.mods),
     )
+
+
+def _with_types(mods: Mods) -> Mods:
+    """``mods`` with the types of its data in their place; None: float32."""
+    types = Data(*(tuple(None if x is None else x.dtype for x in part) for part in mods.data))
+    return replace(mods, data=types, entries=None, heads=None)
 
 
 def bound(mask: Mask, query_length: Ref | None, key_length: Ref | None, *at: Array) -> Mask:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels._common import shape_maker, without_arrays
+from pallas_kernels._common import lists_of, shape_maker, without_arrays
 from pallas_kernels._gpu_inputs import Inputs, Specs, block_specs, inputs_of, of_query_head
 from pallas_kernels._gpu_walk import PointerWalk, for_triton
 from pasa_jax.core import tile
@@ -45,6 +45,9 @@ def gradients(
     schedule = plan.schedule.backward(operands.query.dtype, same_blocks=same_blocks)
     plan = replace(plan, schedule=schedule)
     specs = Specs.of(operands, plan)
+    if mask.listed:
+        tiles = (mask, specs.block_q, specs.block_kv, 1)
+        inputs = inputs._replace(lists=lists_of(*tiles), row_lists=lists_of(*tiles, by_key=True))
     (b, t, n, d), (s, kv_heads) = operands.query.shape, operands.key.shape[1:3]
     shape = shape_maker(operands, mask)
     call = partial(_call, inputs, mask, plan, specs)
@@ -77,6 +80,7 @@ def gradients(
         bias=None,
         sinks=_of_sinks(operands, inputs, plan),
         scale=jnp.sum(d_scale).astype(operands.scale.dtype),
+        data=operands.data,  # without leaves
     )
 
 
@@ -228,8 +232,7 @@ class BackwardWalk(PointerWalk):
         The running maximum of its scores is the last one, so that P needs only be divided by l.
         """
         state = self.begin()[0]._replace(m=rows.m)
-        bias = self.bias(start, j)
-        s = tile.scores(rows.query, key, state, seen, bias, self.numerics, with_slope=True)
+        s = self.scores(start, rows.query, key, state, j, seen, with_slope=True)
         k = key.k
         if self.refs.raw_key is not None:
             k = self.load(self.refs.raw_key, self.keys_at(j), self.along_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._common import narrowed, of_heads
+from pallas_kernels._common import Lists, given_data, lists_of, narrowed, of_heads
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
-from pasa_jax.core.operands import Operands
+from pasa_jax.core.operands import Factors, Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import HeadFacts
 
@@ -34,6 +35,7 @@ class Specs:
       block_q, block_kv: positions and keys of a tile.
       size, value_size: D and E, and `padded_size` and `padded_value` rounded up to powers of two,
         as Triton's tiles must be.
+      rank: R of a bias of low rank, or 0.
     """
 
     block_q: int
@@ -43,6 +45,7 @@ class Specs:
     value_size: int
     padded_size: int
     padded_value: int
+    rank: int
 
     @staticmethod
     def of(o: Operands, plan: Plan) -> Specs:
@@ -56,6 +59,7 @@ class Specs:
             value_size := o.value.shape[-1],
             side(size),
             side(value_size),
+            0 if o.factors is None else o.factors.q.shape[-1],
         )
 
     def padded(self, n: int, axis: str) -> int:
@@ -66,6 +70,8 @@ class Specs:
             "size": self.padded_size,
             "value": self.padded_value,
         }
+        if axis == "rank":
+            return side(n)
         unit = 1 if n == 1 and axis.endswith("1") else tiles.get(axis.removesuffix("1"), 1)
         return -(-n // unit) * unit
 
@@ -86,8 +92,20 @@ class Inputs(NamedTuple):
     array: Any = None  # [B|1, N|1, T|1, S|1] int8                  [T|1, S|1]
     query_segments: Any = None  # [B, T]                            [T]
     key_segments: Any = None  # [B, S]                              [S]
+    query_positions: Any = None  # [B|1, T]                         [T]
+    key_positions: Any = None  # [B|1, S]                           [S]
     query_lengths: Any = None  # [B]                                []
     key_lengths: Any = None  # [B]                                  []
+    factors: Any = None  # Factors of [B|1, N|1, T|S, R]            [T|S, R], []
+    # Of the functions of the caller: the numbers of batch entry and head, and `Data`.
+    entries: Any = None  # [B]                                      []
+    heads: Any = None  # [N]                                        []
+    query_data: Any = None  # each [B|1, N|1, T]                    [T]
+    key_data: Any = None  # each [B|1, N|1, S]                      [S]
+    head_data: Any = None  # each [B|1, N|1]                        []
+    # `Lists` [B|1, N|1, …]: key tiles of query tiles; and query tiles of key tiles.
+    lists: Any = None
+    row_lists: Any = None
     # Of the backward pass alone.
     raw_key: Any = None  # [B, S, K, D], None: ``key``              [S, D]
     d_out: Any = None  # [B, T, N, E]                               [T, E]
@@ -99,6 +117,8 @@ class Inputs(NamedTuple):
 # The axes of each: "b" batch, "n" and "k" heads, and the names of `Specs.padded`.
 _TILED = ("b", "n", "rows1", "keys1")
 _COLUMN = ("b", "rows", "n")
+_LIST = ("b", "n", "tiles", "tiles")
+_LISTS = Lists(_LIST, _LIST[:3], _LIST[:3], _LIST)
 AXES = Inputs(
     query=("b", "rows", "n", "size"),
     key=("b", "keys", "k", "size"),
@@ -113,8 +133,18 @@ AXES = Inputs(
     array=_TILED,
     query_segments=("b", "rows"),
     key_segments=("b", "keys"),
+    query_positions=("b", "rows"),
+    key_positions=("b", "keys"),
     query_lengths=("b",),
     key_lengths=("b",),
+    factors=Factors(("b", "n", "rows", "rank"), ("b", "n", "keys", "rank"), ("b", "n")),
+    entries=("b",),
+    heads=("n",),
+    query_data=("b", "n", "rows"),
+    key_data=("b", "n", "keys"),
+    head_data=("b", "n"),
+    lists=_LISTS,
+    row_lists=_LISTS,
     raw_key=("b", "keys", "k", "size"),
     d_out=("b", "rows", "n", "value"),
     m=_COLUMN,
@@ -150,12 +180,20 @@ def block_specs(x: Inputs, specs: Specs, *, by_key_head: bool = False) -> Inputs
 
         return pl.BlockSpec(tuple(map(length, shape, axes)), index)
 
-    return Inputs(
-        *(
-            jax.tree.map(lambda array: block(array.shape, axes), field)  # noqa: B023
-            for field, axes in zip(x, AXES, strict=True)
-        )
-    )
+    return _with_axes(lambda array, axes: block(array.shape, axes), x)
+
+
+def _with_axes(f: Callable[[Any, tuple[str, ...]], Any], x: Inputs) -> Inputs:
+    """f(leaf, axes) of every leaf of x."""
+
+    def one(field: Any, axes: Any) -> Any:
+        if isinstance(axes, (Factors, Lists)):  # a field whose parts have axes of their own
+            if field is None:
+                return None
+            return type(axes)(*map(one, field, axes))
+        return jax.tree.map(lambda leaf: f(leaf, axes), field)
+
+    return Inputs(*map(one, x, AXES))
 
 
 @dataclass(frozen=True)
@@ -183,13 +221,13 @@ class HeadRef:
 def of_query_head(refs: Inputs, g: Index) -> Inputs:
     """The refs of query head g of a program's key head, see `block_specs`."""
 
-    def one(field: Any, axes: tuple[str, ...]) -> Any:
+    def one(ref: Ref, axes: tuple[str, ...]) -> Any:
         if "n" not in axes:
-            return field
+            return ref
         axis = [a for a in axes if a not in "bk"].index("n")
-        return jax.tree.map(lambda ref: HeadRef(ref, axis, g), field)
+        return HeadRef(ref, axis, g)
 
-    return Inputs(*map(one, refs, AXES))
+    return _with_axes(one, refs)
 
 
 def inputs_of(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
@@ -203,9 +241,23 @@ def inputs_of(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         array=None if mask.array is None else mask.array.astype(jnp.int8),
         query_segments=mask.query_segments,
         key_segments=mask.key_segments,
+        query_positions=mask.query_positions,
+        key_positions=mask.key_positions,
         query_lengths=mask.query_lengths,
         key_lengths=mask.key_lengths,
+        factors=o.factors,
     )
+    if mask.listed:
+        inputs = inputs._replace(lists=lists_of(mask, specs.block_q, specs.block_kv, 1))
+    if mask.mods is not None:
+        data = given_data(mask, o)
+        inputs = inputs._replace(
+            entries=mask.mods.entries,
+            heads=mask.mods.heads,
+            query_data=data.query,
+            key_data=data.key,
+            head_data=data.head,
+        )
     if o.key.dtype != jnp.float16:  # whose products cannot leave float32
         largest = jnp.max(jnp.abs(o.key.astype(jnp.float32)), axis=(1, 3))
         inputs = inputs._replace(largest_key=largest)

@@ -11,12 +11,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels._common import bound
-from pallas_kernels._gpu_inputs import Inputs, Specs, side
+from pallas_kernels._common import Lists, as_given, bound
+from pallas_kernels._gpu_inputs import HeadRef, Inputs, Specs, side
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask, div
+from pasa_jax.core.mods import Data, Place
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.walk import Walk
+from pasa_jax.core.walk import Listed, Walk
 
 Array = jax.Array
 Ref = Any
@@ -150,16 +151,85 @@ class PointerWalk(Walk):
         x = self.load(ref, self.rows_at(start), self.keys_at(j))
         return jnp.broadcast_to(x, (self.block_q, self.block_kv))
 
-    def array(self, start: Index, j: Index) -> Array | None:
+    def array(self, start: Index, j: Index, asks: Array | None = None) -> Array | None:
         seen = None
         if self.refs.query_segments is not None:
             q = self.column(self.refs.query_segments, *self.rows_at(start))
             k = self.column(self.refs.key_segments, *self.keys_at(j))
             seen = q[:, None] == k[None, :]
+        if self.refs.query_positions is not None:
+            q = self.column(self.refs.query_positions, *self.rows_at(start))
+            k = self.column(self.refs.key_positions, *self.keys_at(j))
+            seen = _both(seen, self.mask.by_position(q[:, None], k[None, :]))
         if self.refs.array is not None:
             array = self._tile_of(self.refs.array, start, j).astype(jnp.int32) != 0
-            seen = array if seen is None else seen & array
+            seen = _both(seen, array)
+        mods = self.mask.mods
+        if mods is None or (mods.mask_mod is None and mods.block_mod is None):
+            return seen
+        place, data = self._place(start, j), self._data(start, j)
+        shape = (self.block_q, self.block_kv)
+        if mods.mask_mod is not None:
+            shown = jnp.broadcast_to(mods.shows(mods.mask_mod, place, data), shape)
+            seen = _both(seen, shown)
+        if mods.block_mod is not None and asks is not None:
+            shown = mods.shows(mods.block_mod, place, data)
+            seen = _both(seen, jnp.broadcast_to(shown | ~asks, shape))
         return seen
+
+    def visits(self, start: Index) -> Listed | None:
+        return self._listed(self.refs.lists, div(start, self.block_q))
+
+    def row_visits(self, j: Index) -> Listed | None:
+        return self._listed(self.refs.row_lists, j)
+
+    @staticmethod
+    def _listed(lists: Lists | None, i: Index) -> Listed | None:
+        if lists is None:
+            return None
+
+        def asks(t: Index) -> Array:
+            return scalar(lists.asks, i, t) != 0
+
+        return Listed(
+            lambda t: scalar(lists.order, i, t),
+            scalar(lists.partial, i),
+            scalar(lists.count, i),
+            None if lists.asks is None else asks,
+        )
+
+    def modified(self, start: Index, j: Index) -> tile.Modify | None:
+        mods = self.mask.mods
+        if mods is None or mods.score_mod is None:
+            return None
+        place, data = self._place(start, j), self._data(start, j)
+        return lambda score: mods.scored(score, place, data)
+
+    def low_rank(self, start: Index, j: Index) -> Array | None:
+        factors = self.refs.factors
+        if factors is None:
+            return None
+        rank = factors.q.shape[1]
+        q = self.load(factors.q, self.rows_at(start), (0, rank, self.specs.rank))
+        k = self.load(factors.k, self.keys_at(j), (0, rank, self.specs.rank))
+        return tile.low_rank(q[None], k[None], scalar(factors.scale).reshape(1), 1)
+
+    def _place(self, start: Index, j: Index) -> Place:
+        """Where the elements of a tile stand."""
+        b, h = (jnp.full((1, 1), scalar(x)) for x in (self.refs.entries, self.refs.heads))
+        row = start + lax.broadcasted_iota(jnp.int32, (self.block_q, 1), 0)
+        column = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (1, self.block_kv), 1)
+        return Place(b, h, row, column)
+
+    def _data(self, start: Index, j: Index) -> Data:
+        """What the functions are given at a tile."""
+        assert self.mask.mods is not None
+        data = Data(
+            tuple(self.column(x, *self.rows_at(start))[:, None] for x in self.refs.query_data),
+            tuple(self.column(x, *self.keys_at(j))[None, :] for x in self.refs.key_data),
+            tuple(jnp.full((1, 1), scalar(x)) for x in self.refs.head_data),
+        )
+        return as_given(self.mask.mods, data)
 
     def sinks(self) -> Array | None:
         if self.refs.sinks is None:
@@ -174,6 +244,17 @@ class PointerWalk(Walk):
         largest = jnp.max(jnp.abs(query.q.astype(jnp.float32))) * self.refs.largest_key[...]
         gain = jnp.maximum(jnp.abs(self.refs.scale[0]) * self.numerics.unit, 1)
         return fine & (largest * gain * query.q.shape[1] < _LARGEST_PRODUCT)
+
+
+def scalar(ref: Ref, *place: Index) -> Array:
+    """One number of a ref."""
+    if not place and not isinstance(ref, HeadRef):
+        return ref[...]
+    return plgpu.load(ref.at[tuple(jnp.int32(i) for i in place)])
+
+
+def _both(a: Array | None, b: Array) -> Array:
+    return b if a is None else a & b
 
 
 def for_triton(plan: Plan) -> Plan:

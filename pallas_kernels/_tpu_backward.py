@@ -264,7 +264,7 @@ class _BackwardWalk(Walk):
     def bias(self, start: Index, j: Index) -> Array | None:
         return None if self.refs.bias is None else self._tile_of(self.refs.bias, start)
 
-    def array(self, start: Index, j: Index) -> Array | None:
+    def array(self, start: Index, j: Index, asks: Array | None = None) -> Array | None:
         seen = None
         shape = (self.groups, self.block_q, self.block_kv)
         if self.refs.query_segments is not None:

@@ -82,6 +82,7 @@ class Gradients(NamedTuple):
             else fold_heads(self.bias, like.bias).astype(like.bias.dtype),
             sinks=None,
             scale=jnp.sum(self.scale).astype(like.scale.dtype),
+            data=like.data,  # without leaves
         )
 
 

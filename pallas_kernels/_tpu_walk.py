@@ -370,7 +370,7 @@ class RefWalk(Walk):
     def bias(self, start: Index, j: Index) -> Array | None:
         return None if self.refs.bias is None else self._tile_of(self.refs.bias, j)
 
-    def array(self, start: Index, j: Index) -> Array | None:
+    def array(self, start: Index, j: Index, asks: Array | None = None) -> Array | None:
         seen = None
         if self.refs.query_segments is not None:
             seen = self._same_segment(j)

@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._common import (
     Outputs,
+    block_refusal,
     refusal,
     repaired,
     repaired_backward,
@@ -74,7 +75,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
         block = getattr(schedule, name)
         if block < length and block != side(block):
             return f"schedule.{name} must be a power of two of at least 16, and is {block}"
-    return None
+    return block_refusal(mask, side(schedule.block_q), side(schedule.block_kv))
 
 
 def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Result:
@@ -84,8 +85,13 @@ def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Re
 
 def no_backward(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or the reason why the backward pass is left to the lax walk."""
-    del mask, plan
-    return None if operands.bias is None else "it has no gradient of a bias"
+    if operands.bias is not None or operands.factors is not None:
+        return "it has no gradient of a bias"
+    if jax.tree.leaves(operands.data):
+        return "it has no gradient of what functions are given"
+    plan = for_triton(plan)
+    schedule = plan.schedule.backward(operands.query.dtype, same_blocks=plan.storage.uses_kappa)
+    return block_refusal(mask, schedule.block_q, schedule.block_kv)
 
 
 def backward(

@@ -87,6 +87,10 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     reason = refusal(operands, mask, plan, "TPUs have no float64")
     if reason is not None:
         return reason
+    if mask.query_positions is not None or mask.kinds is not None or mask.mods is not None:
+        return "it has no positions, block masks and functions"
+    if operands.factors is not None:
+        return "it has no bias of low rank"
     if "float16" in (*stored, precision.statistics, precision.accumulator):
         return "Mosaic has no float16: store scores in bfloat16 or float32"
     if plan.shift == "paper":

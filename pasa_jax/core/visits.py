@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 class Visits(NamedTuple):
-    """The key tiles of each query tile.
+    """The key tiles of each query tile; or the query tiles of each key tile.
 
     Arguments:
       order: [query tiles, key tiles] int32: the tiles that need a mask, in ascending order, then
@@ -29,6 +29,14 @@ class Visits(NamedTuple):
     order: Array
     partial: Array
     count: Array
+
+    def asks(self, kinds: Array) -> Array:
+        """int32, of the shape of ``order``: whether the block mask's function is asked there.
+
+        Arguments:
+          kinds: of each tile, see `tile_kinds`.
+        """
+        return jnp.take_along_axis((kinds == 1).astype(jnp.int32), self.order, axis=1)
 
     @staticmethod
     def of(sight: TileSight) -> Visits:
@@ -62,17 +70,37 @@ class TileSight(NamedTuple):
 
 
 def visits(mask: Mask, block_q: int, block_kv: int) -> Visits:
-    """The lists of one head, whose query heads share their tiles."""
-    return Visits.of(tile_sight(mask, block_q, block_kv))
+    """The lists of one head, whose query heads share their tiles, as `HeadWalk` has them."""
+    return Visits.of(tile_sight(mask, block_q, block_kv, overlap=True))
 
 
-def tile_sight(mask: Mask, block_q: int, block_kv: int) -> TileSight:
+def tile_kinds(mask: Mask, block_q: int, block_kv: int) -> Array:
+    """[query tiles, key tiles] int8 the kind of the block in which each tile lies, for tiles no
+    side of which is longer than a block's or crosses its border.
+    """
+    assert mask.kinds is not None
+    i, j = (
+        jnp.arange(-(-length // block), dtype=jnp.int32) * block // size
+        for length, block, size in zip(
+            (mask.query_length, mask.key_length),
+            (block_q, block_kv),
+            mask.block_size,
+            strict=True,
+        )
+    )
+    return mask.kinds[0][i][:, j]
+
+
+def tile_sight(mask: Mask, block_q: int, block_kv: int, *, overlap: bool = False) -> TileSight:
     """What the tiles of one head see of each other.
 
-    Query tile i holds the rows from min(i·block_q, T − block_q) on, as `HeadWalk` has them, those
-    from i·block_q on among them. A tile that reaches beyond the last query or key is never whole.
+    A tile that reaches beyond the last key is never whole.
+
+    Arguments:
+      overlap: the last query tile starts early enough to be as long as the others, as `HeadWalk`
+        has it.
     """
-    queries = _tiles(mask.query_length, block_q, overlap=True)
+    queries = _tiles(mask.query_length, block_q, overlap=overlap)
     keys = _tiles(mask.key_length, block_kv, overlap=False)
     starts = queries[:, 0]
     r = jax.vmap(lambda start: mask.place_range(start, start + block_q, block_kv))(starts)

@@ -29,6 +29,22 @@ Array = jax.Array
 Step = Callable[[Index, Array | None, Any], Any]
 
 
+class Listed(NamedTuple):
+    """The tiles that a tile of the other side visits.
+
+    Arguments:
+      at: the t-th of them, by t.
+      partials: how many need a mask; they come first.
+      count: how many there are.
+      asks: bool by t, whether a block mask's function is asked; None: each element knows.
+    """
+
+    at: Callable[[Index], Index]
+    partials: Index
+    count: Index
+    asks: Callable[[Index], Array] | None = None
+
+
 class Rows(NamedTuple):
     """The results of a query tile, in the product's type."""
 
@@ -75,8 +91,12 @@ class Walk(ABC):
         """[R, n] bias of a tile."""
 
     @abstractmethod
-    def array(self, start: Index, j: Index) -> Bool[Array, "R n"] | None:
-        """[R, n] bool of the mask's segments and array, or None."""
+    def array(self, start: Index, j: Index, asks: Array | None = None) -> Bool[Array, "R n"] | None:
+        """[R, n] bool of the mask's data and functions, or None.
+
+        Arguments:
+          asks: as in `Listed`.
+        """
 
     @abstractmethod
     def sinks(self) -> Column | None:
@@ -86,12 +106,12 @@ class Walk(ABC):
         """``carry`` as a loop over this head's tiles must start with it."""
         return carry
 
-    def visits(self, start: Index) -> tuple[Callable[[Index], Index], Index, Index] | None:
-        """The list of key tiles that the rows at ``start`` visit, or None: there is none.
+    def visits(self, start: Index) -> Listed | None:
+        """The key tiles that the rows at ``start`` visit, where a list says so."""
+        return None
 
-        Returns:
-          The t-th key tile by t, how many need a mask (they come first), and how many there are.
-        """
+    def row_visits(self, j: Index) -> Listed | None:
+        """The query tiles that visit key tile j, where a list says so."""
         return None
 
     def low_rank(self, start: Index, j: Index) -> Float[Array, "R n"] | None:
@@ -129,10 +149,13 @@ class Walk(ABC):
         lengths, row = self.mask.query_lengths, self.positions(start)
         return jnp.ones_like(row, bool) if lengths is None else row < lengths
 
-    def seen(self, start: Index, j: Index) -> Bool[Array, "R n"]:
+    def seen(self, start: Index, j: Index, asks: Array | None = None) -> Bool[Array, "R n"]:
         """[R, n] bool: the mask of one tile; False for keys that belong to another tile.
 
         [n, R] where tiles are transposed, as are bias, array and segments.
+
+        Arguments:
+          asks: as in `Listed`.
         """
         n = self.block_kv
         shape, axis = ((n, 1), 0) if self.transposed else ((1, n), 1)
@@ -140,7 +163,7 @@ class Walk(ABC):
         seen = self.mask.visible(self.positions(start), columns)
         if self.mask.key_length % n:
             seen = seen & (columns >= j * n)
-        array = self.array(start, j)
+        array = self.array(start, j, asks)
         return seen if array is None else seen & array
 
     def kept(self, start: Index, j: Index) -> Bool[Array, "R n"] | None:
@@ -164,29 +187,24 @@ class Walk(ABC):
         """
         listed, seen = self.visits(start), partial(self.seen, start)
         if listed is not None:
-            return self._over_list(*listed, seen, body, carry)
+            return self._over_list(listed, seen, body, carry)
         ends = self.mask.any_partial(self.block_kv)
         return self._over(self.key_range(start), ends, seen, body, carry)
 
     def _over_list(
-        self,
-        at: Callable[[Index], Index],
-        partials: Index,
-        count: Index,
-        seen: Callable[[Index], Bool[Array, "R n"]],
-        body: Step,
-        carry: Any,
+        self, listed: Listed, seen: Callable[..., Bool[Array, "R n"]], body: Step, carry: Any
     ) -> Any:
-        """Folds ``body(at(t), mask, carry)`` over a list, the first ``partials`` with a mask."""
+        """Folds ``body(i, mask, carry)`` over the tiles of a list; seen(i, asks) is a mask."""
 
         def masked(t: Index, carry: Any) -> Any:
-            return self._masked(at(t), seen, body, carry)
+            asks = None if listed.asks is None else listed.asks(t)
+            return self._masked(listed.at(t), partial(seen, asks=asks), body, carry)
 
         def full(t: Index, carry: Any) -> Any:
-            return body(at(t), None, carry)
+            return body(listed.at(t), None, carry)
 
-        carry = _loop(jnp.int32(0), partials, masked, self.typed(carry))
-        return _loop(partials, count, full, carry, self.plan.schedule.unroll)
+        carry = _loop(jnp.int32(0), listed.partials, masked, self.typed(carry))
+        return _loop(listed.partials, listed.count, full, carry, self.plan.schedule.unroll)
 
     def _masked(
         self, i: Index, seen: Callable[[Index], Bool[Array, "R n"]], body: Step, carry: Any
@@ -208,9 +226,12 @@ class Walk(ABC):
         ``mask`` is as in `over_keys`. Query tile i starts at i·block_q, and key tile j at j·n.
         """
 
-        def seen(i: Index) -> Bool[Array, "R n"]:
-            return self.seen(i * self.block_q, j)
+        def seen(i: Index, asks: Array | None = None) -> Bool[Array, "R n"]:
+            return self.seen(i * self.block_q, j, asks)
 
+        listed = self.row_visits(j)
+        if listed is not None:
+            return self._over_list(listed, seen, body, carry)
         padded = self.mask.query_lengths is not None or self.mask.query_length % self.block_q != 0
         ends = padded or self.mask.any_partial(self.block_kv)
         return self._over(self.query_range(j), ends, seen, body, carry)

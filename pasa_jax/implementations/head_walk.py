@@ -24,7 +24,7 @@ from pasa_jax.core.operands import Factors, Operands, fold_heads
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import HeadFacts, Known, prepare, prepare_known
 from pasa_jax.core.visits import Visits, visits
-from pasa_jax.core.walk import Walk
+from pasa_jax.core.walk import Listed, Walk
 
 if TYPE_CHECKING:
     from pasa_jax.core.shapes import Bool, Float, Shaped
@@ -172,7 +172,7 @@ class HeadWalk(Walk):
             extra["weights"] = jnp.where(tail, blocks.tail_weights, blocks.weights)
         return tile.key_tile(k, v, usable, self.numerics, value_gain=value_gain, **extra)
 
-    def visits(self, start: Index) -> tuple[Callable[[Index], Index], Index, Index] | None:
+    def visits(self, start: Index) -> Listed | None:
         if self.lists is None:
             return None
         i = div(start + self.block_q - 1, self.block_q)
@@ -181,9 +181,10 @@ class HeadWalk(Walk):
         def at(t: Index) -> Index:
             return lax.dynamic_index_in_dim(row, t, keepdims=False)
 
-        return at, self.lists.partial[i], self.lists.count[i]
+        return Listed(at, self.lists.partial[i], self.lists.count[i])
 
-    def array(self, start: Index, j: Index) -> Bool[Array, "R n"] | None:
+    def array(self, start: Index, j: Index, asks: Array | None = None) -> Bool[Array, "R n"] | None:
+        assert asks is None
         at, n = self.key_start(j), self.block_kv
         return self.mask.tile_array(start, self.block_q, at, n, self.groups, self.head.data)
 
