@@ -17,6 +17,7 @@ from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask, div
 from pasa_jax.core.mods import Data, Place
 from pasa_jax.core.plan import Plan
+from pasa_jax.core.tile.arrays import dot
 from pasa_jax.core.walk import Listed, Walk
 
 Array = jax.Array
@@ -212,7 +213,7 @@ class PointerWalk(Walk):
         rank = factors.q.shape[1]
         q = self.load(factors.q, self.rows_at(start), (0, rank, self.specs.rank))
         k = self.load(factors.k, self.keys_at(j), (0, rank, self.specs.rank))
-        return tile.low_rank(q[None], k[None], scalar(factors.scale).reshape(1), 1)
+        return dot(q, k, (1, 1), q.dtype) * scalar(factors.scale)
 
     def _place(self, start: Index, j: Index) -> Place:
         """Where the elements of a tile stand."""

@@ -49,6 +49,10 @@ def refusal(operands: Operands, mask: Mask, plan: Plan, vmem: int) -> str | None
     Arguments:
       vmem: bytes that a program may use.
     """
+    if mask.query_positions is not None or mask.kinds is not None or mask.mods is not None:
+        return "it has no gradient beside positions, block masks and functions"
+    if operands.factors is not None:
+        return "it has no gradient of a bias of low rank"
     sizes, bias = Sizes.of(operands, mask, plan), operands.bias
     if bias is not None:
         copies = sizes.bias_copies(operands)
@@ -223,8 +227,8 @@ class _BackwardWalk(Walk):
     def in_use(self, start: Index) -> Bool[Array, "R 1"]:
         return self.positions(start) < self.mask.valid_queries()
 
-    def seen(self, start: Index, j: Index) -> Bool[Array, "R n"]:
-        seen = super().seen(start, j)
+    def seen(self, start: Index, j: Index, asks: Array | None = None) -> Bool[Array, "R n"]:
+        seen = super().seen(start, j, asks)
         return seen & self.in_use(start) if self.mask.query_length % self.block_q else seen
 
     def query(self, start: Index) -> tile.QueryTile:
@@ -385,8 +389,7 @@ class _BackwardWalk(Walk):
             start = i * self.block_q
             row = _Columns.of(self.rows(self.columns, start))
             query = self.query(start)._replace(reference=row.m)
-            bias = self.bias(start, j)
-            s = tile.scores(query, key, nothing, seen, bias, self.numerics, with_slope=True)
+            s = self.scores(start, query, key, nothing, j, seen, with_slope=True)
             p = tile.probabilities(s, query, self.numerics).astype(wide) * row.share
             d_o = self.used(self.rows(self.refs.d_out, start), start)
             g = tile.reverse(p, s, key, query.q, k, d_o, row.delta, self.numerics)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._common import Outputs, bound
 from pallas_kernels._tpu_reference import Blocks
-from pallas_kernels._tpu_walk import LANES, Inputs, RefWalk, Specs
+from pallas_kernels._tpu_walk import LANES, Inputs, RefWalk, Specs, TileList
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.plan import Plan
@@ -31,7 +31,7 @@ def scratch_shapes(specs: Specs, plan: Plan, size: int, value_size: int) -> dict
     shapes = {"largest_key": (1, size)}
     if needs_blocks(plan):
         shapes |= Blocks.shapes(specs, size)
-    if specs.chunks > 1:
+    if specs.in_parts:
         rows = specs.groups * specs.block_q
         state = jax.eval_shape(
             partial(tile.initial_state, rows, value_size, plan.numerics(specs.key_tiles))
@@ -40,11 +40,31 @@ def scratch_shapes(specs: Specs, plan: Plan, size: int, value_size: int) -> dict
     return {name: pltpu.VMEM(shape, jnp.float32) for name, shape in shapes.items()}
 
 
+def run_listed(numbers: Ref, refs: Inputs, *rest: Ref, list_shape: Any, **options: Any) -> None:
+    """`run_program` for the grid (batch, key head, query tiles, place in a list of key tiles)."""
+    run_program(refs, *rest, tiles=TileList(numbers, list_shape), **options)
+
+
 def run_program(
-    refs: Inputs, *rest: Ref, mask: Mask, plan: Plan, specs: Specs, out_type: jnp.dtype
+    refs: Inputs,
+    *rest: Ref,
+    mask: Mask,
+    plan: Plan,
+    specs: Specs,
+    out_type: jnp.dtype,
+    first: int = 0,
+    tiles: TileList | None = None,
 ) -> None:
-    """The kernel: one program of the grid (batch, key head, query tiles, chunk of keys)."""
+    """The kernel: one program of the grid (batch, key head, query tiles, chunk of keys).
+
+    Arguments:
+      first: the query tile with which the refs begin.
+      tiles: the lists of key tiles, if the grid goes through them.
+    """
     b, h, i, c = (pl.program_id(axis) for axis in range(4))
+    t = c
+    if tiles is not None:
+        c = tiles.tile(b, h, i, t)
     by_bound = plan.storage is tile.Storage.BOUND
     names = list(scratch_shapes(specs, plan, 1, 1))
     outs, scratch = (
@@ -62,19 +82,20 @@ def run_program(
         block_q=specs.block_q,
         value_size=refs.value.shape[-1],
         refs=refs,
+        entry=b,
         head=h,
         offset=None,
         largest_key=None if by_bound else scratch["largest_key"],
         kappa=None if blocks is None else blocks.kappa,
         chunk_tiles=specs.chunk_tiles,
-        chunk=c if specs.chunks > 1 else 0,
+        chunk=c if specs.in_parts else 0,
     )
     program = Program(walk, blocks if by_bound else None, outs, out_type)
     if blocks is not None:
-        first = i == 0 if specs.chunks == 1 else i >= 0
-        _where(first, specs.programs, lambda: blocks.fill(walk, specs))
-    if specs.chunks > 1:
-        program.run_chunk(i * specs.block_q, specs.chunks, scratch)
+        once = i == 0 if not specs.in_parts else i >= 0
+        _where(once, specs.programs, lambda: blocks.fill(walk, specs))
+    if specs.in_parts:
+        program.run_part((i + first) * specs.block_q, i, t, tiles, scratch)
         return
     starts = walk.static_starts()
     if starts is None:
@@ -125,8 +146,15 @@ class Program:
                 needed = start < self.walk.mask.query_length
             tile_of() if needed is None else pl.when(needed)(tile_of)
 
-    def run_chunk(self, start: Index, chunks: int, scratch: dict[str, Ref]) -> None:
-        """Folds one chunk of keys into the state of the query tile at ``start``, in scratch."""
+    def run_part(
+        self, start: Index, i: Index, t: Array, tiles: TileList | None, scratch: dict[str, Ref]
+    ) -> None:
+        """Folds one part of the keys into the state of the query tile at ``start``, in scratch.
+
+        Arguments:
+          i, t: the program's query tile, and which of its parts of the keys is there.
+          tiles: the lists of key tiles; None: the part is a chunk.
+        """
         walk = self.walk
         refs = tile.State(*(scratch[name] for name in tile.State._fields))
 
@@ -137,9 +165,9 @@ class Program:
                 walk.largest_key[...] = jnp.zeros_like(walk.largest_key)
             self.outs.flag[...] = jnp.zeros_like(self.outs.flag)
 
-        def fold() -> None:
+        def fold(absorb: Callable[..., tuple[tile.State, Array]]) -> None:
             carry = tile.State(*(ref[...] for ref in refs)), jnp.float32(0)
-            state, _ = walk.absorb(start, walk.query(start), carry)
+            state, _ = absorb(walk.query(start), carry)
             for ref, x in zip(refs, state, strict=True):
                 ref[...] = x
 
@@ -147,9 +175,18 @@ class Program:
             state = tile.State(*(ref[...] for ref in refs))
             self._finish(walk, start, 0, walk.query(start), state)
 
-        pl.when(walk.chunk == 0)(begin)
-        fold()
-        pl.when(walk.chunk == chunks - 1)(finish)
+        pl.when(t == 0)(begin)
+        if tiles is None:
+            fold(partial(walk.absorb, start))
+        else:
+            row = tiles.row(walk.entry, walk.head, i)
+            partials, count = tiles.numbers[row], tiles.numbers[row + 1]
+            asks = (tiles.numbers[row + 2 + t] & 1) != 0
+            masked = partial(walk.absorb_tile, start, walk.chunk, asks)
+            whole = partial(walk.absorb_tile, start, walk.chunk, None)
+            pl.when(t < partials)(partial(fold, masked))
+            pl.when((t >= partials) & (t < count))(partial(fold, whole))
+        pl.when(t == pl.num_programs(3) - 1)(finish)
 
     def _todo(self, t: int) -> Array:
         assert self.walk.refs.todo is not None

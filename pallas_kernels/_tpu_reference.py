@@ -47,7 +47,7 @@ class Blocks:
 
     def fill(self, walk: RefWalk, specs: Specs) -> None:
         """Looks at all keys and values of the head, or of the chunk."""
-        if specs.chunks == 1:
+        if not specs.in_parts:
             self.kappa[...] = jnp.zeros_like(self.kappa)
             self.value[...] = jnp.zeros_like(self.value)
         first = walk.chunk * specs.chunk_tiles

@@ -12,11 +12,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._common import narrowed
+from pallas_kernels._common import Lists, as_given, narrowed
 from pallas_kernels._float16 import from_bits
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, KeyRange, Mask, div, maximum, minimum
-from pasa_jax.core.operands import Operands
+from pasa_jax.core.mods import Data, Place
+from pasa_jax.core.operands import Factors, Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import find_target
 from pasa_jax.core.walk import Walk
@@ -32,6 +33,10 @@ MATRIX_ROWS = 16
 # The share of VMEM that a program may use. XLA has arrays of its own in the rest. The compiler is
 # given no more than the call needs, and some for registers that do not fit.
 _VMEM_SHARE = 0.75
+
+
+# So many key tiles of a head are gone through without a list.
+_FEW_TILES = 4
 
 
 # How many scores the straight-line bodies of one kernel may compute: they cost compile time.
@@ -54,6 +59,8 @@ class Specs:
       programs: of one head.
       block_kv, key_tiles: keys of a tile, and how many tiles a head has.
       chunk_tiles: key tiles that lie in VMEM at once: all of a head, if they fit.
+      listed: whether the fourth axis of the grid goes through lists of key tiles, one at a time,
+        instead of through all chunks of the keys.
       transposed: whether rows lie along lanes. The rows of each query head must then fill whole
         vectors, or be the only ones, and more than one: Mosaic refuses a product with one column.
     """
@@ -66,6 +73,7 @@ class Specs:
     programs: int
     key_tiles: int
     chunk_tiles: int
+    listed: bool
     transposed: bool
     bytes: int
 
@@ -81,6 +89,9 @@ class Specs:
         block_kv = plan.schedule.block_kv
         key_tiles = chunk_tiles = -(-mask.key_length // block_kv)
         bytes_of = partial(_bytes, o, mask, plan, groups * block_q)
+        listed = mask.listed and (mask.kinds is not None or key_tiles > _FEW_TILES)
+        if listed:
+            tiles = chunk_tiles = 1
         if bytes_of(tiles, chunk_tiles) > vmem(plan):
             tiles = 1
         while bytes_of(tiles, chunk_tiles) > vmem(plan) and chunk_tiles > 1:
@@ -94,6 +105,7 @@ class Specs:
             -(-length // (block_q * tiles)),
             key_tiles,
             chunk_tiles,
+            listed,
             wide_matrix and (block_q % LANES == 0 or groups == 1 < block_q),
             bytes_of(tiles, chunk_tiles),
         )
@@ -107,6 +119,11 @@ class Specs:
     def chunks(self) -> int:
         """Of a head's keys."""
         return -(-self.key_tiles // self.chunk_tiles)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the keys of a head come one part after another: in chunks, or by lists."""
+        return self.listed or self.chunks > 1
 
     @property
     def query_tiles(self) -> int:
@@ -184,18 +201,64 @@ class Inputs(NamedTuple):
     array: Any = None  # [B|1, K|1, G|1, T|1, S|1] int8
     query_segments: Any = None  # [B, T, 1]; transposed [B, 1, T]
     key_segments: Any = None  # [B, 1, S]; transposed [B, S, 1]
+    query_positions: Any = None  # as segments
+    key_positions: Any = None
+    factors: Any = None  # Factors of [B|1, K|1, G|1, T, R], [B|1, K|1, G|1, S, R], [B|1, N|1]
+    # Of the functions of the caller: the numbers of batch entries and heads, and `Data`.
+    entries: Any = None  # [B]
+    heads: Any = None  # [N]
+    query_data: Any = None  # each [B|1, K|1, G|1, T, 1]; transposed [B|1, K|1, G|1, 1, T]
+    key_data: Any = None  # each [B|1, K|1, G|1, 1, S]; transposed [B|1, K|1, G|1, S, 1]
+    head_data: Any = None  # each [B|1, N|1]
     query_lengths: Any = None  # [B]
     key_lengths: Any = None  # [B]
     todo: Any = None  # [B, K, query tiles] int32, 0 for tiles that are left out; None: all are done
 
 
-def block_specs(x: Inputs, specs: Specs, mask: Mask) -> Inputs:
+class TileList(NamedTuple):
+    """`Lists` as one array of SMEM: for each query tile how many of its key tiles need a mask, how
+    many it visits, and which: 2·tile + whether a block mask's function is asked.
+
+    Arguments:
+      numbers: [B|1 · K|1 · query tiles · (2 + key tiles)] int32.
+      shape: (B|1, K|1, query tiles, key tiles)
+    """
+
+    numbers: Any
+    shape: tuple[int, int, int, int]
+
+    @staticmethod
+    def of(lists: Lists) -> TileList:
+        order = 2 * lists.order if lists.asks is None else 2 * lists.order + lists.asks
+        parts = [lists.partial[..., None], lists.count[..., None], order]
+        return TileList(jnp.concatenate(parts, axis=-1).reshape(-1), lists.order.shape)
+
+    def row(self, b: Index, h: Index, i: Index) -> Index:
+        """Where the numbers of a query tile start."""
+        batch, heads, rows, columns = self.shape
+        place = (b if batch > 1 else 0) * heads + (h if heads > 1 else 0)
+        return (place * rows + i) * (2 + columns)
+
+    def tile(self, b: Index, h: Index, i: Index, t: Index) -> Array:
+        """The t-th key tile that a query tile visits; beyond, the last one."""
+        return div(self.numbers[self.row(b, h, i) + 2 + t], 2)
+
+
+def block_specs(x: Inputs, specs: Specs, mask: Mask, list_shape: Any) -> Inputs:
+    """The blocks of one program.
+
+    Arguments:
+      list_shape: of the `TileList` that index maps are given as their last argument, if there is
+        one.
+    """
     keys = specs.chunk_tiles * specs.block_kv
 
-    def chunk(i: Array, c: Array) -> Any:
+    def chunk(b: Array, h: Array, i: Array, c: Array, *numbers: Ref) -> Any:
         """The chunk that a program reads: of those that its mask skips by position, the nearest
-        that it does not skip, which is there already.
+        that it does not skip, which is there already; or the next in its list.
         """
+        if specs.listed:
+            return TileList(numbers[0], list_shape).tile(b, h, i, c)
         if specs.chunks == 1:
             return 0
         by_position = replace(mask, query_lengths=None, key_lengths=None)
@@ -206,50 +269,63 @@ def block_specs(x: Inputs, specs: Specs, mask: Mask) -> Inputs:
         last = div(maximum(seen.hi - 1, 0), specs.chunk_tiles)
         return minimum(maximum(c, div(seen.lo, specs.chunk_tiles)), last)
 
-    def broadcast(x: Array | None) -> pl.BlockSpec | None:
+    def block(x: Array | None, *axes: str) -> pl.BlockSpec | None:
+        """A block of x, by what its axes are: "b", "k" with the grid, "rows", "keys" in pieces, and
+        others whole; an axis of size 1 is shared.
+        """
         if x is None:
             return None
-        block = (1, 1, x.shape[2])
-        block += (specs.rows if x.shape[3] > 1 else 1, keys if x.shape[4] > 1 else 1)
-        several = [int(n > 1) for n in x.shape]
-        return pl.BlockSpec(
-            block,
-            lambda b, h, i, c: (
-                b * several[0],
-                h * several[1],
-                0,
-                i * several[3],
-                chunk(i, c) * several[4],
-            ),
+        sides = {"b": 1, "k": 1, "rows": specs.rows, "keys": keys}
+        shape = tuple(
+            1 if n == 1 and a in ("rows", "keys") else sides.get(a, n)
+            for n, a in zip(x.shape, axes, strict=True)
         )
 
-    def only(x: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
-        return None if x is None else spec
+        def index(b: Array, h: Array, i: Array, c: Array, *numbers: Ref) -> tuple[Any, ...]:
+            place = {"b": b, "k": h, "rows": i}
+            if "keys" in axes:
+                place["keys"] = chunk(b, h, i, c, *numbers)
+            return tuple(
+                place.get(a, 0) if n > 1 else 0 for n, a in zip(x.shape, axes, strict=True)
+            )
 
-    def of_keys(x: Array) -> pl.BlockSpec:
-        block = (1, 1, keys, x.shape[-1])
-        return pl.BlockSpec(block, lambda b, h, i, c: (b, h, chunk(i, c), 0))
+        return pl.BlockSpec(shape, index)
 
+    def scalars(x: Any) -> Any:
+        return jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.SMEM), x)
+
+    def each(x: Any, *axes: str) -> Any:
+        return jax.tree.map(lambda leaf: block(leaf, *axes), x)
+
+    of_rows, of_keys = ("rows", "one"), ("one", "keys")
     if specs.transposed:
-        query_segments = pl.BlockSpec((1, 1, specs.rows), lambda b, h, i, c: (b, 0, i))
-        key_segments = pl.BlockSpec((1, keys, 1), lambda b, h, i, c: (b, chunk(i, c), 0))
-    else:
-        query_segments = pl.BlockSpec((1, specs.rows, 1), lambda b, h, i, c: (b, i, 0))
-        key_segments = pl.BlockSpec((1, 1, keys), lambda b, h, i, c: (b, 0, chunk(i, c)))
-    scalars = partial(only, spec=pl.BlockSpec(memory_space=pltpu.SMEM))
-
+        of_rows, of_keys = ("one", "rows"), ("keys", "one")
+    lead = ("b", "k", "g")
+    factors = None
+    if x.factors is not None:
+        factors = Factors(
+            block(x.factors.q, *lead, "rows", "r"),
+            block(x.factors.k, *lead, "keys", "r"),
+            scalars(x.factors.scale),
+        )
     return Inputs(
-        query=pl.BlockSpec(
-            (1, 1, specs.groups, specs.rows, x.query.shape[-1]), lambda b, h, i, c: (b, h, 0, i, 0)
-        ),
-        key=of_keys(x.key),
-        value=of_keys(x.value),
+        query=block(x.query, *lead, "rows", "d"),
+        key=block(x.key, "b", "k", "keys", "d"),
+        value=block(x.value, "b", "k", "keys", "e"),
         scale=scalars(x.scale),
-        bias=broadcast(x.bias),
+        bias=block(x.bias, *lead, "rows", "keys"),
         sinks=scalars(x.sinks),
-        array=broadcast(x.array),
-        query_segments=only(x.query_segments, query_segments),
-        key_segments=only(x.key_segments, key_segments),
+        array=block(x.array, *lead, "rows", "keys"),
+        query_segments=block(x.query_segments, "b", *of_rows),
+        key_segments=block(x.key_segments, "b", *of_keys),
+        query_positions=block(x.query_positions, "b", *of_rows),
+        key_positions=block(x.key_positions, "b", *of_keys),
+        factors=factors,
+        entries=scalars(x.entries),
+        heads=scalars(x.heads),
+        query_data=each(x.query_data, *lead, *of_rows),
+        key_data=each(x.key_data, *lead, *of_keys),
+        head_data=scalars(x.head_data),
         query_lengths=scalars(x.query_lengths),
         key_lengths=scalars(x.key_lengths),
         todo=scalars(x.todo),
@@ -271,6 +347,7 @@ class RefWalk(Walk):
     """
 
     refs: Inputs
+    entry: Index
     head: Index
     offset: int | None
     largest_key: Ref | None
@@ -307,6 +384,24 @@ class RefWalk(Walk):
             return None
         scores = sum(r.hi - r.lo for r in ranges) * self.groups * self.block_q * self.block_kv
         return starts if scores <= STRAIGHT_SCORES else None
+
+    def absorb_tile(
+        self,
+        start: Index,
+        j: Index,
+        asks: Array | None,
+        query: tile.QueryTile,
+        carry: tuple[tile.State, Array],
+    ) -> tuple[tile.State, Array]:
+        """``carry`` after key tile j, for the rows at ``start``.
+
+        Arguments:
+          asks: as in `Listed`; None: the tile is seen whole.
+        """
+        fold = partial(self.fold, start, query)
+        if asks is None:
+            return fold(j, None, carry)
+        return self.masked_step(j, partial(self.seen, start, asks=asks), fold, carry)
 
     def query(self, start: Index) -> tile.QueryTile:
         q = from_bits(self.refs.query[0, 0, :, self.rows_at])
@@ -371,30 +466,122 @@ class RefWalk(Walk):
         return None if self.refs.bias is None else self._tile_of(self.refs.bias, j)
 
     def array(self, start: Index, j: Index, asks: Array | None = None) -> Array | None:
-        seen = None
+        conditions: list[Array] = []
         if self.refs.query_segments is not None:
-            seen = self._same_segment(j)
+            q, k = self._sides(self.refs.query_segments, self.refs.key_segments, j)
+            conditions.append(self._for_groups(q == k))
+        if self.refs.query_positions is not None:
+            q, k = self._sides(self.refs.query_positions, self.refs.key_positions, j)
+            conditions.append(self._for_groups(self.mask.by_position(q, k)))
         if self.refs.array is not None:
-            array = self._tile_of(self.refs.array, j) != 0
-            seen = array if seen is None else seen & array
+            conditions.append(self._tile_of(self.refs.array, j) != 0)
+        mods = self.mask.mods
+        if mods is not None and mods.mask_mod is not None:
+            conditions.append(mods.shows(mods.mask_mod, self._place(start, j), self._data(j)))
+        if mods is not None and mods.block_mod is not None and asks is not None:
+            shown = mods.shows(mods.block_mod, self._place(start, j), self._data(j))
+            conditions.append(shown | ~asks)
+        seen = None
+        for x in conditions:
+            seen = x if seen is None else seen & x
         return seen
 
-    def _same_segment(self, j: Index) -> Array:
+    def _sides(self, query: Ref, key: Ref, j: Index) -> tuple[Array, Array]:
+        """What belongs to the rows and to the keys of a tile, of numbers of the batch entry; they
+        broadcast to [G, block_q, n], or to [n, block_q] where tiles are transposed.
+        """
         if self.transposed:
-            q = self.refs.query_segments[0, :, self.rows_at]
-            seen = self.refs.key_segments[0, self.keys_at(j)] == q
-            return seen if self.groups == 1 else jnp.tile(seen, (1, self.groups))
-        q = self.refs.query_segments[0, self.rows_at]
-        k = self.refs.key_segments[0, :, self.keys_at(j)]
-        return self._rows(jnp.broadcast_to((q == k)[None], self._shape))
+            return query[0, :, self.rows_at], key[0, self.keys_at(j)]
+        return query[0, self.rows_at], key[0, :, self.keys_at(j)]
+
+    def _for_groups(self, x: Array) -> Array:
+        """[R, n] of x [block_q, n], which all query heads share; or [n, R] of [n, block_q]."""
+        if self.transposed:
+            x = jnp.broadcast_to(x, (self.block_kv, self.block_q))
+            return x if self.groups == 1 else jnp.tile(x, (1, self.groups))
+        return self._rows(jnp.broadcast_to(x[None], self._shape))
+
+    def modified(self, start: Index, j: Index) -> tile.Modify | None:
+        mods = self.mask.mods
+        if mods is None or mods.score_mod is None:
+            return None
+        place, data = self._place(start, j), self._data(j)
+        return lambda score: mods.scored(score, place, data)
+
+    def _place(self, start: Index, j: Index) -> Place:
+        """Where the elements of a tile stand."""
+        shape, axis = ((self.block_kv, 1), 0) if self.transposed else ((1, self.block_kv), 1)
+        column = self.key_start(j) + lax.broadcasted_iota(jnp.int32, shape, axis)
+        b = jnp.full((1, 1), self.refs.entries[self.entry])
+        h = self._per_head([self.refs.heads[self.head * self.groups + g] for g in self._heads])
+        return Place(b, h, self.positions(start), column)
+
+    def _data(self, j: Index) -> Data:
+        """What the functions are given at a tile."""
+        assert self.mask.mods is not None
+        data = Data(
+            tuple(map(self._of_rows, self.refs.query_data)),
+            tuple(self._of_keys(x, j) for x in self.refs.key_data),
+            tuple(self._per_head(self._head_numbers(x)) for x in self.refs.head_data),
+        )
+        return as_given(self.mask.mods, data)
+
+    @property
+    def _heads(self) -> range:
+        return range(self.groups)
+
+    def _head_numbers(self, ref: Ref) -> list[Array]:
+        """The numbers of the query heads, of a ref [B|1, N|1] in SMEM."""
+        b = self.entry if ref.shape[0] > 1 else 0
+        first = self.head * self.groups
+        return [ref[b, first + g if ref.shape[1] > 1 else 0] for g in self._heads]
+
+    def _per_head(self, numbers: list[Array]) -> Array:
+        """[R, 1], or [1, R], of one number for each query head."""
+        shape, axis = ((1, self.block_q), 1) if self.transposed else ((self.block_q, 1), 0)
+        columns = [jnp.full(shape, x) for x in numbers]
+        return jnp.concatenate(columns, axis=axis) if len(columns) > 1 else columns[0]
+
+    def _of_rows(self, ref: Ref) -> Array:
+        """[R, 1], or [1, R], of a block [1, 1, G|1, rows, 1], or [1, 1, G|1, 1, rows]."""
+        axis = 1 if self.transposed else 0
+        at = (slice(None), self.rows_at) if self.transposed else (self.rows_at, slice(None))
+        columns = [ref[(0, 0, g if ref.shape[2] > 1 else 0, *at)] for g in self._heads]
+        return jnp.concatenate(columns, axis=axis) if len(columns) > 1 else columns[0]
+
+    def _of_keys(self, ref: Ref, j: Index) -> Array:
+        """[1, n], or [n, 1], of a block [1, 1, G|1, 1, keys], or [1, 1, G|1, keys, 1]; with R in
+        the place of 1 where query heads differ.
+        """
+        keys = self.keys_at(j)
+        at = (keys, slice(None)) if self.transposed else (slice(None), keys)
+        columns = [ref[(0, 0, g, *at)] for g in range(ref.shape[2])]
+        if len(columns) == 1:
+            return columns[0]
+        wide = (self.block_kv, self.block_q) if self.transposed else (self.block_q, self.block_kv)
+        return jnp.concatenate(
+            [jnp.broadcast_to(x, wide) for x in columns], axis=1 if self.transposed else 0
+        )
+
+    def low_rank(self, start: Index, j: Index) -> Array | None:
+        factors = self.refs.factors
+        if factors is None:
+            return None
+        of_heads = []
+        for g, scale in zip(self._heads, self._head_numbers(factors.scale), strict=True):
+            q, k = (
+                x[0, 0, g if x.shape[2] > 1 else 0, at]
+                for x, at in ((factors.q, self.rows_at), (factors.k, self.keys_at(j)))
+            )
+            of_heads.append(tile.outer(q, k, self.numerics) * scale)
+        axis = 1 if self.transposed else 0
+        return jnp.concatenate(of_heads, axis=axis) if len(of_heads) > 1 else of_heads[0]
 
     def sinks(self) -> Array | None:
         if self.refs.sinks is None:
             return None
         first = self.head * self.groups
-        shape, axis = ((1, self.block_q), 1) if self.transposed else ((self.block_q, 1), 0)
-        columns = [jnp.full(shape, self.refs.sinks[first + g]) for g in range(self.groups)]
-        return jnp.concatenate(columns, axis=axis) if len(columns) > 1 else columns[0]
+        return self._per_head([self.refs.sinks[first + g] for g in self._heads])
 
     @property
     def _shape(self) -> tuple[int, int, int]:

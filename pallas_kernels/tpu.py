@@ -22,6 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import _tpu_backward
 from pallas_kernels._common import (
     Outputs,
+    block_refusal,
+    given_data,
+    lists_of,
     narrowed,
     refusal,
     repaired,
@@ -30,11 +33,18 @@ from pallas_kernels._common import (
     without_arrays,
 )
 from pallas_kernels._float16 import to_bits
-from pallas_kernels._tpu_program import AGAIN, needs_blocks, run_program, scratch_shapes
+from pallas_kernels._tpu_program import (
+    AGAIN,
+    needs_blocks,
+    run_listed,
+    run_program,
+    scratch_shapes,
+)
 from pallas_kernels._tpu_walk import (
     LANES,
     Inputs,
     Specs,
+    TileList,
     bias_per_head,
     block_specs,
     grouped,
@@ -44,7 +54,7 @@ from pallas_kernels._tpu_walk import (
 from pasa_jax.core import tile
 from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
-from pasa_jax.core.operands import Operands, Result, Wanted
+from pasa_jax.core.operands import Factors, Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import MIB, find_target
 
@@ -62,9 +72,9 @@ def adapt(plan: Plan) -> Plan:
     target = find_target(plan.schedule.target)
     if not plan.explicit_precision:
         precision = plan.precision
-        if plan.shift == "auto":
+        if plan.shift == "auto" and not plan.modified:
             plan = replace(plan, shift="bound")
-        if plan.shift == "bound" or precision.scores not in target.vector_types:
+        if plan.shift in ("auto", "bound") or precision.scores not in target.vector_types:
             narrow = precision.probabilities == "bfloat16"
             probabilities = "bfloat16" if narrow else "float32"
             precision = replace(precision, scores="float32", probabilities=probabilities)
@@ -87,18 +97,23 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     reason = refusal(operands, mask, plan, "TPUs have no float64")
     if reason is not None:
         return reason
-    if mask.query_positions is not None or mask.kinds is not None or mask.mods is not None:
-        return "it has no positions, block masks and functions"
-    if operands.factors is not None:
-        return "it has no bias of low rank"
     if "float16" in (*stored, precision.statistics, precision.accumulator):
         return "Mosaic has no float16: store scores in bfloat16 or float32"
     if plan.shift == "paper":
         return "the shift 'paper' multiplies float16 matrices, which Mosaic refuses"
     specs = Specs.of(operands, mask, plan)
-    tiled = (mask.array, mask.query_segments, operands.bias)
+    if specs.listed and plan.shift == "mean_past":
+        return "'mean_past' needs the keys in order, which lists of tiles do not keep"
+    kinds = mask.kinds
+    if kinds is not None and kinds.shape[1] > 1 and specs.groups > 1:
+        return "query heads that share keys must share a block mask too"
+    reason = block_refusal(mask, specs.block_q, specs.block_kv)
+    if reason is not None:
+        return reason
+    tiled = (mask.array, mask.query_segments, mask.query_positions, operands.bias)
+    tiled += (*jax.tree.leaves((mask.mods, operands.factors)),)
     if specs.key_tiles > 1 and specs.block_kv % LANES and any(x is not None for x in tiled):
-        return f"block_kv must be a multiple of {LANES} beside a bias, an array or segments"
+        return f"block_kv must be a multiple of {LANES} beside data and functions"
     limit = vmem(plan)
     if specs.bytes > limit:
         return f"a tile with its queries and keys wants {specs.bytes} bytes of VMEM's {limit}"
@@ -158,10 +173,13 @@ def _kernels(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> t
 
 
 def _fitting(operands: Operands, mask: Mask, plan: Plan) -> Plan:
-    """``plan`` with a running maximum where the keys of a head come in chunks: references would
-    need all of them first.
+    """``plan`` with a running maximum where references would need what is not known first: all
+    keys of a head, which may come in parts, which blocks a row sees, or a bias.
     """
-    return plan.unproved if Specs.of(operands, mask, plan).chunks > 1 else plan
+    in_parts = Specs.of(operands, mask, plan).in_parts
+    if in_parts or not mask.interval_known or operands.factors is not None or plan.modified:
+        return plan.unproved
+    return plan
 
 
 def _rest(
@@ -204,7 +222,9 @@ def _call(
       todo: [B, K, tiles] bool, the tiles to compute; the others hold anything. None: all.
     """
     specs = Specs.of(operands, mask, plan)
-    inputs = _inputs(operands, mask, plan, specs)
+    inputs, lists, first = _inputs(operands, mask, plan, specs), None, 0
+    if specs.listed:
+        lists = lists_of(mask, specs.block_q, specs.block_kv, specs.groups)
     if todo is not None:
         inputs = inputs._replace(todo=todo.astype(jnp.int32))
     # Mosaic never contracts. XLA, which runs the repair and the gradient, may.
@@ -220,30 +240,40 @@ def _call(
     column = shape((*heads, 1, t), jnp.float32)
     flag = shape((b, specs.heads, specs.query_tiles, 1, LANES), jnp.float32)
     out_block = pl.BlockSpec(
-        (1, 1, specs.groups, specs.rows, e), lambda b, h, i, c: (b, h, 0, i, 0)
+        (1, 1, specs.groups, specs.rows, e), lambda b, h, i, *_: (b, h, 0, i, 0)
     )
     column_block = pl.BlockSpec(
-        (1, 1, specs.groups, 1, specs.rows), lambda b, h, i, c: (b, h, 0, 0, i)
+        (1, 1, specs.groups, 1, specs.rows), lambda b, h, i, *_: (b, h, 0, 0, i)
     )
-    flag_block = pl.BlockSpec((1, 1, specs.tiles, 1, LANES), lambda b, h, i, c: (b, h, i, 0, 0))
+    flag_block = pl.BlockSpec((1, 1, specs.tiles, 1, LANES), lambda b, h, i, *_: (b, h, i, 0, 0))
     scratch = scratch_shapes(specs, kernel_plan, operands.key.shape[-1], e)
     # What the first program of a head finds out is for the others: they follow it on its core.
     follows = needs_blocks(plan) and specs.programs > 1
+    tiles = None if lists is None else TileList.of(lists)
+    list_shape = None if tiles is None else tiles.shape
+    steps: Any = specs.chunks
+    if lists is not None and not plan.interpret:  # the interpreter takes no bound from the device
+        steps = jnp.maximum(jnp.max(lists.count), 1)
+    body = partial(
+        run_program if tiles is None else partial(run_listed, list_shape=list_shape),
+        mask=without_arrays(mask),
+        plan=kernel_plan,
+        specs=specs,
+        out_type=out_type,
+        first=first,
+    )
     call = pl.pallas_call(
-        partial(
-            run_program,
-            mask=without_arrays(mask),
-            plan=kernel_plan,
-            specs=specs,
-            out_type=out_type,
-        ),
-        grid=(b, specs.heads, specs.programs, specs.chunks),
-        in_specs=(block_specs(inputs, specs, mask),),
-        out_specs=Outputs.of(
-            wanted, out_block, flag_block, column_block, None if half else out_block
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=0 if tiles is None else 1,
+            grid=(b, specs.heads, specs.programs, steps),
+            in_specs=(block_specs(inputs, specs, mask, list_shape),),
+            out_specs=Outputs.of(
+                wanted, out_block, flag_block, column_block, None if half else out_block
+            ),
+            scratch_shapes=list(scratch.values()),
         ),
         out_shape=Outputs.of(wanted, out, flag, column, None if half else out),
-        scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(
                 "parallel",
@@ -257,7 +287,7 @@ def _call(
         name="pasa_tpu",
     )
     with jax.enable_x64(False):  # Pallas' compilers have no 64-bit loop counters
-        outs = call(inputs)
+        outs = call(inputs) if tiles is None else call(tiles.numbers, inputs)
 
     def rows(x: Array | None) -> Any:  # [B, K, G, T, E] -> [B, T, N, E]
         return None if x is None else jnp.swapaxes(x.reshape(b, -1, *x.shape[3:]), 1, 2)
@@ -274,11 +304,17 @@ def _call(
 
 def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
     array = None if mask.array is None else mask.array.astype(jnp.int8)
+    # Rows lie along sublanes and keys along lanes; the other way round where tiles are transposed.
+    of_rows, of_keys = (-2, -1) if specs.transposed else (-1, -2)
 
     def along(x: Array | None, axis: int) -> Array | None:
         return None if x is None else jnp.expand_dims(x, axis)
 
-    return Inputs(
+    def by_head(x: Array, axis: int) -> Any:  # [B|1, N|1, L]
+        split = per_head(x[..., None], specs.heads)
+        return None if split is None else along(split[..., 0], axis)
+
+    inputs = Inputs(
         query=to_bits(grouped(o.query, specs.heads)),
         key=to_bits(jnp.swapaxes(o.key, 1, 2)),
         value=to_bits(jnp.swapaxes(o.value, 1, 2)),
@@ -286,8 +322,23 @@ def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         bias=bias_per_head(o.bias, specs.heads),
         sinks=narrowed(o.sinks),
         array=per_head(array, specs.heads),
-        query_segments=along(mask.query_segments, 1 if specs.transposed else 2),
-        key_segments=along(mask.key_segments, 2 if specs.transposed else 1),
+        query_segments=along(mask.query_segments, of_rows),
+        key_segments=along(mask.key_segments, of_keys),
+        query_positions=along(mask.query_positions, of_rows),
+        key_positions=along(mask.key_positions, of_keys),
         query_lengths=mask.query_lengths,
         key_lengths=mask.key_lengths,
+    )
+    if o.factors is not None:
+        q, k = (per_head(x, specs.heads) for x in o.factors[:2])
+        inputs = inputs._replace(factors=Factors(q, k, o.factors.scale))
+    if mask.mods is None:
+        return inputs
+    data = given_data(mask, o)
+    return inputs._replace(
+        entries=mask.mods.entries,
+        heads=mask.mods.heads,
+        query_data=jax.tree.map(lambda x: by_head(x, of_rows), data.query),
+        key_data=jax.tree.map(lambda x: by_head(x, of_keys), data.key),
+        head_data=data.head,
     )

@@ -198,7 +198,7 @@ class Walk(ABC):
 
         def masked(t: Index, carry: Any) -> Any:
             asks = None if listed.asks is None else listed.asks(t)
-            return self._masked(listed.at(t), partial(seen, asks=asks), body, carry)
+            return self.masked_step(listed.at(t), partial(seen, asks=asks), body, carry)
 
         def full(t: Index, carry: Any) -> Any:
             return body(listed.at(t), None, carry)
@@ -206,7 +206,7 @@ class Walk(ABC):
         carry = _loop(jnp.int32(0), listed.partials, masked, self.typed(carry))
         return _loop(listed.partials, listed.count, full, carry, self.plan.schedule.unroll)
 
-    def _masked(
+    def masked_step(
         self, i: Index, seen: Callable[[Index], Bool[Array, "R n"]], body: Step, carry: Any
     ) -> Any:
         """``body(i, mask, carry)``; not where data or functions hide the whole tile."""
@@ -252,7 +252,7 @@ class Walk(ABC):
         carry, unroll = self.typed(carry), self.plan.schedule.unroll
 
         def masked(i: Index, carry: Any) -> Any:
-            return self._masked(i, seen, body, carry)
+            return self.masked_step(i, seen, body, carry)
 
         def full(i: Index, carry: Any) -> Any:
             return body(i, None, carry)

@@ -202,7 +202,7 @@ class HeadWalk(Walk):
 
     def product_of(self, factors: Factors) -> Float[Array, "R n"]:
         """[R, n] the bias of a tile from its factors."""
-        return tile.low_rank(*factors, self.groups)
+        return tile.low_rank(*factors, self.groups, self.numerics)
 
     def factors(self, start: Index, j: Index, of: Factors) -> Factors:
         """The factors of a tile: [G|1, block_q, rank], [G|1, n, rank] and [G|1]."""

@@ -9,7 +9,7 @@ Where the guard asks for it, scores are stored divided by 2^e, e one number per 
 ordinary data. The exponent is multiplied by 2^e again, so m and every offset are divided too.
 """
 
-from pasa_jax.core.tile.arrays import Guard, is_finite, low_rank, shown_by, zero_unusable
+from pasa_jax.core.tile.arrays import Guard, is_finite, low_rank, outer, shown_by, zero_unusable
 from pasa_jax.core.tile.bounds import (
     LARGEST_PRODUCT,
     LARGEST_STORED,
@@ -76,6 +76,7 @@ __all__ = [
     "lowest",
     "mean_key",
     "merge",
+    "outer",
     "overreach",
     "place_sight",
     "plain_scores",

@@ -82,19 +82,37 @@ def query_key(
     return dot(*pair, (1, 1), dtype)
 
 
+# Up to this rank a product of thin factors is a sum of outer products, without a matrix unit.
+_OUTER_RANK = 4
+
+
+def outer(
+    q: Float[Array, "R rank"], k: Float[Array, "n rank"], numerics: Numerics
+) -> Float[Array, "rows columns"]:
+    """q·kᵀ [R, n] of thin factors, in their own type; [n, R] where tiles are transposed."""
+    rows, columns = (k, q) if numerics.dialect.transposed else (q, k)
+    if q.shape[1] > _OUTER_RANK:
+        return dot(rows, columns, (1, 1), q.dtype)
+    turned = columns.T
+    total = rows[:, :1] * turned[:1]
+    for r in range(1, q.shape[1]):
+        total = total + rows[:, r : r + 1] * turned[r : r + 1]
+    return total
+
+
 def low_rank(
     q: Float[Array, "#G rows rank"],
     k: Float[Array, "#G n rank"],
     scale: Float[Array, "#G"],
     groups: int,
+    numerics: Numerics,
 ) -> Float[Array, "R n"]:
-    """scale·q·kᵀ of a tile whose query heads are stacked, in the factors' own type."""
+    """scale·q·kᵀ of a tile whose query heads are stacked."""
     rows, n = q.shape[1], k.shape[1]
     if len(k) == 1:
-        product = dot(q.reshape(-1, q.shape[2]), k[0], (1, 1), q.dtype).reshape(-1, rows, n)
+        product = outer(q.reshape(-1, q.shape[2]), k[0], numerics).reshape(-1, rows, n)
     else:
-        of_heads = [dot(q[min(g, len(q) - 1)], k[g], (1, 1), q.dtype) for g in range(groups)]
-        product = jnp.stack(of_heads)
+        product = jnp.stack([outer(q[min(g, len(q) - 1)], k[g], numerics) for g in range(groups)])
     product = product * scale[:, None, None]
     return jnp.broadcast_to(product, (groups, rows, n)).reshape(-1, n)
 
