@@ -109,6 +109,33 @@ def lists_of(
     return heads_at_once(of, batch, heads)
 
 
+def rows_of(o: Operands, mask: Mask, rows: slice) -> tuple[Operands, Mask]:
+    """Operands and a mask that hold some of the queries alone; the mask's lengths stay."""
+
+    def cut(x: Array | None, axis: int) -> Array | None:
+        if x is None or x.shape[axis] == 1:
+            return x
+        return x[(slice(None),) * axis + (rows,)]
+
+    def cut_data(data: Data) -> Data:
+        return data._replace(query=jax.tree.map(lambda x: cut(x, 2), data.query))
+
+    factors, mods = o.factors, mask.mods
+    operands = o._replace(
+        query=cut(o.query, 1),
+        bias=cut(o.bias, 2),
+        factors=None if factors is None else factors._replace(q=cut(factors.q, 2)),
+        data=cut_data(o.data),
+    )
+    return operands, replace(
+        mask,
+        query_segments=cut(mask.query_segments, 1),
+        query_positions=cut(mask.query_positions, 1),
+        array=cut(mask.array, 2),
+        mods=None if mods is None else replace(mods, data=cut_data(mods.data)),
+    )
+
+
 def given_data(mask: Mask, operands: Operands) -> Data:
     """What the functions of the caller are given, in types that kernels have."""
     if mask.mods is None:

@@ -58,7 +58,7 @@ def run_program(
     """The kernel: one program of the grid (batch, key head, query tiles, chunk of keys).
 
     Arguments:
-      first: the query tile with which the refs begin.
+      first: the row with which the refs begin.
       tiles: the lists of key tiles, if the grid goes through them.
     """
     b, h, i, c = (pl.program_id(axis) for axis in range(4))
@@ -95,7 +95,7 @@ def run_program(
         once = i == 0 if not specs.in_parts else i >= 0
         _where(once, specs.programs, lambda: blocks.fill(walk, specs))
     if specs.in_parts:
-        program.run_part((i + first) * specs.block_q, i, t, tiles, scratch)
+        program.run_part(first + i * specs.block_q, i, t, tiles, scratch)
         return
     starts = walk.static_starts()
     if starts is None:

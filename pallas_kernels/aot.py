@@ -78,7 +78,7 @@ def attention(
     def forward(q: Any, k: Any, v: Any, further: dict[str, Any]) -> Any:
         operands, all_keywords = map(turned, (q, k, v)), further | keywords | options
         if not repair:
-            out, others = _kernel_alone(kind, *operands, **all_keywords)
+            out, others = kernel_alone(kind, *operands, **all_keywords)
             return turned(out), others
         return turned(dot_product_attention(*operands, **all_keywords))
 
@@ -101,7 +101,7 @@ def attention(
     return pullback if gradient else forward, (*args, further)
 
 
-def _kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, Any]:
+def kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, Any]:
     """The kernel's own output; its log-sum-exp, and whether something would have to repair it."""
     call = canonical(*args, **keywords)
     chosen = choose(keywords["implementation"], call.operands, call.mask, call.plan)
@@ -112,7 +112,7 @@ def _kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, An
 
 
 def _gradient_alone(kind: str, *args: Any, **keywords: Any) -> tuple[Any, ...]:
-    """As `_kernel_alone`, the kernels' own pullback of the queries; the last also has the bias's
+    """As `kernel_alone`, the kernels' own pullback of the queries; the last also has the bias's
     gradient.
     """
     call = canonical(*args, **keywords)

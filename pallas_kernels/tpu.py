@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu_backward
 from pallas_kernels._common import (
+    Lists,
     Outputs,
     block_refusal,
     given_data,
@@ -29,6 +30,7 @@ from pallas_kernels._common import (
     refusal,
     repaired,
     repaired_backward,
+    rows_of,
     shape_maker,
     without_arrays,
 )
@@ -60,6 +62,9 @@ from pasa_jax.core.target import MIB, find_target
 
 Array = jax.Array
 Ref = Any
+
+# Numbers that lists may hold in SMEM, which has 1 MiB and is used by others too.
+LISTED = 160 * 1024
 
 
 def adapt(plan: Plan) -> Plan:
@@ -222,9 +227,43 @@ def _call(
       todo: [B, K, tiles] bool, the tiles to compute; the others hold anything. None: all.
     """
     specs = Specs.of(operands, mask, plan)
-    inputs, lists, first = _inputs(operands, mask, plan, specs), None, 0
-    if specs.listed:
-        lists = lists_of(mask, specs.block_q, specs.block_kv, specs.groups)
+    if not specs.listed:
+        return _program(operands, mask, plan, wanted, todo=todo)
+    lists = lists_of(mask, specs.block_q, specs.block_kv, specs.groups)
+    batch, heads, tiles, columns = lists.order.shape
+    at_once = max(1, LISTED // (batch * heads * (columns + 2)))  # query tiles whose lists fit SMEM
+    found = []
+    for first in range(0, tiles, at_once):
+        rows = slice(first * specs.block_q, (first + at_once) * specs.block_q)
+        some = jax.tree.map(lambda x: x[:, :, first : first + at_once], lists)  # noqa: B023
+        part = rows_of(operands, mask, rows) if at_once < tiles else (operands, mask)
+        found.append(_program(*part, plan, wanted, lists=some, first=rows.start))
+    if len(found) == 1:
+        return found[0]
+    results, flags = zip(*found, strict=True)
+    result = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *results)
+    return result, jnp.concatenate(flags, axis=2)
+
+
+def _program(
+    operands: Operands,
+    mask: Mask,
+    plan: Plan,
+    wanted: Wanted,
+    *,
+    todo: Array | None = None,
+    lists: Lists | None = None,
+    first: int = 0,
+) -> tuple[Result, Array]:
+    """`_call` as one program.
+
+    Arguments:
+      lists: the lists of its query tiles, where it goes through lists.
+      first: its first row. The operands and the mask's arrays hold only its rows; the mask's
+        lengths are those of the whole.
+    """
+    specs = Specs.of(operands, mask, plan)
+    inputs = _inputs(operands, mask, plan, specs)
     if todo is not None:
         inputs = inputs._replace(todo=todo.astype(jnp.int32))
     # Mosaic never contracts. XLA, which runs the repair and the gradient, may.
