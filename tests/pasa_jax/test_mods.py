@@ -25,10 +25,11 @@ from tests.gallery import BOUNDS, GALLERY, QUICKLY, Example, check, check_by_nam
 from tests.thin import only, some, some_tuples
 
 jitted = partial(jax.jit, compiler_options=QUICKLY)
-OFTEN = ("t5", "blocks of segments", "low rank")
+OFTEN = ("t5", "blocks of segments", "low rank")  # of which the gradients are looked at
+LIKE = ("causal", "sliding window", "dilated", "soft cap")  # others of the gallery do the same
 
 
-@pytest.mark.parametrize("name", GALLERY)
+@pytest.mark.parametrize("name", only([x for x in GALLERY if x not in (*OFTEN, *LIKE)], GALLERY))
 def test_lax(name):
     check_by_name(name, "float32", gradients=False, implementation="lax")
 
@@ -44,7 +45,7 @@ def test_reference(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), some_tuples(product(GALLERY, ["float16", "bfloat16"]), 15, 7)
+    ("name", "dtype"), some_tuples(product(GALLERY, ["float16", "bfloat16"]), 32, 12)
 )
 def test_in_16_bits(name, dtype):
     check_by_name(name, dtype, implementation="lax")
@@ -123,6 +124,7 @@ def test_heads_at_once(name):
     check_by_name(name, "float32", schedule=replace(TILES, batch_heads=True))
 
 
+@pytest.mark.full
 def test_sinks_and_dropout():
     """As the reference, in output and in every gradient."""
     alibi = GALLERY["alibi"]()
@@ -153,7 +155,7 @@ def small(batch=(), t=20, n=2, d=8):
     return [jnp.asarray(rng.standard_normal((*batch, 1, t, n, d)), jnp.float32) for _ in range(3)]
 
 
-def shared_loss(q, k, v, slope):
+def shared_loss(q, k, v, slope, implementation="lax"):
     out = dot_product_attention(
         q,
         k,
@@ -162,6 +164,7 @@ def shared_loss(q, k, v, slope):
         mask_mod=gallery.causal_mod,
         head_data={"slope": slope},
         schedule=SMALL,
+        implementation=implementation,
     )
     return jnp.sum(jnp.sin(out))
 
@@ -169,7 +172,7 @@ def shared_loss(q, k, v, slope):
 def test_vmap_of_gradients_under_checkpoint():
     arrays = small(batch=(3,))
     slopes = jnp.asarray([[0.1, 0.2], [0.3, 1.0], [0.0, 2.0]])
-    grad = jax.grad(shared_loss, (0, 1, 2, 3))
+    grad = jax.grad(partial(shared_loss, implementation="reference"), (0, 1, 2, 3))
     together = jitted(jax.vmap(jax.grad(jax.checkpoint(shared_loss), (0, 1, 2, 3))))
     alone = jitted(grad)
     found = together(*arrays, slopes)
@@ -267,7 +270,7 @@ def _hidden_keys() -> dict:
 
 
 @pytest.mark.parametrize(
-    "name", only(["score_mod", "block_mask"], ["mask_mod", "score_mod", "block_mask", "positions"])
+    "name", only(["score_mod"], ["mask_mod", "score_mod", "block_mask", "positions"])
 )
 @pytest.mark.parametrize("implementation", only(["lax"], ["lax", "reference"]))
 def test_what_stands_in_hidden_keys_reaches_nothing(name, implementation):
@@ -462,4 +465,5 @@ def test_joined_masks():
     either = or_masks(gallery.causal_mod, gallery.prefix_mod)(*index, **data)
     np.testing.assert_array_equal(both, (j <= i) & (j < 3))
     np.testing.assert_array_equal(either, (j <= i) | (j < 3))
-    assert bool(and_masks()(*index)) and not bool(or_masks()(*index))
+    assert bool(and_masks()(*index))
+    assert not bool(or_masks()(*index))
