@@ -203,17 +203,12 @@ def create_block_mask(
             raise wrong(name, "be a positive number", repr(x))
     size, full = _block_size(block_size), (B or 1, N or 1, T, S)
     data, trees = data_of(q_data, kv_data, head_data, full)
+    mods = Mods(mask_mod=mask_mod, trees=trees, data=data)
+    check_mask_mod("mask_mod", mods)
     constant = not jax.tree.leaves(data)
     with jax.ensure_compile_time_eval() if constant else contextlib.nullcontext():
-        mods = Mods(
-            mask_mod=mask_mod,
-            trees=trees,
-            data=data,
-            entries=jnp.arange(full[0], dtype=jnp.int32),
-            heads=jnp.arange(full[1], dtype=jnp.int32),
-        )
-        check_mask_mod("mask_mod", mods)
-        return BlockMask.from_kinds(_kinds(mods, full, size), (T, S), size, mask_mod)
+        kinds = _kinds(mods, full, size)
+        return BlockMask.from_kinds(kinds, (T, S), size, mask_mod)
 
 
 def and_masks(*mask_mods: MaskMod) -> MaskMod:
@@ -282,8 +277,8 @@ def _kinds(mods: Mods, full: tuple[int, int, int, int], size: tuple[int, int]) -
         mask_mod=mods.mask_mod,
         trees=mods.trees,
         data=data,
-        entries=mods.entries,
-        heads=mods.heads,
+        entries=jnp.arange(batch, dtype=jnp.int32),
+        heads=jnp.arange(heads, dtype=jnp.int32),
     )
 
     def ask(index: Array) -> Array:

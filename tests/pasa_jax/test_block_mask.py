@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasa_jax import BlockMask, create_block_mask, dot_product_attention
+from pasa_jax import BlockMask, and_masks, create_block_mask, dot_product_attention
 from pasa_jax.core import block_mask as module
 from tests import gallery
 from tests.cases import TILES
@@ -63,7 +63,8 @@ def test_under_jit_with_data_that_are_traced():
 
 def test_without_data_the_mask_is_constant_under_jit():
     def sparsity():
-        return jnp.float32(create_block_mask(gallery.causal_mod, None, None, T, T, 7).sparsity())
+        both = and_masks(gallery.causal_mod, gallery.causal_mod)  # which begins with a constant
+        return jnp.float32(create_block_mask(both, None, None, T, T, 7).sparsity())
 
     assert float(jax.jit(sparsity)()) == 45.0  # of ten rows of ten blocks
 
@@ -143,14 +144,19 @@ def test_whole_blocks_ask_no_function():
     np.testing.assert_allclose(out, true, atol=1e-6)
 
 
+def triangle(n: int) -> BlockMask:
+    kinds = 2 * np.tri(n, dtype=np.int8)
+    return BlockMask.from_kinds(kinds[None, None], (n, n), 1)
+
+
 def test_pictures():
     mask = create_block_mask(gallery.causal_mod, None, None, 6, 6, 2)
     assert mask.picture() == "▒░░\n█▒░\n██▒"
     assert repr(mask).startswith("BlockMask(1 × 1 heads, 6 × 6 in blocks of 2 × 2, 33.33 % hidden)")
-    large = create_block_mask(gallery.causal_mod, None, None, 66, 66, 1).picture().split("\n")
+    large = triangle(66).picture().split("\n")
     assert {len(row) for row in large} == {len(large)} == {22}  # three blocks to a mark
     assert large[1] == "█▒" + 20 * "░"
-    ragged = create_block_mask(gallery.causal_mod, None, None, 35, 35, 1).picture().split("\n")
+    ragged = triangle(35).picture().split("\n")
     assert (len(ragged), ragged[-1]) == (18, 18 * "█")
 
 
@@ -182,14 +188,10 @@ def test_a_mask_travels_through_transformations():
         np.testing.assert_allclose(together[i], attend(kinds[i]), atol=1e-6)
 
 
-def test_kinds_of_the_gallery():
-    """By blocks of 10."""
-    for name in ("dilated", "neighbourhood"):
-        example = GALLERY[name]()
-        mask_mod = example.keywords["mask_mod"]
-        mask = create_block_mask(mask_mod, None, None, example.t, example.s, 10)
-        seen = np.broadcast_to(example.seen, (1, 1, example.t, example.s))
-        np.testing.assert_array_equal(mask.kinds, kinds_of(seen, (10, 10)))
+def test_kinds_of_pixels():
+    example = GALLERY["neighbourhood"]()
+    mask = create_block_mask(gallery.neighbour_mod, None, None, example.t, example.s, 10)
+    np.testing.assert_array_equal(mask.kinds, kinds_of(example.seen[None, None], (10, 10)))
 
 
 LISTS = (np.zeros((1, 1, 2), np.int32), np.zeros((1, 1, 2, 2), np.int32))

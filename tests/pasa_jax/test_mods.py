@@ -17,7 +17,9 @@ from pasa_jax import (
     create_block_mask,
     dot_product_attention,
     explain,
+    merge,
     or_masks,
+    partial_attention,
 )
 from tests import gallery
 from tests.cases import TILES
@@ -26,7 +28,14 @@ from tests.thin import only, some, some_tuples
 
 jitted = partial(jax.jit, compiler_options=QUICKLY)
 OFTEN = ("t5", "blocks of segments", "low rank")  # of which the gradients are looked at
-LIKE = ("causal", "sliding window", "dilated", "soft cap")  # others of the gallery do the same
+LIKE = (
+    "causal",
+    "sliding window",
+    "dilated",
+    "soft cap",
+    "alibi",
+    "jagged",
+)  # others of the gallery do the same
 
 
 @pytest.mark.parametrize("name", only([x for x in GALLERY if x not in (*OFTEN, *LIKE)], GALLERY))
@@ -104,10 +113,18 @@ COMBINED = {x.__name__: x for x in (conditions, scores, biased_scores)}
 
 
 @pytest.mark.parametrize("name", only(["conditions"], COMBINED))
-@pytest.mark.parametrize("implementation", ["lax", "reference"])
-def test_beside_other_arguments(name, implementation):
-    bounds = BOUNDS["float32"]
-    check(COMBINED[name](), "float32", *bounds, implementation=implementation, schedule=TILES)
+def test_beside_other_arguments(name):
+    bound, of_gradients = BOUNDS["float32"]
+    check(COMBINED[name](), "float32", bound, of_gradients, implementation="reference")
+    options = {"implementation": "lax", "schedule": TILES}
+    check(COMBINED[name](), "float32", bound, None, **options)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", COMBINED)
+def test_gradients_beside_other_arguments(name):
+    options = {"implementation": "lax", "schedule": TILES}
+    check(COMBINED[name](), "float32", *BOUNDS["float32"], **options)
 
 
 @pytest.mark.full
@@ -169,6 +186,7 @@ def shared_loss(q, k, v, slope, implementation="lax"):
     return jnp.sum(jnp.sin(out))
 
 
+@pytest.mark.full
 def test_vmap_of_gradients_under_checkpoint():
     arrays = small(batch=(3,))
     slopes = jnp.asarray([[0.1, 0.2], [0.3, 1.0], [0.0, 2.0]])
@@ -193,8 +211,8 @@ def test_vmap_of_gradients_under_checkpoint():
             ["none", "mean", "mean_past", "reference", "paper"],
             ["neighbourhood", "alibi", "positions", "blocks of segments", "low rank"],
         ),
-        9,
-        2,
+        13,
+        8,
     ),
 )
 def test_every_shift_on_biased_keys(shift, name):
@@ -221,7 +239,6 @@ def test_bound_falls_back_to_a_running_maximum(name):
     found, running = attend(arrays, "bound", None), attend(arrays, "none", "float32")
     for x, y in zip(found, running, strict=True):
         np.testing.assert_array_equal(x, y)
-    check(example, "float16", 3e-3, None, shift="bound", schedule=TILES)
 
 
 # The finite promise.
@@ -324,6 +341,54 @@ def test_the_default_schedule_fits_the_blocks():
     found = explain(q, k, v, block_mask=mask)
     assert (found.implementation, found.schedule.block_kv) == ("lax", 8)
     assert found.schedule.block_q <= 8
+
+
+def test_positions_alone_hide_nothing():
+    """Without causality and window there is nothing that compares them."""
+    q, k, v = small()
+    attend = partial(dot_product_attention, q, k, v, implementation="reference")
+    positions = jnp.arange(20, dtype=jnp.int32)[::-1]
+    np.testing.assert_array_equal(attend(q_positions=positions), attend())
+    assert np.any(attend(q_positions=positions, is_causal=True) != attend(is_causal=True))
+
+
+@pytest.mark.parametrize(
+    "name", only(["document"], ["document", "positions", "blocks of segments"])
+)
+def test_statistics_are_of_what_is_seen(name):
+    example = GALLERY[name]()
+    arrays = example.arrays("float16")
+    options = {**example.keywords, "schedule": TILES, "return_statistics": True}
+    _, found = jitted(partial(dot_product_attention, **options))(*arrays.values())
+    q, k = (np.asarray(arrays[x], np.float64) for x in ("query", "key"))
+    scores = np.einsum("btnd,bsnd->bnts", q, np.repeat(k, 2, axis=2)) / 4
+    seen = np.broadcast_to(example.seen, scores.shape)
+    true = np.max(np.abs(np.where(seen, scores, 0)), axis=(2, 3))
+    np.testing.assert_allclose(found.max_score, true, rtol=1e-5)
+    assert np.all(true < np.max(np.abs(scores), axis=(2, 3)).max())
+
+
+@pytest.mark.full
+def test_parts_of_the_keys_add_up():
+    """Of each part the function counts its own keys; what belongs to keys goes along as data."""
+    q, k, v = small(t=40)
+    places = jnp.arange(40, dtype=jnp.int32)
+
+    def near(b, h, q, kv, q_data, kv_data):
+        return jnp.abs(q_data - kv_data) <= 12
+
+    def parts(cut):
+        return [
+            partial_attention(q, k[:, x], v[:, x], mask_mod=near, q_data=places, kv_data=places[x])
+            for x in (slice(0, cut), slice(cut, 40))
+        ]
+
+    out, lse = merge(*parts(23)).output()
+    data = {"q_data": places, "kv_data": places}
+    options = {"mask_mod": near, "implementation": "reference", "return_residual": True}
+    true_out, true_lse = dot_product_attention(q, k, v, **data, **options)
+    np.testing.assert_allclose(out, true_out, atol=3e-6)
+    np.testing.assert_allclose(lse, true_lse, atol=3e-6)
 
 
 # What goes wrong.
