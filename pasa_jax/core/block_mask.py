@@ -17,6 +17,7 @@ BlockMask(1 × 1 heads, 512 × 512 in blocks of 128 × 128, 37.50 % hidden)
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -142,8 +143,13 @@ class BlockMask:
 
     def sparsity(self) -> float:
         """How many of the blocks are hidden, in percent."""
-        seen = np.asarray(self.to_dense())
+        seen = self._numbers() != 0
         return 100.0 * (1.0 - float(seen.mean())) if seen.size else 100.0
+
+    def _numbers(self) -> np.ndarray:
+        """`kinds` in NumPy, where a program is traced too."""
+        with jax.ensure_compile_time_eval():
+            return np.asarray(self.kinds)
 
     def __repr__(self) -> str:
         (b, n, t, s), (q, k) = self.shape, self.block_size
@@ -154,7 +160,7 @@ class BlockMask:
 
     def picture(self, b: int = 0, h: int = 0) -> str:
         """The blocks of one head: █ seen whole, ▒ in part, ░ hidden; large ones drawn together."""
-        kinds = np.asarray(self.kinds)[b, h]
+        kinds = self._numbers()[b, h]
         steps = [max(1, math.ceil(x / _PICTURE)) for x in kinds.shape]
         padded = np.pad(
             kinds, [(0, -x % s) for x, s in zip(kinds.shape, steps, strict=True)], "edge"
@@ -197,20 +203,12 @@ def create_block_mask(
             raise wrong(name, "be a positive number", repr(x))
     size, full = _block_size(block_size), (B or 1, N or 1, T, S)
     data, trees = data_of(q_data, kv_data, head_data, full)
-    mods = Mods(
-        mask_mod=mask_mod,
-        trees=trees,
-        data=data,
-        entries=jnp.arange(full[0], dtype=jnp.int32),
-        heads=jnp.arange(full[1], dtype=jnp.int32),
-    )
+    mods = Mods(mask_mod=mask_mod, trees=trees, data=data)
     check_mask_mod("mask_mod", mods)
-    if jax.tree.leaves(data):
+    constant = not jax.tree.leaves(data)
+    with jax.ensure_compile_time_eval() if constant else contextlib.nullcontext():
         kinds = _kinds(mods, full, size)
-    else:
-        with jax.ensure_compile_time_eval():
-            kinds = _kinds(mods, full, size)
-    return BlockMask.from_kinds(kinds, (T, S), size, mask_mod)
+        return BlockMask.from_kinds(kinds, (T, S), size, mask_mod)
 
 
 def and_masks(*mask_mods: MaskMod) -> MaskMod:
@@ -279,8 +277,8 @@ def _kinds(mods: Mods, full: tuple[int, int, int, int], size: tuple[int, int]) -
         mask_mod=mods.mask_mod,
         trees=mods.trees,
         data=data,
-        entries=mods.entries,
-        heads=mods.heads,
+        entries=jnp.arange(batch, dtype=jnp.int32),
+        heads=jnp.arange(heads, dtype=jnp.int32),
     )
 
     def ask(index: Array) -> Array:

@@ -249,6 +249,8 @@ def _add_shared(
         total = total._replace(bias=_add_bias(total.bias, tiled, start, at))
     if total.factors is not None and head.factors is not None:
         tiled = walk.factors(start, j, head.factors)
+        # Those that are hidden may be anything; those that are seen and not finite have made d NaN.
+        tiled = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), tiled)
         (d,) = jax.vjp(walk.product_of, tiled)[1](d_scores.astype(tiled.q.dtype))
         old = total.factors
         factors = Factors(

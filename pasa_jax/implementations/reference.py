@@ -75,7 +75,7 @@ def attention(
         s = plan.logits_soft_cap * jnp.tanh(s / plan.logits_soft_cap)
     seen = _seen(mask, operands.data, batch, heads)
     if mask.mods is not None and mask.mods.score_mod is not None:
-        s = _modified(s, mask, operands.data)
+        s = _modified(jnp.where(seen, s, jnp.zeros_like(s)), mask, operands.data)
         seen = seen & shown_by(s)
     if operands.factors is not None:
         s = s + _low_rank(operands.factors, batch, heads)
@@ -142,10 +142,13 @@ def _modified(s: Float[Array, "B N T S"], mask: Mask, data: Data) -> Float[Array
 
 
 def _low_rank(factors: Factors, batch: int, heads: int) -> Float[Array, "B N T S"]:
-    """[B, N, T, S] the bias that the factors make."""
-    q, k = (jnp.broadcast_to(x, (batch, heads, *x.shape[2:])) for x in (factors.q, factors.k))
+    """[B, N, T, S] the bias that the factors make; NaN of those that are not finite."""
+    whole = [jnp.broadcast_to(x, (batch, heads, *x.shape[2:])) for x in (factors.q, factors.k)]
+    q, k = (jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in whole)
     product = jnp.einsum("bntr,bnsr->bnts", q, k, precision=jax.lax.Precision.HIGHEST)
-    return product * factors.scale[:, :, None, None]
+    of_q, of_k = (jnp.all(jnp.isfinite(x), axis=-1) for x in whole)
+    product = product * factors.scale[:, :, None, None]
+    return jnp.where(of_q[..., None] & of_k[..., None, :], product, jnp.nan)
 
 
 def _kept(mask: Mask, batch: int, heads: int, rate: float) -> Bool[Array, "B N T S"]:

@@ -27,6 +27,16 @@ def test_flax_inline_einsum():
     assert errors["PasaAttention bfloat16"] < 1e-2
 
 
+def test_low_rank_bias(capsys):
+    found = load("low_rank_bias").main(width=6, length=36, heads=2, ranks=(2, 30))
+    for name, by_rank in found.items():
+        (few, coarse), (most, fine) = by_rank[2], by_rank[30]
+        assert 0.3 < few < 0.8 < most <= 1 + 1e-9, name
+        assert fine < coarse / 2, name
+    assert found["Swin, noise 0.0"][30][1] < 2e-3
+    assert capsys.readouterr().out.count("rank  30") == 4
+
+
 @pytest.mark.full
 @pytest.mark.filterwarnings("default")
 def test_keras_on_jax(monkeypatch):

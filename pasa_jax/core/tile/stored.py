@@ -34,7 +34,7 @@ class Scores(NamedTuple):
     offset: Array | None
     slope: Array | None = None  # [R, n] derivative of the soft cap and the function of the caller
     every: bool = False  # whether every row sees every key of the tile
-    given: Array | None = None  # [R, n] what the function of the caller was given
+    given: Array | None = None  # [R, n] what the function of the caller was given, or 0 if hidden
 
     def maximum(self, numerics: Numerics) -> Column:
         """[R, 1] base + inva·offset in the product's type: the row maximum of S, or the running
@@ -134,7 +134,9 @@ def scores(
         z = z + bias
     if mask is not None:
         z = jnp.where(mask, z, jnp.full_like(z, lowest(z.dtype)))
-        slope = None if slope is None else jnp.where(mask, slope, jnp.zeros_like(slope))
+        slope, given = (
+            None if x is None else jnp.where(mask, x, jnp.zeros_like(x)) for x in (slope, given)
+        )
     if numerics.storage is Storage.BOUND:
         assert query.reference is not None
         # The exponent is as large as the gap: it is formed in float32.
