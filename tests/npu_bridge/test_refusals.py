@@ -268,11 +268,20 @@ def test_the_runner_passes_the_tilings_refusal_on(folder, program):
 
 
 @needs_compiler
-def test_sources_that_do_not_compile(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("PipeBarrier<PIPE_V>", "PipeBarrier<PIPE_W>", "PIPE_W"),
+        ("false, row == 0}", "false, (row == 0) & slot}", "narrowing conversion"),
+    ],
+)
+def test_sources_that_do_not_compile(folder, tmp_path, old, new, said):
     shutil.copytree(folder, tmp_path / "edited")
     path = tmp_path / "edited" / "pasa_attention.cpp"
-    path.write_text(path.read_text().replace("PipeBarrier<PIPE_V>", "PipeBarrier<PIPE_W>", 1))
-    with pytest.raises(EmulationError, match=r"g\+\+ refuses the sources in .*(.|\n)*PIPE_W"):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(EmulationError, match=rf"g\+\+ refuses the sources in .*(.|\n)*{said}"):
         emulation.compiled(tmp_path / "edited", flags=("-fsyntax-only",))
 
 
