@@ -44,8 +44,10 @@ def test_output_is_that_of_lax(case: Case, tmp_path: Path) -> None:
     found = emulation.run(tmp_path, inputs, program=program, policies=policies)
     assert found.complaints == []
     assert found.error <= found.tolerance
-    # A score may be rounded to the other neighbour.
-    assert found.lse_error <= max(1e-3, {"float16": 0, "bfloat16": 2**-8}[kernel.dtype])
+    # K − κ, scores and P are rounded, and not all as lax rounds them. In bfloat16 the largest error
+    # against exact attention is 1e-3, of lax too (the packed window of 91 keys: 9.2e-4, lax 1.1e-3;
+    # between the two 1.7e-3).
+    assert found.lse_error <= {"float16": 1e-3, "bfloat16": 2**-9}[kernel.dtype]
     if kernel.shift == "none":
         return  # which has nothing against a bias
     # Biased keys, whose scores of 10 000 plain float16 would store to within 4. A score may be
@@ -156,6 +158,35 @@ def test_a_packed_sequence_that_is_not_finite_touches_no_other(tmp_path: Path) -
     np.testing.assert_array_equal(found.output[others], sound.output[others])
 
 
+@pytest.mark.npu_full
+@needs_compiler
+def test_packed_sequences_are_those_of_the_unpacked_kernel(tmp_path: Path) -> None:
+    """Bit by bit, so what lax differs by has nothing to do with packing."""
+    case = CASES["packed, bottom right, window, sinks, bfloat16"]
+    kernel = replace(case.kernel(), repair=False)
+    npu_bridge.emit(kernel, tmp_path / "packed")
+    npu_bridge.emit(replace(kernel, packed=False), tmp_path / "apart")
+    inputs = emulation.problem(kernel, **case.sizes)
+    together = emulation.run(tmp_path / "packed", inputs, policies=ROUND_ROBIN)
+    program = emulation.compiled(tmp_path / "apart")
+    bounds = [np.asarray(inputs[f"{n}Offsets"]) for n in ("query", "key")]
+    compared = 0
+    for q, q_end, k, k_end in zip(*(y for x in bounds for y in (x[:-1], x[1:])), strict=True):
+        if q == q_end or k == k_end:
+            continue
+        part = {n: inputs[n][None, k:k_end] for n in ("key", "value")}
+        part |= {"query": inputs["query"][None, q:q_end], "sinks": inputs["sinks"]}
+        alone = emulation.run(tmp_path / "apart", part, program=program, policies=ROUND_ROBIN)
+        assert together.complaints == alone.complaints == []
+        np.testing.assert_array_equal(together.output[q:q_end], alone.output[0])
+        assert together.lse is not None
+        assert alone.lse is not None
+        np.testing.assert_array_equal(together.lse[q:q_end], alone.lse[0])
+        compared += 1
+    assert compared == 3
+
+
+@needs_compiler
 def test_what_a_bound_does_not_prove_is_as_by_mean(tmp_path: Path) -> None:
     """Heads with and without a proof in one call."""
     kernel = CASES["bound"].kernel()
