@@ -273,13 +273,12 @@ def test_the_host_program_checks_its_files(program, tmp_path):
     assert said.stderr == "key.bin must have 25600 bytes for [B, S, K, D] float16; it has 10\n"
 
 
-PACKED_SIZES = {"queries": (20, 0, 7), "keys": (130, 9, 0)}
 TOTALS = {"batch": 3, "heads": 2, "kv_heads": 1, "queries": 27, "keys": 139}
 
 
 @needs_compiler
 def test_the_host_program_of_packed_sequences(packed_program, tmp_path):
-    inputs = problem(PACKED, **PACKED_SIZES)
+    inputs = problem(PACKED, queries=(20, 0, 7), keys=(130, 9, 0))
     want, want_lse = expected(PACKED, inputs)
     for name, x in inputs.items():
         (tmp_path / f"{name}.bin").write_bytes(np.asarray(x).tobytes())
