@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import npu_bridge
-from npu_bridge import _api
+from npu_bridge import _api, interface
 from pasa_jax.core.errors import EmulationError, LoweringError
 from pasa_jax.core.schedule import TUNED
 
@@ -25,7 +25,7 @@ Target = Annotated[str, typer.Option(help="910b or 910_93.")]
 HeadDim = Annotated[int, typer.Option(help="D: 64, 128, 192 or 256.")]
 ValueDim = Annotated[int | None, typer.Option("--value-head-dim", help="E; default D.")]
 Dtype = Annotated[str, typer.Option(help="float16 or bfloat16.")]
-Shift = Annotated[str, typer.Option(help="none, paper, mean or reference.")]
+Shift = Annotated[str, typer.Option(help="none, paper, mean, reference, auto or bound.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Query i sees keys up to i.")]
 BottomRight = Annotated[
     bool, typer.Option("--bottom-right", help="The last query stands at the last key.")
@@ -35,6 +35,18 @@ Window = Annotated[
 ]
 SoftCap = Annotated[float | None, typer.Option(help="c of c·tanh(s/c).")]
 Bias = Annotated[str | None, typer.Option(help="Axes of a bias: BNTS, 1NTS, B1TS or 11TS.")]
+MaskAxes = Annotated[str | None, typer.Option("--mask", help="Axes of a mask of bytes, likewise.")]
+Segments = Annotated[
+    bool, typer.Option("--segments", help="A query sees the keys of its own segment.")
+]
+Sinks = Annotated[bool, typer.Option("--sinks", help="Each head has one more key, of value 0.")]
+Packed = Annotated[
+    bool, typer.Option("--packed", help="Sequences one after another; offsets say where each is.")
+]
+Repair = Annotated[
+    bool,
+    typer.Option("--repair/--no-repair", help="Whether what is not finite is computed again."),
+]
 Lengths = Annotated[bool, typer.Option("--lengths", help="Each batch entry has its own keys.")]
 Decode = Annotated[
     bool, typer.Option("--decode", help="One query; its keys are split over the cores.")
@@ -78,9 +90,14 @@ def emit(
     local_window_size: Window = None,
     logits_soft_cap: SoftCap = None,
     bias: Bias = None,
+    mask: MaskAxes = None,
+    segments: Segments = False,
+    sinks: Sinks = False,
     lengths: Lengths = False,
     return_lse: Lse = False,
+    packed: Packed = False,
     decode: Decode = False,
+    repair: Repair = True,
     precision: PrecisionOf = None,
     block_q: BlockQ = 128,
     block_kv: BlockKv = None,
@@ -98,8 +115,9 @@ def run(
     key: Annotated[Path | None, typer.Option(help=".npy, [B, S, K, D]")] = None,
     value: Annotated[Path | None, typer.Option(help=".npy, [B, S, K, E]")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the output there, .npy")] = None,
-    queries: Annotated[int, typer.Option(help="T of random inputs.")] = 200,
-    keys: Annotated[int, typer.Option(help="S of random inputs.")] = 700,
+    batch: Annotated[int, typer.Option(help="B of random inputs; packed: sequences.")] = 1,
+    queries: Annotated[int, typer.Option(help="T of random inputs; packed: of each.")] = 200,
+    keys: Annotated[int, typer.Option(help="S of random inputs; packed: of each.")] = 700,
     heads: Annotated[int, typer.Option(help="N of random inputs.")] = 2,
     kv_heads: Annotated[int, typer.Option(help="K of random inputs.")] = 1,
     cores: Annotated[int, typer.Option(help="Cube cores.")] = 2,
@@ -116,9 +134,12 @@ def run(
         raise typer.BadParameter("give --query, --key and --value, or none of them")
     kernel = runner.read_description(folder)
     if query is not None:
+        _check_files(kernel)
         inputs = {n: jnp.asarray(np.load(p), kernel.dtype) for n, p in given.items() if p}
     else:
-        inputs = runner.problem(kernel, queries=queries, keys=keys, heads=heads, kv_heads=kv_heads)
+        inputs = runner.problem(
+            kernel, batch=batch, queries=queries, keys=keys, heads=heads, kv_heads=kv_heads
+        )
     done = npu_bridge.run(folder, inputs, cores=cores)
     if output is not None:
         np.save(output, done.output)
@@ -131,6 +152,16 @@ def run(
         highlight=False,
     )
     raise typer.Exit(0 if done.ok else 1)
+
+
+def _check_files(kernel: npu_bridge.Kernel) -> None:
+    """Raises where the kernel takes more than query, key and value."""
+    more = [a for a in interface.inputs(kernel) if a not in ("query", "key", "value")]
+    if more:
+        raise typer.BadParameter(
+            f"this kernel takes {', '.join(more)} too, which have no option here: call "
+            "npu_bridge.run, or leave out --query, --key and --value for random inputs"
+        )
 
 
 @app.command()

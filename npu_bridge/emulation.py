@@ -60,7 +60,9 @@ def compiled(folder: Path, *, to: Path | None = None, flags: tuple[str, ...] = (
     if shutil.which("g++") is None:
         raise EmulationError("g++ is not installed: the emulator needs it (apt install g++)")
     program = (to or folder) / "emulate"
-    command = ["g++", "-std=c++17", *flags, f"-I{EMULATOR}", str(folder / "emulate.cpp")]
+    # What narrows in braces is an error to CANN's compiler, a clang; to g++ a warning.
+    strict = ("-std=c++17", "-Werror=narrowing")
+    command = ["g++", *strict, *flags, f"-I{EMULATOR}", str(folder / "emulate.cpp")]
     said = subprocess.run(
         [*command, "-o", str(program)], capture_output=True, text=True, check=False
     )

@@ -133,6 +133,11 @@ def passed(kernel: Kernel) -> list[str]:
     return [n for n in names if n not in _OUTPUTS] + [n for n in names if n in _OUTPUTS]
 
 
+def inputs(kernel: Kernel) -> list[str]:
+    """The names of the arrays that a call gives."""
+    return [n for n in arguments(kernel) if n not in (*_OUTPUTS, *_CONSTANTS)]
+
+
 def argument(kernel: Kernel, name: str) -> Argument:
     """How the projects describe the kernel's argument ``name``."""
     shapes = _SHAPES | _PACKED_SHAPES if kernel.packed else _SHAPES

@@ -161,13 +161,19 @@ def cost(
     read = {name: _Number(keys if name == "lengths" else 0) for name in program.globals}
     read |= {"queryOffsets": _Number(0, queries), "keyOffsets": _Number(0, keys)}
     numbers = {**values_of(k, given), **read}
-    rounds = -(-numbers["items"] // rates.blocks)
+    tiles, there = numbers["queryTiles"], numbers["items"]
+    if k.packed and items is not None:
+        # Those of the first sequence, which come first: the others are as long. Behind each may be
+        # an item without queries, which takes no time.
+        tiles = -(-queries // k.schedule.block_q)
+        there, items = batch * heads * tiles, min(items, tiles)
+    rounds = -(-there // rates.blocks)
     followed = rounds if items is None else min(rounds, items)
-    cycles, block = _followed(program, rates, numbers, followed)
+    cycles, block = _followed(program, rates, numbers, tiles, followed)
     busy = _busy(block)
     if followed < rounds:  # as in the second half of what was followed
         half = max(1, followed // 2)
-        before, other = _followed(program, rates, numbers, half)
+        before, other = _followed(program, rates, numbers, tiles, half)
         times = (rounds - followed) / (followed - half)
         cycles += times * (cycles - before)
         less = _busy(other)
@@ -188,12 +194,12 @@ def _busy(block: list[_TimedRun]) -> dict[str, float]:
 
 
 def _followed(
-    program: Program, rates: Rates, numbers: dict[str, Any], rounds: int
+    program: Program, rates: Rates, numbers: dict[str, Any], tiles: int, rounds: int
 ) -> tuple[float, list[_TimedRun]]:
-    """Follows one block through ``rounds`` items, spread over the tiles, of which a causal mask
-    leaves more and more to do: cycles, and the cube core and its vector cores.
+    """Follows one block through ``rounds`` items, spread over the ``tiles`` of an entry, of which a
+    causal mask leaves more and more to do: cycles, and the cube core and its vector cores.
     """
-    stride = max(1, numbers["queryTiles"] // rounds)
+    stride = max(1, tiles // rounds)
     items = range(stride // 2, min(numbers["items"], stride * rounds), stride)
     numbers = {**numbers, "core": 0}
     half = program.kernel.schedule.block_q // VECTOR_CORES

@@ -264,7 +264,8 @@ def _values(products: Products) -> Function:
     sums = c.globals["sums"].at(f"place * {LEAST}") if "ones" in l1 else None
     ends: tuple[str, ...] = ()
     if c.kernel.output_stays:
-        ends = ("(row == 0) & opening", f"(row == {c.n - SUB}) & closing")
+        # MmadParams takes a bool, to which C++ does not narrow an int in braces.
+        ends = ("((row == 0) & opening) != 0", f"(row == {c.n - SUB}) & closing")
     parameters = (*_TILE[:4], "turn", *(["opening", "closing"] if ends else []))
     body: list[Node] = [
         _place(c, "valueTurn"),

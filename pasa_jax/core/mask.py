@@ -143,40 +143,33 @@ class Mask:
         Data and functions do not narrow it: a walker tests the mask of each such tile, or has lists
         of them (`core.visits`).
         """
-        if not self.data_dependent:
-            return self.place_range(start, stop, block_kv)
-        lo, hi = self._visited(start, stop, block_kv)
-        return KeyRange(lo, lo, lo, hi)
+        return self._range(start, stop, block_kv, by_data=self.data_dependent)
 
     def place_range(self, start: Index, stop: Index, block_kv: int) -> KeyRange:
         """`key_range` by lengths, causality and window alone."""
-        keys = self.valid_keys()
-        full_lo, full_hi = 0, keys
-        left, right = self._reach()
-        place = self.offset()
-        if left is not None:
-            full_lo = maximum(0, stop - 1 + place - left)
-        if right is not None:
-            full_hi = minimum(keys, maximum(0, start + 1 + place + right))
-        lo, hi = self._visited(start, stop, block_kv)
-        full_lo = minimum(maximum(div(full_lo + block_kv - 1, block_kv), lo), hi)
-        full_hi = minimum(maximum(div(full_hi, block_kv), full_lo), hi)
-        return KeyRange(lo, full_lo, full_hi, hi)
+        return self._range(start, stop, block_kv, by_data=False)
 
-    def _visited(self, start: Index, stop: Index, block_kv: int) -> tuple[Index, Index]:
-        """The key tiles [lo, hi) of which some are seen, by lengths, causality and window."""
+    def _range(self, start: Index, stop: Index, block_kv: int, *, by_data: bool) -> KeyRange:
+        """`place_range`; where data hide keys too (``by_data``), no tile of it is full."""
         keys = self.valid_keys()
-        lo, hi = 0, keys
+        lo, hi, full_lo, full_hi = 0, keys, 0, keys
         left, right = self._reach()
         place = self.offset()
         if left is not None:
             lo = maximum(0, start + place - left)
+            full_lo = maximum(0, stop - 1 + place - left)
         if right is not None:
             hi = minimum(keys, maximum(0, stop + place + right))
+            full_hi = minimum(keys, maximum(0, start + 1 + place + right))
         if self.query_lengths is not None:  # rows of padding see nothing
             hi = where(start < self.query_lengths, hi, 0)
         lo, hi = div(lo, block_kv), div(hi + block_kv - 1, block_kv)
-        return minimum(lo, hi), hi
+        lo = minimum(lo, hi)
+        if by_data:
+            return KeyRange(lo, lo, lo, hi)
+        full_lo = minimum(maximum(div(full_lo + block_kv - 1, block_kv), lo), hi)
+        full_hi = minimum(maximum(div(full_hi, block_kv), full_lo), hi)
+        return KeyRange(lo, full_lo, full_hi, hi)
 
     def query_range(self, start: Index, stop: Index, block_q: int) -> KeyRange:
         """The query tiles that see the keys [start, stop); of ints where start and stop are ints.

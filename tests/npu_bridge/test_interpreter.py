@@ -34,6 +34,10 @@ KERNELS = {
         {"batch": 2, "queries": 40, "keys": 200},
     ),
     "decode": ({"decode": True, "return_lse": True}, {"keys": 300, "heads": 6, "kv_heads": 2}),
+    "packed, causal": (
+        {"packed": True, "is_causal": True, "return_lse": True},
+        {"queries": (60, 0, 130), "keys": (60, 5, 300)},
+    ),
 }
 
 

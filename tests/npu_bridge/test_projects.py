@@ -47,7 +47,9 @@ FULL = replace(
     lengths=True,
     return_lse=True,
 )
-KERNELS = {"plain": PLAIN, "full": FULL}
+PACKED = replace(PLAIN, packed=True, sinks=True, return_lse=True, dtype="float16", repair=False)
+PACKED = replace(PACKED, precision=Precision.named("float16"))
+KERNELS = {"plain": PLAIN, "full": FULL, "packed": PACKED}
 # What is run: the inputs of a file each and those that the host fills itself.
 RUN = replace(FULL, bias=None)
 SIZES = {"batch": 1, "heads": 2, "kv_heads": 1, "queries": 20, "keys": 200}
@@ -55,8 +57,17 @@ SIZES = {"batch": 1, "heads": 2, "kv_heads": 1, "queries": 20, "keys": 200}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    return written(FULL, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def packed_folder(tmp_path_factory):
+    return written(PACKED, tmp_path_factory)
+
+
+def written(kernel, tmp_path_factory):
     place = tmp_path_factory.mktemp("project")
-    write(build(FULL), place)
+    write(build(kernel), place)
     return place
 
 
@@ -172,9 +183,17 @@ def test_numbers_on_the_host(tmp_path, dtype):
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
+    return launchable(written(RUN, tmp_path_factory))
+
+
+@pytest.fixture(scope="module")
+def packed_program(packed_folder):
+    return launchable(packed_folder)
+
+
+def launchable(folder):
     """main.cpp as older toolkits build it, with the emulator behind the launch."""
-    folder, parts = tmp_path_factory.mktemp("run"), []
-    write(build(RUN), folder)
+    parts = []
     # Compiling costs more than running: nothing is optimised.
     for source in (folder / "main.cpp", STUBS / "device.cpp"):
         parts.append(folder / f"{source.stem}.o")
@@ -183,8 +202,8 @@ def program(tmp_path_factory):
     return folder / "launch"
 
 
-def launch(program, work, *extra, **environment):
-    sizes = [str(SIZES[x]) for x in ("batch", "heads", "kv_heads", "queries", "keys")]
+def launch(program, work, *extra, given=SIZES, **environment):
+    sizes = [str(given[x]) for x in ("batch", "heads", "kv_heads", "queries", "keys")]
     return subprocess.run(
         [program, *sizes, *extra],
         cwd=work,
@@ -254,12 +273,49 @@ def test_the_host_program_checks_its_files(program, tmp_path):
     assert said.stderr == "key.bin must have 25600 bytes for [B, S, K, D] float16; it has 10\n"
 
 
-# What can only be compiled.
+TOTALS = {"batch": 3, "heads": 2, "kv_heads": 1, "queries": 27, "keys": 139}
 
 
 @needs_compiler
-def test_the_newer_toolkits_launch_compiles(folder):
+def test_the_host_program_of_packed_sequences(packed_program, tmp_path):
+    inputs = problem(PACKED, queries=(20, 0, 7), keys=(130, 9, 0))
+    want, want_lse = expected(PACKED, inputs)
+    for name, x in inputs.items():
+        (tmp_path / f"{name}.bin").write_bytes(np.asarray(x).tobytes())
+    (tmp_path / "expected.bin").write_bytes(np.asarray(want).tobytes())
+    said = launch(packed_program, tmp_path, given=TOTALS)
+    assert said.returncode == 0, said.stderr
+    assert "as expected" in said.stdout
+    lse = np.fromfile(tmp_path / "lse.bin", np.float32).reshape(want_lse.shape)
+    np.testing.assert_allclose(lse, np.asarray(want_lse), atol=1e-2)
+
+    for offsets in ([0, 130, 120, 139], [1, 130, 139, 139], [0, 130, 139, 140]):
+        (tmp_path / "keyOffsets.bin").write_bytes(np.asarray(offsets, np.int32).tobytes())
+        said = launch(packed_program, tmp_path, given=TOTALS)
+        assert said.returncode == 2
+        assert said.stderr == "keyOffsets must grow from 0 to 139\n"
+
+
+@needs_compiler
+def test_the_host_program_draws_sequences(packed_program, tmp_path):
+    said = launch(packed_program, tmp_path, given=TOTALS)
+    assert said.returncode == 0, said.stderr
+    assert "queryOffsets: drawn, queryOffsets.bin is not there" in said.stdout
+    output = np.fromfile(tmp_path / "output.bin", np.float16)
+    assert output.size == 27 * 2 * 64
+    assert 0 < np.abs(output.astype(np.float32)).max() <= 1
+
+
+# What can only be compiled.
+
+both = pytest.mark.parametrize("which", ["folder", "packed_folder"])
+
+
+@needs_compiler
+@both
+def test_the_newer_toolkits_launch_compiles(request, which):
     """With a plain call in the place of `<<<…>>>`, which only CANN's compiler knows."""
+    folder = request.getfixturevalue(which)
     text = (folder / "main.cpp").read_text()
     plain, count = re.subn(r"pasa_attention<<<cores, nullptr, stream>>>", "pasa_attention", text)
     assert count == 1
@@ -268,7 +324,9 @@ def test_the_newer_toolkits_launch_compiles(folder):
 
 
 @needs_compiler
-def test_the_operator_package_compiles(folder):
+@both
+def test_the_operator_package_compiles(request, which):
+    folder = request.getfixturevalue(which)
     package = folder / "package"
     compile_cpp("-fsyntax-only", package / "op_host" / "pasa_attention.cpp")
     compile_cpp("-fsyntax-only", package / "examples" / "aclnn_call.cpp", include=[folder])

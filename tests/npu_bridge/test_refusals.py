@@ -268,11 +268,20 @@ def test_the_runner_passes_the_tilings_refusal_on(folder, program):
 
 
 @needs_compiler
-def test_sources_that_do_not_compile(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("PipeBarrier<PIPE_V>", "PipeBarrier<PIPE_W>", "PIPE_W"),
+        ("false, row == 0}", "false, (row == 0) & slot}", "narrowing conversion"),
+    ],
+)
+def test_sources_that_do_not_compile(folder, tmp_path, old, new, said):
     shutil.copytree(folder, tmp_path / "edited")
     path = tmp_path / "edited" / "pasa_attention.cpp"
-    path.write_text(path.read_text().replace("PipeBarrier<PIPE_V>", "PipeBarrier<PIPE_W>", 1))
-    with pytest.raises(EmulationError, match=r"g\+\+ refuses the sources in .*(.|\n)*PIPE_W"):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(EmulationError, match=rf"g\+\+ refuses the sources in .*(.|\n)*{said}"):
         emulation.compiled(tmp_path / "edited", flags=("-fsyntax-only",))
 
 
@@ -298,6 +307,7 @@ def command(monkeypatch, capsys):
 
 
 SMALL = ("--head-dim", 64, "--block-kv", 128)
+FILES = ("--query", "query.npy", "--key", "key.npy", "--value", "value.npy")
 RUN = ("--queries", 8, "--keys", 130, "--heads", 1, "--cores", 1)
 
 
@@ -329,6 +339,54 @@ def test_emit_check_run(command, folder, program, tmp_path, monkeypatch):
     code, out, _ = command("run", tmp_path, *RUN)
     assert code == 1
     assert "0 complaints" not in out
+
+
+# Options of `emit` beyond those above -> the arguments of `kernel`.
+EMITTED = {
+    "mask and segments": (
+        ("--mask", "B1TS", "--segments", "--no-repair", "--causal", "--bottom-right"),
+        {
+            "mask": "B1TS",
+            "segments": True,
+            "repair": False,
+            "is_causal": True,
+            "causal_alignment": "bottom_right",
+        },
+    ),
+    "packed": (
+        ("--packed", "--sinks", "--lse", "--local-window-size", 90, 20),
+        {"packed": True, "sinks": True, "return_lse": True, "local_window_size": (90, 20)},
+    ),
+    "auto": (("--shift", "auto", "--lengths"), {"shift": "auto", "lengths": True}),
+}
+
+
+@pytest.mark.parametrize("name", EMITTED)
+def test_emit_takes_what_a_kernel_takes(command, tmp_path, name):
+    options, arguments = EMITTED[name]
+    code, _, _ = command("emit", "--out", tmp_path, *SMALL, *options)
+    assert code == 0
+    kernel = npu_bridge.kernel(head_dim=64, schedule=SCHEDULE, **arguments)
+    assert project.read_description(tmp_path) == kernel
+
+
+@needs_compiler
+def test_a_packed_project_runs(command, tmp_path, monkeypatch):
+    code, _, _ = command("emit", "--out", tmp_path, *SMALL, "--packed", "--lse", "--no-repair")
+    assert code == 0
+    compiled, output = emulation.compiled, tmp_path / "output.npy"
+    monkeypatch.setattr(emulation, "compiled", lambda *a, **k: compiled(*a, **k, flags=("-O0",)))
+    code, out, _ = command("run", tmp_path, *RUN, "--batch", 3, "--output", output)
+    assert code == 0
+    assert ", 0 complaints, " in out
+    kernel = project.read_description(tmp_path)
+    inputs = emulation.problem(kernel, batch=3, queries=8, keys=130, heads=1)
+    want, _ = emulation.expected(kernel, inputs)
+    np.testing.assert_allclose(np.load(output), want, atol=2 * 2**-10)
+    code, _, err = command("run", tmp_path, *FILES)
+    assert code == 2
+    said = re.sub(r"\s*│?\n\s*│?\s*", " ", err)
+    assert "takes queryOffsets, keyOffsets too, which have no option here" in said
 
 
 def test_plan_and_list(command):

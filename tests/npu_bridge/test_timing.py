@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 import npu_bridge
 from npu_bridge.tables import NAMED
+from pasa_jax import Schedule
 
 
 def test_sixteen_bit_hand_over_is_faster() -> None:
@@ -51,3 +54,18 @@ def test_the_cube_unit_multiplies_what_the_problem_says() -> None:
     products = 24 * 2 * 4096 * 4096 * 128 / 24  # of one of 24 cores
     least = products / 16**3
     assert least <= found.busy["AIC M"] < 1.3 * least  # heads of instructions, and P's sums
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])  # whose sequences' tiles begin at different places
+def test_packed_sequences_take_as_long_as_a_batch(batch: int) -> None:
+    schedule = Schedule(block_q=128, block_kv=512, target="ascend_910b")
+    apart, packed = (
+        npu_bridge.cost(
+            npu_bridge.kernel(packed=packed, is_causal=True, schedule=schedule),
+            batch=batch,
+            queries=4096,
+            heads=24,
+        ).seconds
+        for packed in (False, True)
+    )
+    assert 0.98 * apart < packed < 1.05 * apart
