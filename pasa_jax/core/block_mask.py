@@ -126,6 +126,11 @@ class BlockMask:
         return (*self.kv_num_blocks.shape[:2], *self.lengths)
 
     @property
+    def is_concrete(self) -> bool:
+        """Whether its arrays hold numbers: they are not traced."""
+        return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self))
+
+    @property
     def kinds(self) -> Array:
         """[B|1, N|1, rows, columns] int8 as `from_kinds` takes them."""
         partial = _marked(self.kv_num_blocks, self.kv_indices)
@@ -154,7 +159,7 @@ class BlockMask:
     def __repr__(self) -> str:
         (b, n, t, s), (q, k) = self.shape, self.block_size
         head = f"BlockMask({b} × {n} heads, {t} × {s} in blocks of {q} × {k}"
-        if isinstance(self.kv_indices, jax.core.Tracer):
+        if not self.is_concrete:
             return f"{head})"
         return f"{head}, {self.sparsity():.2f} % hidden)\n{self.picture()}"
 
