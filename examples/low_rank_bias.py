@@ -44,7 +44,8 @@ def pair_bias(length: int, heads: int, noise: float, rng: np.random.Generator) -
 
 @jax.jit
 def attend(arrays: list[jax.Array], bias: jax.Array | LowRankBias) -> jax.Array:
-    return dot_product_attention(*arrays, bias)
+    query, key, value = arrays
+    return dot_product_attention(query, key, value, bias)
 
 
 def measure(bias: np.ndarray, ranks: tuple[int, ...]) -> dict[int, tuple[float, float]]:

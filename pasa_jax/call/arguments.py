@@ -131,16 +131,17 @@ class Call:
         if given.segment_ids is not None:
             ids = checks.segments(given.segment_ids, q, k)
         wide = wide_type(q.dtype)
-        low_rank = isinstance(given.bias, LowRankBias)
+        low_rank = given.bias if isinstance(given.bias, LowRankBias) else None
+        bias = None if isinstance(given.bias, LowRankBias) else given.bias
         mods, data = functions.mods_of(given, full, wide)
         operands = Operands(
             query=q,
             key=k,
             value=v,
-            bias=None if low_rank else checks.bias(given.bias, full, wide),
+            bias=checks.bias(bias, full, wide),
             sinks=checks.sinks(given.sinks, q.shape[2]),
             scale=scale,
-            factors=checks.factors(given.bias, full, wide) if low_rank else None,
+            factors=None if low_rank is None else checks.factors(low_rank, full, wide),
             data=data,
         )
         places: tuple[Array | None, Array | None] = (None, None)

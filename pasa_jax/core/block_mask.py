@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from pasa_jax.core.checks import is_size
@@ -74,11 +75,10 @@ class BlockMask:
         """
         size = _block_size(block_size)
         kinds = jnp.asarray(kinds).astype(jnp.int8)
-        blocks = tuple(-(-x // n) for x, n in zip(lengths, size, strict=True))
+        (t, s), blocks = lengths, _blocks(lengths, size)
         if kinds.ndim != 4 or kinds.shape[2:] != blocks:
             raise wrong("kinds", f"be [B|1, N|1, {blocks[0]}, {blocks[1]}]", f"{kinds.shape}")
-        parts = [x for kind in (1, 2) for x in _lists(kinds == kind)]
-        return BlockMask(*parts, tuple(lengths), size, mask_mod)
+        return BlockMask(*_lists(kinds == 1), *_lists(kinds == 2), (t, s), size, mask_mod)
 
     @staticmethod
     def from_kv_blocks(
@@ -115,20 +115,22 @@ class BlockMask:
         rows, columns = index.shape[2:]
         if lengths is None:
             lengths = (rows * size[0], columns * size[1])
-        if (rows, columns) != tuple(-(-x // n) for x, n in zip(lengths, size, strict=True)):
+        if (rows, columns) != _blocks(lengths, size):
             allowed = f"be of {rows} and {columns} blocks of {size}"
             raise wrong("lengths", allowed, lengths)
-        return BlockMask(number, index, full_number, full_index, tuple(lengths), size, mask_mod)
+        t, s = lengths
+        return BlockMask(number, index, full_number, full_index, (t, s), size, mask_mod)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """B or 1, N or 1, T and S."""
-        return (*self.kv_num_blocks.shape[:2], *self.lengths)
+        b, n = self.kv_num_blocks.shape[:2]
+        return b, n, *self.lengths
 
     @property
     def is_concrete(self) -> bool:
         """Whether its arrays hold numbers: they are not traced."""
-        return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self))
+        return not any(isinstance(x, Tracer) for x in jax.tree.leaves(self))
 
     @property
     def kinds(self) -> Array:
@@ -247,6 +249,11 @@ def _block_size(given: int | tuple[int, int]) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
+def _blocks(lengths: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """How many blocks there are of rows and of columns."""
+    return -(-lengths[0] // size[0]), -(-lengths[1] // size[1])
+
+
 def _lists(marked: Array) -> tuple[Array, Array]:
     """[…, rows, columns] bool -> how many of each row are marked, and which, in ascending order."""
     order = jnp.argsort(~marked, axis=-1, stable=True).astype(jnp.int32)
@@ -265,7 +272,7 @@ def _marked(number: Array, index: Array) -> Array:
 def _kinds(mods: Mods, full: tuple[int, int, int, int], size: tuple[int, int]) -> Array:
     """[B, N, rows, columns] int8 by asking ``mods.mask_mod``."""
     batch, heads, length, keys = full
-    rows, columns = -(-length // size[0]), -(-keys // size[1])
+    rows, columns = _blocks((length, keys), size)
     together = max(1, min(columns, _LARGEST // (size[0] * size[1])))  # blocks of a row
     parts = -(-columns // together)
     data = Data(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from pasa_jax.core.errors import wrong
@@ -117,7 +118,7 @@ class LowRankBias:
           energy: in (0, 1].
           rank: this rank, whatever share it keeps.
         """
-        if isinstance(bias, jax.core.Tracer):
+        if isinstance(bias, Tracer):
             way_out = "Call it outside of jax.jit, or find the factors beforehand."
             raise wrong("bias", "have numbers when its rank is chosen", "a tracer", way_out)
         if not 0 < energy <= 1:

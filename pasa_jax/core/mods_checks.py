@@ -86,7 +86,8 @@ def _check(
 ) -> None:
     if not callable(given):
         raise wrong(name, f"be a function {wanted}", repr(given))
-    index = [jax.ShapeDtypeStruct(x, jnp.int32) for x in ((1, 1), (2, 1), (2, 1), (1, 3))]
+    shapes = ((1, 1), (2, 1), (2, 1), (1, 3))
+    index: list[Any] = [jax.ShapeDtypeStruct(x, jnp.int32) for x in shapes]
     small = ((2, 1), (1, 3), (2, 1))
     data = Data(
         *(

@@ -260,9 +260,9 @@ def _add_shared(
         )
         total = total._replace(factors=factors)
     if jax.tree.leaves(total.data) and s.given is not None:
-        score = partial(walk.scored, start, j)
-        (d_data,) = jax.vjp(lambda data: score(data, s.given), head.data)[1](
-            d_scores.astype(s.given.dtype)
+        score, given = partial(walk.scored, start, j), s.given
+        (d_data,) = jax.vjp(lambda data: score(data, given), head.data)[1](
+            d_scores.astype(given.dtype)
         )
         data = jax.tree.map(lambda x, d: x + d.astype(x.dtype), total.data, d_data)
         total = total._replace(data=data)

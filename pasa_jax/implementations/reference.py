@@ -137,8 +137,8 @@ def _modified(s: Float[Array, "B N T S"], mask: Mask, data: Data) -> Float[Array
     def of(b: Array, h: Array, s: Array) -> Array:
         return one(mask.head(b, h, 1), data.one_head(b, h, 1), s)
 
-    index = (jnp.arange(x, dtype=jnp.int32) for x in s.shape[:2])
-    return jax.vmap(jax.vmap(of, (None, 0, 0)), (0, None, 0))(*index, s)
+    entries, heads = (jnp.arange(x, dtype=jnp.int32) for x in s.shape[:2])
+    return jax.vmap(jax.vmap(of, (None, 0, 0)), (0, None, 0))(entries, heads, s)
 
 
 def _low_rank(factors: Factors, batch: int, heads: int) -> Float[Array, "B N T S"]:

@@ -23,17 +23,16 @@ def options(kernel, **fields):
     return {"implementation": kernel, "interpret": True, "schedule": schedule}
 
 
-CHOSEN = ("document mask", "T5 relative bias")
+CHOSEN = ("document", "t5")
 
 
 @pytest.mark.parametrize("name", only(CHOSEN, GALLERY))
 def test_gallery(kernel, name):
-    example = GALLERY[name]
-    try:
-        check(example, "float32", 2e-5, 2e-4, **options(kernel))
-    except BackendUnsupported as error:  # blocks that are no multiples of these tiles
-        assert "must be multiples of its tiles" in str(error)
-        assert "block mask" in name
+    if name == "blocks of segments":  # its blocks of 20 are no multiples of any kernel's tiles
+        with pytest.raises(BackendUnsupported, match="must be multiples of its tiles"):
+            check(GALLERY[name](), "float32", 2e-5, 2e-4, **options(kernel))
+        return
+    check(GALLERY[name](), "float32", 2e-5, 2e-4, **options(kernel))
 
 
 def long_arrays(queries=300, keys=700, heads=4, kv_heads=2):
