@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -59,5 +60,9 @@ def sink_window(T: int, S: int, sinks: int, window: int, block_size: int = 128) 
     some = (k_first < sinks) | (k_last > q_first - window)
     whole = (k_last < sinks) | (k_first > q_last - window)
     kinds = np.where(grid.causal & some, 1 + whole, 0).astype(np.int8)
-    near = _Near(sinks, window, grid.offset)
-    return BlockMask.from_kinds(jnp.asarray(kinds)[None, None], (T, S), block_size, near)
+    return _of(jnp.asarray(kinds)[None, None], grid, _Near(sinks, window, grid.offset))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _of(kinds: Array, grid: Grid, near: _Near) -> BlockMask:
+    return BlockMask.from_kinds(kinds, (grid.length, grid.keys), grid.block_size, near)

@@ -35,7 +35,12 @@ def blocks(seen, size):
 
 def kept(block_mask):
     """[B, N, rows, columns] bool."""
-    return np.asarray(block_mask.kinds) != 0
+    found = np.zeros(block_mask.kv_indices.shape, bool)
+    parts = ("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")
+    for number, index in ([np.asarray(getattr(block_mask, x)) for x in part] for part in parts):
+        for place in np.ndindex(number.shape):
+            found[place][index[place][: number[place]]] = True
+    return found
 
 
 def attention(q, k, v, visible=True):

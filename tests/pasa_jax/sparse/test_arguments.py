@@ -19,6 +19,16 @@ CHOOSERS = {
 }
 
 
+def test_a_compiled_chooser_of_16_bits_has_float32_statistics():
+    q, k, _ = arrays(37, 61, n=4, k=2, b=2, dtype="bfloat16")
+    choose = jax.jit(lambda q, k: sparse.xattention(q, k, stride=4, block_size=16))
+    mask = choose(q, k)
+    assert isinstance(mask, BlockMask)
+    assert mask.shape == (2, 4, 37, 61)
+    assert np.array_equal(kept(choose(*(x.astype(jnp.float32) for x in (q, k)))), kept(mask))
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", CHOOSERS)
 def test_a_compiled_chooser_of_16_bits_feeds_attention(name):
     q, k, v = arrays(37, 61, n=4, k=2, b=2, dtype="bfloat16")
@@ -41,6 +51,7 @@ def test_a_compiled_chooser_of_16_bits_feeds_attention(name):
     assert relative(out, np.asarray(exact, np.float64)) < 1e-2
 
 
+@pytest.mark.full
 def test_the_scale_is_that_of_the_scores():
     q, k, _ = arrays(64, 64, size=3.0)
     for name, choose in CHOOSERS.items():

@@ -7,10 +7,11 @@ import pytest
 from pasa_jax import dot_product_attention
 from pasa_jax.sparse import delta_correction
 from tests.pasa_jax.sparse.draws import arrays, attention, relative
+from tests.thin import some_tuples
 
 
 @pytest.mark.parametrize(
-    ("t", "s", "gamma", "last"), [(50, 50, 8, 5), (45, 61, 7, 0), (9, 9, 4, 9)]
+    ("t", "s", "gamma", "last"), some_tuples([(45, 61, 7, 5), (50, 50, 8, 0), (9, 9, 4, 9)])
 )
 def test_the_difference_of_a_row_is_spread_to_those_after_it(t, s, gamma, last):
     q, k, v = arrays(t, s, b=2)
@@ -24,6 +25,7 @@ def test_the_difference_of_a_row_is_spread_to_those_after_it(t, s, gamma, last):
     assert relative(out, wanted) < 1e-5
 
 
+@pytest.mark.full
 def test_by_default_the_remainder_and_a_block_are_dense():
     t, gamma = 300, 64
     q, k, v = arrays(t, t, n=1)
@@ -37,6 +39,7 @@ def test_by_default_the_remainder_and_a_block_are_dense():
     assert np.allclose(few, dense[:, :100], atol=1e-5)
 
 
+@pytest.mark.full
 def test_it_keeps_the_type_and_takes_options_of_attention():
     q, k, v = arrays(40, 40, dtype="bfloat16")
     options = {"scale": 0.1, "sinks": jnp.zeros(2, jnp.float32), "implementation": "lax"}
@@ -46,6 +49,7 @@ def test_it_keeps_the_type_and_takes_options_of_attention():
     assert np.array_equal(out, dense)
 
 
+@pytest.mark.full
 def test_neighbours_alike_gain_and_neighbours_unlike_lose():
     """A difference of correlation c leaves √(2 − 2c) of the error."""
     t, gamma = 128, 16

@@ -1,5 +1,7 @@
 """Dropped keys and hash buckets."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from pasa_jax import Schedule, dot_product_attention
 from pasa_jax.sparse import dropped_keys, hash_buckets, random_buckets
 from tests.pasa_jax.sparse.draws import arrays, attention, relative
+from tests.thin import some
 
 TILES = Schedule(block_q=16, block_kv=16)
 T, S = 45, 61
@@ -29,11 +32,11 @@ def per_head(x, heads):
     return np.swapaxes(np.repeat(x, heads // x.shape[2], axis=2), 1, 2)
 
 
-@pytest.mark.parametrize("by_head", [True, False])
+@pytest.mark.parametrize("by_head", some([True, False], 2))
 def test_dropped_keys_are_unseen_and_dropped_queries_0(by_head):
     q, k, v = draw()
     keep_q, keep_k = masks(by_head)
-    out = dropped_keys(q, k, v, keep_q, keep_k, schedule=TILES)
+    out = jax.jit(partial(dropped_keys, schedule=TILES))(q, k, v, keep_q, keep_k)
     rows, keys = per_head(keep_q, 4), per_head(keep_k, 4)
     wanted = attention(q, k, v, keys[:, :, None])
     wanted *= np.swapaxes(rows, 1, 2)[..., None]
@@ -41,17 +44,20 @@ def test_dropped_keys_are_unseen_and_dropped_queries_0(by_head):
     assert not np.asarray(out)[~np.swapaxes(rows, 1, 2)].any()
 
 
+@pytest.mark.full
 def test_nothing_dropped_is_dense_attention():
     q, k, v = draw()
     assert relative(dropped_keys(q, k, v, schedule=TILES), attention(q, k, v)) < 1e-6
 
 
+@pytest.mark.full
 def test_all_dropped_is_0():
     q, k, v = draw()
     none = np.zeros((2, S), bool)
     assert not np.asarray(dropped_keys(q, k, v, keep_k=none, schedule=TILES)).any()
 
 
+@pytest.mark.full
 def test_what_is_dropped_may_hold_anything():
     q, k, v = draw()
     keep_q, keep_k = masks(by_head=False)
@@ -61,16 +67,17 @@ def test_what_is_dropped_may_hold_anything():
     assert np.array_equal(dropped_keys(q, k, v, keep_q, keep_k, schedule=TILES), expected)
 
 
-@pytest.mark.parametrize("by_head", [True, False])
+@pytest.mark.parametrize("by_head", some([True, False], 2))
 def test_a_query_sees_the_keys_of_its_bucket(by_head):
     q, k, v = draw()
     rng = np.random.default_rng(4)
     of_q, of_k = (rng.integers(-3, 3, x.shape) for x in masks(by_head))
-    out = hash_buckets(q, k, v, of_q, of_k, schedule=TILES)
+    out = jax.jit(partial(hash_buckets, schedule=TILES))(q, k, v, of_q, of_k)
     seen = per_head(of_q, 4)[..., :, None] == per_head(of_k, 4)[..., None, :]
     assert relative(out, attention(q, k, v, seen)) < 1e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("which", ["dropped", "buckets"])
 def test_gradients_are_those_of_masked_attention(which):
     q, k, v = draw()
@@ -98,6 +105,7 @@ def test_gradients_are_those_of_masked_attention(which):
         assert relative(got, np.asarray(exact, np.float64)) < 1e-5
 
 
+@pytest.mark.full
 def test_random_buckets_follow_the_direction():
     x = jax.random.normal(jax.random.key(0), (2, 400, 3, 16))
     key = jax.random.key(1)

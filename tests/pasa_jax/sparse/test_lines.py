@@ -6,6 +6,7 @@ import pytest
 
 from pasa_jax.sparse import line_scores, vertical_slash, vertical_slash_of
 from tests.pasa_jax.sparse.draws import arrays, blocks, causal, kept, weights
+from tests.thin import some_tuples
 
 
 def lines(p, queries):
@@ -19,7 +20,7 @@ def lines(p, queries):
     return columns, diagonals
 
 
-@pytest.mark.parametrize(("t", "s", "queries"), [(40, 40, 8), (7, 33, 64)])
+@pytest.mark.parametrize(("t", "s", "queries"), some_tuples([(7, 33, 64), (40, 40, 8)], 2))
 def test_scores_are_sums_of_the_last_weights(t, s, queries):
     q, k, _ = arrays(t, s, n=4, k=2, b=2)
     columns, diagonals = line_scores(q, k, queries=queries)
@@ -68,6 +69,7 @@ def test_a_key_that_the_last_queries_ask_for_is_found():
     assert not kept(vertical_slash(q, k, **options))[0, 0, -1, at // 16]
 
 
+@pytest.mark.full
 def test_repeated_text_is_a_diagonal():
     rng = np.random.default_rng(2)
     words = rng.standard_normal((64, 32))
@@ -83,6 +85,7 @@ def test_repeated_text_is_a_diagonal():
     assert not found[7, 5:7].any()
 
 
+@pytest.mark.full
 def test_batch_entries_are_chosen_alone():
     q, k, _ = arrays(48, 48, b=2)
     options = {"vertical": 3, "slash": 3, "sinks": 1, "local": 1, "block_size": 8, "queries": 4}
