@@ -98,8 +98,8 @@ def _check(
     if jaxpr.consts:
         held = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jaxpr.consts)
         way_out = (
-            "Pass what belongs to queries, keys or heads as q_data, kv_data or head_data, which the "
-            "function is given by name; a number may be a Python number."
+            "Pass what belongs to queries, keys or heads as q_data, kv_data or head_data, which "
+            "the function is given by name; a number may be a Python number."
         )
         raise wrong(name, "hold no arrays of its own", f"one that holds {held}", way_out)
     try:

@@ -6,7 +6,7 @@ import pytest
 
 from pasa_jax.sparse import xattention
 from tests.pasa_jax.sparse.draws import arrays, blocks, causal, kept
-from tests.thin import only, some, some_tuples
+from tests.thin import some, some_tuples
 
 SIZE, STRIDE = 16, 4
 
@@ -69,7 +69,8 @@ def test_a_chunk_has_the_rows_of_the_whole(s, chunk):
     assert np.array_equal(before, whole[:, :, :rows, :columns])
 
 
-@pytest.mark.parametrize("length", only((33,), [33, 47, 49, 5, 1]))
+@pytest.mark.full
+@pytest.mark.parametrize("length", [33, 47, 49, 5, 1])
 def test_padding_is_not_counted(length):
     """Odd lengths choose the blocks that a longer text, whose rest they do not see, has."""
     q, k, _ = arrays(64, 64, n=1, size=3.0)

@@ -19,6 +19,7 @@ CHOOSERS = {
 }
 
 
+@pytest.mark.full
 def test_a_compiled_chooser_of_16_bits_has_float32_statistics():
     q, k, _ = arrays(37, 61, n=4, k=2, b=2, dtype="bfloat16")
     choose = jax.jit(lambda q, k: sparse.xattention(q, k, stride=4, block_size=16))

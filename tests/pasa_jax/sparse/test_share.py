@@ -8,7 +8,6 @@ import pytest
 from pasa_jax.sparse import share_prefill
 from pasa_jax.sparse._share import js_distance
 from tests.pasa_jax.sparse.draws import arrays, blocks, causal, kept, weights
-from tests.thin import only
 
 SIZE = 16
 OPTIONS = {"block_size": SIZE, "fallback": 1.0}
@@ -35,7 +34,8 @@ def covered(p, threshold):
     return found
 
 
-@pytest.mark.parametrize("length", only((91,), [96, 91]))
+@pytest.mark.full
+@pytest.mark.parametrize("length", [96, 91])
 def test_heads_that_are_alike_take_the_pivots_blocks(length):
     q, k = alike(length, length)
     found = kept(share_prefill(q, k, [[1, 3, 0]], **OPTIONS))[0]
