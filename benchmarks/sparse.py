@@ -17,6 +17,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -66,7 +67,7 @@ def tasks(tokens: int, block: int, seed: int = 0) -> dict[str, Task]:
     words = rng.standard_normal((1, tokens // 2, HEADS, DIM))
     words *= np.sqrt(COPY * np.sqrt(DIM)) / np.linalg.norm(words, axis=-1, keepdims=True)
     text = np.concatenate([words, words], axis=1)
-    found = {
+    found: dict[str, Any] = {
         "local": (near, near, v),
         "narrow": (narrow, narrow, v),
         "needle": (q, k, v, start),
@@ -74,7 +75,7 @@ def tasks(tokens: int, block: int, seed: int = 0) -> dict[str, Task]:
         "noise": tuple(noise),
     }
     return {
-        name: Task(*(jnp.asarray(x, jnp.float32) for x in task[:3]), *task[3:])
+        name: Task(*jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), task[:3]), *task[3:])
         for name, task in found.items()
     }
 
@@ -206,8 +207,9 @@ def check(found: dict[str, dict[str, Measured]]) -> None:
     """Raises AssertionError unless each method works where it should, and fails where it should."""
     claims = {
         "local keys: window, columns and diagonals, and XAttention keep and lose little": all(
-            found["local"][x].error < 0.1 and found["local"][x].kept < 0.4
-            for x in ("sink_window", "vertical_slash", "xattention")
+            found["local"][x].error < most and found["local"][x].kept < 0.4
+            # XAttention may drop a tenth of a row's weight.
+            for x, most in (("sink_window", 0.1), ("vertical_slash", 0.1), ("xattention", 0.2))
         ),
         "narrow: XAttention drops the block before, and loses the first queries of a block": (
             found["narrow"]["xattention"].error > 0.3

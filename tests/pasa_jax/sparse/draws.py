@@ -1,5 +1,7 @@
 """Queries, keys and values of the tests, and what the definitions say of them, in NumPy."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,7 +35,7 @@ def blocks(seen, size):
     return padded.reshape(-(-t // size), size, -(-s // size), size).any(axis=(1, 3))
 
 
-def kept(block_mask):
+def kept(block_mask) -> Any:
     """[B, N, rows, columns] bool."""
     found = np.zeros(block_mask.kv_indices.shape, bool)
     parts = ("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")
@@ -43,7 +45,7 @@ def kept(block_mask):
     return found
 
 
-def attention(q, k, v, visible=True):
+def attention(q, k, v, visible: Any = True):
     """[B, T, N, E] float64: attention over the keys visible [B|1, N|1, T, S], causal besides."""
     visible = np.broadcast_to(visible, (len(q), q.shape[2], q.shape[1], k.shape[1]))
     visible = visible & causal(q.shape[1], k.shape[1])
