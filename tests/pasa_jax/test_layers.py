@@ -9,11 +9,13 @@ import pasa_jax
 
 ROOT = Path(pasa_jax.__file__).parents[1]
 CORE, WALK, CALL = "pasa_jax.core", "pasa_jax.implementations", "pasa_jax.call"
+SPARSE = "pasa_jax.sparse"
 # package -> what it may import of these three packages, itself included
 ALLOWED = {
     "pasa_jax/core": (CORE,),
     "pasa_jax/implementations": (CORE, WALK),
     "pasa_jax/call": (CORE, WALK, CALL),
+    "pasa_jax/sparse": ("pasa_jax", CORE, SPARSE),
     "pallas_kernels": ("pallas_kernels", "pasa_jax", CORE, f"{WALK}.lax"),
     "npu_bridge": ("npu_bridge", "pasa_jax", CORE),
 }
