@@ -124,7 +124,7 @@ def rows_of(o: Operands, mask: Mask, rows: slice) -> tuple[Operands, Mask]:
     operands = o._replace(
         query=cut(o.query, 1),
         bias=cut(o.bias, 2),
-        factors=None if factors is None else factors._replace(q=cut(factors.q, 2)),
+        factors=None if factors is None else factors._replace(q=cut(factors.q, 3)),
         data=cut_data(o.data),
     )
     return operands, replace(

@@ -59,7 +59,7 @@ class Specs:
             value_size := o.value.shape[-1],
             side(size),
             side(value_size),
-            0 if o.factors is None else o.factors.q.shape[-1],
+            0 if o.factors is None else o.factors.q.shape[2],
         )
 
     def padded(self, n: int, axis: str) -> int:
@@ -96,7 +96,7 @@ class Inputs(NamedTuple):
     key_positions: Any = None  # [B|1, S]                           [S]
     query_lengths: Any = None  # [B]                                []
     key_lengths: Any = None  # [B]                                  []
-    factors: Any = None  # Factors of [B|1, N|1, T|S, R]            [T|S, R], []
+    factors: Any = None  # Factors of [B|1, N|1, R, T|S]            [R, T|S], []
     # Of the functions of the caller: the numbers of batch entry and head, and `Data`.
     entries: Any = None  # [B]                                      []
     heads: Any = None  # [N]                                        []
@@ -137,7 +137,7 @@ AXES = Inputs(
     key_positions=("b", "keys"),
     query_lengths=("b",),
     key_lengths=("b",),
-    factors=Factors(("b", "n", "rows", "rank"), ("b", "n", "keys", "rank"), ("b", "n")),
+    factors=Factors(("b", "n", "rank", "rows"), ("b", "n", "rank", "keys"), ("b", "n")),
     entries=("b",),
     heads=("n",),
     query_data=("b", "n", "rows"),

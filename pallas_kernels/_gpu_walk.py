@@ -210,10 +210,10 @@ class PointerWalk(Walk):
         factors = self.refs.factors
         if factors is None:
             return None
-        rank = factors.q.shape[1]
-        q = self.load(factors.q, self.rows_at(start), (0, rank, self.specs.rank))
-        k = self.load(factors.k, self.keys_at(j), (0, rank, self.specs.rank))
-        return dot(q, k, (1, 1), q.dtype) * scalar(factors.scale)
+        along_rank = (0, factors.q.shape[0], self.specs.rank)
+        q = self.load(factors.q, along_rank, self.rows_at(start))
+        k = self.load(factors.k, along_rank, self.keys_at(j))
+        return dot(q, k, (0, 0), q.dtype) * scalar(factors.scale)
 
     def _place(self, start: Index, j: Index) -> Place:
         """Where the elements of a tile stand."""

@@ -203,7 +203,7 @@ class Inputs(NamedTuple):
     key_segments: Any = None  # [B, 1, S]; transposed [B, S, 1]
     query_positions: Any = None  # as segments
     key_positions: Any = None
-    factors: Any = None  # Factors of [B|1, K|1, G|1, T, R], [B|1, K|1, G|1, S, R], [B|1, N|1]
+    factors: Any = None  # Factors of [B|1, K|1, G|1, R, T], [B|1, K|1, G|1, R, S], [B|1, N|1]
     # Of the functions of the caller: the numbers of batch entries and heads, and `Data`.
     entries: Any = None  # [B]
     heads: Any = None  # [N]
@@ -304,8 +304,8 @@ def block_specs(x: Inputs, specs: Specs, mask: Mask, list_shape: Any) -> Inputs:
     factors = None
     if x.factors is not None:
         factors = Factors(
-            block(x.factors.q, *lead, "rows", "r"),
-            block(x.factors.k, *lead, "keys", "r"),
+            block(x.factors.q, *lead, "r", "rows"),
+            block(x.factors.k, *lead, "r", "keys"),
             scalars(x.factors.scale),
         )
     return Inputs(
@@ -570,10 +570,11 @@ class RefWalk(Walk):
         of_heads = []
         for g, scale in zip(self._heads, self._head_numbers(factors.scale), strict=True):
             q, k = (
-                x[0, 0, g if x.shape[2] > 1 else 0, at]
+                x[0, 0, g if x.shape[2] > 1 else 0, :, at]
                 for x, at in ((factors.q, self.rows_at), (factors.k, self.keys_at(j)))
             )
-            of_heads.append(tile.outer(q, k, self.numerics) * scale)
+            pair = ([x[r : r + 1] for r in range(len(q))] for x in (q, k))
+            of_heads.append(tile.outer(*pair, self.numerics) * scale)
         axis = 1 if self.transposed else 0
         return jnp.concatenate(of_heads, axis=axis) if len(of_heads) > 1 else of_heads[0]
 

@@ -233,7 +233,7 @@ def bias(given: ArrayLike | None, full: tuple[int, ...], wide: jnp.dtype) -> Arr
 
 
 def factors(given: LowRankBias, full: tuple[int, int, int, int], wide: jnp.dtype) -> Factors:
-    """The factors of a bias of low rank, [B|1, N|1, …]."""
+    """The factors of a bias of low rank, [B|1, N|1, R, …]."""
     b, n, t, s = full
     arrays = []
     for name, x, length in (("q_factors", given.q_factors, t), ("k_factors", given.k_factors, s)):
@@ -254,7 +254,7 @@ def factors(given: LowRankBias, full: tuple[int, int, int, int], wide: jnp.dtype
     if not fits or not _is_number_type(scale.dtype):
         allowed = f"be a number, [N] or [B, N], with B = {b} or 1 and N = {n} or 1"
         raise wrong("bias.scale", allowed, f"{scale.dtype}{list(scale.shape)}")
-    return Factors(q, k, scale.astype(wide))
+    return Factors(jnp.swapaxes(q, 2, 3), jnp.swapaxes(k, 2, 3), scale.astype(wide))
 
 
 def positions(

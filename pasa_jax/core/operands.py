@@ -18,10 +18,14 @@ Wanted = Literal["out", "lse", "residuals"]
 
 
 class Factors(NamedTuple):
-    """A bias of low rank: scale · q·kᵀ, in float32 (float64 for float64 inputs)."""
+    """A bias of low rank: scale · qᵀ·k, in float32 (float64 for float64 inputs).
 
-    q: Array  # [B|1, N|1, T, R]  one head: [G|1, T, R]
-    k: Array  # [B|1, N|1, S, R]  one head: [G|1, S, R]
+    The rank is not the last axis, so that the numbers of a tile lie side by side. Of a tile q and k
+    may be tuples of one array for each r.
+    """
+
+    q: Any  # [B|1, N|1, R, T]  one head: [G|1, R, T]
+    k: Any  # [B|1, N|1, R, S]  one head: [G|1, R, S]
     scale: Array  # [B|1, N|1]    one head: [G|1]
 
 

@@ -205,9 +205,17 @@ class HeadWalk(Walk):
         return tile.low_rank(*factors, self.groups, self.numerics)
 
     def factors(self, start: Index, j: Index, of: Factors) -> Factors:
-        """The factors of a tile: [G|1, block_q, rank], [G|1, n, rank] and [G|1]."""
-        k = bits.take(of.k, self.key_start(j), self.block_kv, 1)
-        return Factors(bits.take(of.q, start, self.block_q, 1), k, of.scale)
+        """The factors of a tile: one [G|1, block_q] and [G|1, n] for each r, and [G|1].
+
+        XLA for CPUs would slice all of them at once element by element, for each use.
+        """
+        at_rows, at_keys = (start, self.block_q), (self.key_start(j), self.block_kv)
+        ranks = range(of.q.shape[1])
+        q, k = (
+            tuple(bits.take(x[:, r], *at, 1) for r in ranks)
+            for x, at in ((of.q, at_rows), (of.k, at_keys))
+        )
+        return Factors(q, k, of.scale)
 
     def modified(self, start: Index, j: Index) -> tile.Modify | None:
         mods = self.mask.mods

@@ -251,11 +251,11 @@ def _add_shared(
         tiled = walk.factors(start, j, head.factors)
         # Those that are hidden may be anything; those that are seen and not finite have made d NaN.
         tiled = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), tiled)
-        (d,) = jax.vjp(walk.product_of, tiled)[1](d_scores.astype(tiled.q.dtype))
-        old = total.factors
+        (d,) = jax.vjp(walk.product_of, tiled)[1](d_scores.astype(tiled.scale.dtype))
+        old, d_q, d_k = total.factors, jnp.stack(d.q, axis=1), jnp.stack(d.k, axis=1)
         factors = Factors(
-            q=add_at(old.q, d.q.astype(old.q.dtype), (0, start, 0)),
-            k=add_at(old.k, d.k.astype(old.k.dtype), (0, at, 0)),
+            q=add_at(old.q, d_q.astype(old.q.dtype), (0, 0, start)),
+            k=add_at(old.k, d_k.astype(old.k.dtype), (0, 0, at)),
             scale=old.scale + d.scale.astype(old.scale.dtype),
         )
         total = total._replace(factors=factors)

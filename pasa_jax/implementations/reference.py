@@ -145,8 +145,8 @@ def _low_rank(factors: Factors, batch: int, heads: int) -> Float[Array, "B N T S
     """[B, N, T, S] the bias that the factors make; NaN of those that are not finite."""
     whole = [jnp.broadcast_to(x, (batch, heads, *x.shape[2:])) for x in (factors.q, factors.k)]
     q, k = (jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in whole)
-    product = jnp.einsum("bntr,bnsr->bnts", q, k, precision=jax.lax.Precision.HIGHEST)
-    of_q, of_k = (jnp.all(jnp.isfinite(x), axis=-1) for x in whole)
+    product = jnp.einsum("bnrt,bnrs->bnts", q, k, precision=jax.lax.Precision.HIGHEST)
+    of_q, of_k = (jnp.all(jnp.isfinite(x), axis=2) for x in whole)
     product = product * factors.scale[:, :, None, None]
     return jnp.where(of_q[..., None] & of_k[..., None, :], product, jnp.nan)
 

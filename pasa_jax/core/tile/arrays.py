@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -87,34 +88,38 @@ _OUTER_RANK = 4
 
 
 def outer(
-    q: Float[Array, "R rank"], k: Float[Array, "n rank"], numerics: Numerics
+    q: Sequence[Float[Array, " R"]], k: Sequence[Float[Array, " n"]], numerics: Numerics
 ) -> Float[Array, "rows columns"]:
-    """q·kᵀ [R, n] of thin factors, in their own type; [n, R] where tiles are transposed."""
+    """Σ q_r·k_rᵀ [R, n] of thin factors, in their own type; [n, R] where tiles are transposed.
+
+    Arguments:
+      q, k: one array for each r, of like shapes: [R] and [n], or [1, R] and [1, n].
+    """
     rows, columns = (k, q) if numerics.dialect.transposed else (q, k)
-    if q.shape[1] > _OUTER_RANK:
-        return dot(rows, columns, (1, 1), q.dtype)
-    turned = columns.T
-    total = rows[:, :1] * turned[:1]
-    for r in range(1, q.shape[1]):
-        total = total + rows[:, r : r + 1] * turned[r : r + 1]
-    return total
+    if len(q) > _OUTER_RANK:
+        of_rows, of_columns = (jnp.stack([x.reshape(-1) for x in y]) for y in (rows, columns))
+        return dot(of_rows, of_columns, (0, 0), of_rows.dtype)
+    products = [x.reshape(-1, 1) * y.reshape(1, -1) for x, y in zip(rows, columns, strict=True)]
+    return sum(products[1:], products[0])
 
 
 def low_rank(
-    q: Float[Array, "#G rows rank"],
-    k: Float[Array, "#G n rank"],
+    q: Sequence[Float[Array, "#G rows"]],
+    k: Sequence[Float[Array, "#G n"]],
     scale: Float[Array, "#G"],
     groups: int,
     numerics: Numerics,
 ) -> Float[Array, "R n"]:
-    """scale·q·kᵀ of a tile whose query heads are stacked."""
-    rows, n = q.shape[1], k.shape[1]
-    if len(k) == 1:
-        product = outer(q.reshape(-1, q.shape[2]), k[0], numerics).reshape(-1, rows, n)
-    else:
-        product = jnp.stack([outer(q[min(g, len(q) - 1)], k[g], numerics) for g in range(groups)])
-    product = product * scale[:, None, None]
-    return jnp.broadcast_to(product, (groups, rows, n)).reshape(-1, n)
+    """scale·Σ q_r·k_rᵀ of a tile whose query heads are stacked."""
+
+    def of_head(x: Array, g: int) -> Array:
+        return x[min(g, len(x) - 1)]
+
+    def one(g: int) -> Array:
+        pair = ([of_head(x, g) for x in y] for y in (q, k))
+        return outer(*pair, numerics) * of_head(scale, g)
+
+    return one(0) if groups == 1 else jnp.concatenate([one(g) for g in range(groups)])
 
 
 def weigh(
