@@ -239,7 +239,7 @@ class TileList(NamedTuple):
         place = (b if batch > 1 else 0) * heads + (h if heads > 1 else 0)
         return (place * rows + i) * (2 + columns)
 
-    def tile(self, b: Index, h: Index, i: Index, t: Index) -> Array:
+    def tile(self, b: Index, h: Index, i: Index, t: Index) -> Index:
         """The t-th key tile that a query tile visits; beyond, the last one."""
         return div(self.numbers[self.row(b, h, i) + 2 + t], 2)
 
@@ -573,8 +573,8 @@ class RefWalk(Walk):
                 x[0, 0, g if x.shape[2] > 1 else 0, :, at]
                 for x, at in ((factors.q, self.rows_at), (factors.k, self.keys_at(j)))
             )
-            pair = ([x[r : r + 1] for r in range(len(q))] for x in (q, k))
-            of_heads.append(tile.outer(*pair, self.numerics) * scale)
+            of_q, of_k = ([x[r : r + 1] for r in range(len(q))] for x in (q, k))
+            of_heads.append(tile.outer(of_q, of_k, self.numerics) * scale)
         axis = 1 if self.transposed else 0
         return jnp.concatenate(of_heads, axis=axis) if len(of_heads) > 1 else of_heads[0]
 

@@ -26,7 +26,7 @@ class Factors(NamedTuple):
 
     q: Any  # [B|1, N|1, R, T]  one head: [G|1, R, T]
     k: Any  # [B|1, N|1, R, S]  one head: [G|1, R, S]
-    scale: Array  # [B|1, N|1]    one head: [G|1]
+    scale: Any  # [B|1, N|1]      one head: [G|1]
 
 
 class Operands(NamedTuple):

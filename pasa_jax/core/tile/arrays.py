@@ -116,8 +116,8 @@ def low_rank(
         return x[min(g, len(x) - 1)]
 
     def one(g: int) -> Array:
-        pair = ([of_head(x, g) for x in y] for y in (q, k))
-        return outer(*pair, numerics) * of_head(scale, g)
+        of_q, of_k = ([of_head(x, g) for x in y] for y in (q, k))
+        return outer(of_q, of_k, numerics) * of_head(scale, g)
 
     return one(0) if groups == 1 else jnp.concatenate([one(g) for g in range(groups)])
 
