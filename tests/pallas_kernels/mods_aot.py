@@ -1,17 +1,21 @@
 """Calls with lists of tiles and functions, to be compiled for chips that are not there.
 
 `pallas_kernels.aot.Compiler` imports this module in its own process and asks `attention` by name.
+
+    python -m tests.pallas_kernels.mods_aot tpu_v6e --length 8192 --block-q 512 --block-kv 1024
 """
 
 from __future__ import annotations
 
+import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.aot import MakeArray, kernel_alone
+from pallas_kernels.aot import Compiler, MakeArray, kernel_alone
 from pasa_jax import BlockMask, LowRankBias, Schedule, alibi_slopes
 from pasa_jax.core.target import find_target
 
@@ -52,6 +56,21 @@ def _blocks(length: int, size: int, *, causal: bool) -> Callable[[Array], dict[s
         return {"block_mask": mask, "is_causal": causal}
 
     return keywords
+
+
+NAMES = (
+    "block mask",
+    "segments",
+    "positions",
+    "documents",
+    "prefix",
+    "dilated",
+    "neighbours",
+    "ALiBi",
+    "relative",
+    "soft cap",
+    "low rank",
+)
 
 
 def case(name: str, length: int, heads: int, block: int) -> tuple[list[Any], Any]:
@@ -109,3 +128,34 @@ def attention(
     kv = (1, length, kv_heads or heads, head_dim)
     operands = (array((1, length, heads, head_dim), dtype), array(kv, dtype), array(kv, dtype))
     return forward, (*operands, *(array(*x) for x in shapes))
+
+
+def main() -> None:
+    """Prints for each call whether it compiles, and how long that takes."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("chip")
+    for name, default in (("length", 8192), ("block-q", 512), ("block-kv", 1024), ("heads", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--limit", type=int, default=600, help="seconds for each")
+    parser.add_argument("--only", nargs="*", default=NAMES, choices=NAMES)
+    given = parser.parse_args()
+    schedule = {"target": given.chip, "block_q": given.block_q, "block_kv": given.block_kv}
+    with Compiler(limit=given.limit) as compiler:
+        for name in given.only:
+            start = time.monotonic()
+            report = compiler(
+                "tests.pallas_kernels.mods_aot:attention",
+                given.chip,
+                estimates=False,
+                name=name,
+                length=given.length,
+                heads=given.heads,
+                schedule=schedule,
+                block=max(given.block_q, given.block_kv),
+            )
+            said = report.error or f"compiles in {time.monotonic() - start:.0f} s"
+            print(given.chip, name, given.length, said, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -120,19 +120,7 @@ def test_what_is_not_visited_is_not_read(kernel):
     "name",
     only(
         ["block mask", "documents", "relative", "low rank"],
-        [
-            "block mask",
-            "segments",
-            "positions",
-            "documents",
-            "prefix",
-            "dilated",
-            "neighbours",
-            "ALiBi",
-            "relative",
-            "soft cap",
-            "low rank",
-        ],
+        mods_aot.NAMES,
     ),
 )
 def test_lowering(chip, name):
