@@ -144,11 +144,11 @@ class Call:
             factors=None if low_rank is None else checks.factors(low_rank, full, wide),
             data=data,
         )
-        places: tuple[Array | None, Array | None] = (None, None)
-        if causal or reach is not None:  # nothing else compares positions
-            places = checks.positions(
-                given.q_positions, given.kv_positions, q, k, given.causal_alignment
-            )
+        places = checks.positions(
+            given.q_positions, given.kv_positions, q, k, given.causal_alignment
+        )
+        if not causal and reach is None:  # nothing else compares positions
+            places = (None, None)
         mask = Mask(
             query_length=q.shape[1],
             key_length=k.shape[1],
