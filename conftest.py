@@ -5,6 +5,7 @@ import pytest
 SLOW = (
     "docs/diagnose.md",
     "docs/flax.md",
+    "docs/masks.md",
     "docs/models.md",
     "pasa_jax/diagnostics/_collect.py",
     "pasa_jax/models/decoder.py",

@@ -118,7 +118,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     tiled = (mask.array, mask.query_segments, mask.query_positions, operands.bias)
     tiled += (*jax.tree.leaves((mask.mods, operands.factors)),)
     if specs.key_tiles > 1 and specs.block_kv % LANES and any(x is not None for x in tiled):
-        return f"block_kv must be a multiple of {LANES} beside data and functions"
+        return f"block_kv must be a multiple of {LANES} beside a bias, an array or data"
     limit = vmem(plan)
     if specs.bytes > limit:
         return f"a tile with its queries and keys wants {specs.bytes} bytes of VMEM's {limit}"

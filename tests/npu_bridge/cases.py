@@ -143,7 +143,7 @@ CASES: dict[str, Case] = {
     "reference, bfloat16": Case(
         {"shift": "reference", "dtype": "bfloat16", "is_causal": True}, _ODD, full=True
     ),
-    "packed": Case({"packed": True, "return_lse": True, "head_dim": 64}, _PACKED, 128),
+    "packed": Case({"packed": True, "return_lse": True, "head_dim": 64}, _PACKED, 128, full=True),
     "packed, bottom right, window, sinks, bfloat16": Case(
         {
             "packed": True,

@@ -1,5 +1,7 @@
 """Functions, positions, block masks, lists of tiles and biases of low rank in the kernels."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from pasa_jax.core.errors import BackendUnsupported
 from tests.gallery import GALLERY, check
 from tests.pallas_kernels import mods_aot
 from tests.pallas_kernels.test_aot import KERNELS, named
-from tests.thin import only, some
+from tests.thin import only, some_tuples
 
 TARGETS = {"pallas_tpu": "tpu_v6e", "pallas_gpu": "h100"}
 BLOCKS = {"pallas_tpu": (128, 128), "pallas_gpu": (32, 16)}
@@ -68,16 +70,21 @@ def together(queries=300, keys=700):
     }
 
 
-@pytest.mark.parametrize("keywords", some(["together", "documents", "low rank"], 3, 1))
-def test_lists_of_long_sequences(kernel, keywords):
+@pytest.mark.parametrize(
+    ("name", "keywords"),
+    some_tuples(product(TARGETS, ["documents", "together", "low rank"]), 6),
+)
+def test_lists_of_long_sequences(name, keywords, request):
     """Several tiles in each list: tiles that are hidden, partly seen and seen whole."""
+    if name == "pallas_tpu":
+        request.getfixturevalue("tpu_interpreter")
     arrays, all_keywords = long_arrays(), together()
     parts = {
         "together": tuple(all_keywords),
         "documents": ("q_data", "kv_data", "block_mask"),
         "low rank": ("bias", "segment_ids"),
     }
-    chosen = {name: all_keywords[name] for name in parts[keywords]}
+    chosen = {part: all_keywords[part] for part in parts[keywords]}
 
     def total(arrays, **how):
         out, lse = dot_product_attention(*arrays, return_residual=True, **chosen, **how)
@@ -85,12 +92,13 @@ def test_lists_of_long_sequences(kernel, keywords):
 
     both = jax.value_and_grad(total, has_aux=True)
     (_, want), d_want = both(arrays, implementation="reference")
-    (_, found), d_found = both(arrays, **options(kernel))
+    (_, found), d_found = both(arrays, **options(name))
     np.testing.assert_allclose(found, want, atol=2e-5)
     for x, y in zip(d_found, d_want, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4)
 
 
+@pytest.mark.full
 def test_lists_in_parts(tpu_interpreter, monkeypatch):
     """Lists that do not fit SMEM: several calls of the kernel, each of some rows."""
     arrays, keywords = long_arrays(), together()

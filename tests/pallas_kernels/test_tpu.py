@@ -114,7 +114,7 @@ class TestChoice:
             ),
             (
                 {"bias": np.zeros((1, 1, 1, 50), np.float32)},
-                "block_kv must be a multiple of 128 beside a bias, an array or segments",
+                "block_kv must be a multiple of 128 beside a bias, an array or data",
             ),
         ],
     )

@@ -94,7 +94,7 @@ def found(given: tuple[str, ...], static: dict, many: list[dict]) -> tuple[TileS
 
     def one(fields):
         mask = Mask(query_length=T, key_length=S, block_size=BLOCKS, **static, **fields)
-        sight = tile_sight(mask, BLOCK_Q, BLOCK_KV)
+        sight = tile_sight(mask, BLOCK_Q, BLOCK_KV, overlap=True)
         return sight, Visits.of(sight)
 
     stacked = {name: jnp.stack([jnp.asarray(x[name]) for x in many]) for name in names}
