@@ -92,11 +92,8 @@ def lists_of(
     batch = max(len(x) for x in by_entry if x is not None)
 
     def of(b: Array, h: Array) -> Lists:
-        one = replace(mask, mods=None, array=None, dropout=None).head(b, h, groups)
+        one = mask.head(b, h, groups)
         sight = tile_sight(one, block_q, block_kv)
-        asked = mask.mods is not None and mask.mods.mask_mod is not None
-        if asked or mask.array is not None:
-            sight = sight._replace(whole=jnp.zeros_like(sight.whole))
         if by_key:  # rows beyond the last one are masked
             inside = (jnp.arange(len(sight.some)) + 1) * block_q <= mask.query_length
             sight = TileSight(sight.some, sight.whole & inside[:, None]).transposed

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._common import Lists, given_data, lists_of, narrowed, of_heads
+from pallas_kernels._common import Lists, given_data, narrowed, of_heads
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.operands import Factors, Operands
@@ -247,8 +247,6 @@ def inputs_of(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
         key_lengths=mask.key_lengths,
         factors=o.factors,
     )
-    if mask.listed:
-        inputs = inputs._replace(lists=lists_of(mask, specs.block_q, specs.block_kv, 1))
     if mask.mods is not None:
         data = given_data(mask, o)
         inputs = inputs._replace(

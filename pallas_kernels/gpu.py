@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels._common import (
     Outputs,
     block_refusal,
+    lists_of,
     refusal,
     repaired,
     repaired_backward,
@@ -111,6 +112,8 @@ def kernel(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> tup
     plan = for_triton(plan)
     specs = Specs.of(operands, plan)
     inputs = inputs_of(operands, mask, plan, specs)
+    if mask.listed:
+        inputs = inputs._replace(lists=lists_of(mask, specs.block_q, specs.block_kv, 1))
     (b, t, n, _), e = operands.query.shape, operands.value.shape[-1]
     out_type = plan.output(operands.query.dtype)
     shape = shape_maker(operands, mask)

@@ -103,6 +103,6 @@ def _tiles(operands: Operands, mask: Mask, schedule: Schedule) -> str:
     narrows = [name for name, x in named.items() if x is not None]
     if narrows:
         said += f"; fewer where {', '.join(narrows)} say so, on the device"
-    if mask.array is not None or (mask.mods is not None and mask.mods.mask_mod is not None):
+    if mask.tested:
         said += "; a tile that mask or mask_mod hides is looked at, and no more"
     return said

@@ -37,6 +37,17 @@ def _take_jvp(
     return take(x, start, size, axis), lax.dynamic_slice_in_dim(tangents[0], start, size, axis)
 
 
+def pick(x: Array, index: Any) -> Array:
+    """Entry ``index`` of the first axis; of an axis of size 1, its only entry."""
+    return x[0] if x.shape[0] == 1 else take(x, index, 1)[0]
+
+
+def pick_heads(x: Array, b: Any, h: Any, groups: int) -> Array:
+    """[B|1, N|1, …] -> [groups|1, …]: the query heads of batch entry b and of key head h."""
+    x = pick(x, b)
+    return x if x.shape[0] == 1 else lax.dynamic_slice_in_dim(x, h * groups, groups)
+
+
 @jax.custom_jvp
 def put(buffer: Array, x: Array, place: tuple[Any, ...]) -> Array:
     """``buffer`` with x at ``place``, an index for each axis."""

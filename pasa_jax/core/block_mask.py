@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -285,9 +285,8 @@ def _kinds(mods: Mods, full: tuple[int, int, int, int], size: tuple[int, int]) -
             )
         )
     )
-    padded = Mods(
-        mask_mod=mods.mask_mod,
-        trees=mods.trees,
+    padded = replace(
+        mods,
         data=data,
         entries=jnp.arange(batch, dtype=jnp.int32),
         heads=jnp.arange(heads, dtype=jnp.int32),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax.core.bits import take
+from pasa_jax.core.bits import pick, pick_heads, take
 from pasa_jax.core.errors import check_choice
 from pasa_jax.core.mods import Data, Mods
 from pasa_jax.core.schedule import Schedule
@@ -88,10 +88,7 @@ class Mask:
             return None if x is None else pick(x, b)
 
         def of_heads(x: Array | None) -> Array | None:
-            x = of(x)
-            if x is None or x.shape[0] == 1:
-                return x
-            return lax.dynamic_slice_in_dim(x, h * groups, groups)
+            return None if x is None else pick_heads(x, b, h, groups)
 
         return replace(
             self,
@@ -112,8 +109,17 @@ class Mask:
     @property
     def data_dependent(self) -> bool:
         """Whether data or functions hide keys: no tile is full by its place alone."""
-        asked = self.mods is not None and self.mods.mask_mod is not None
-        return self.listed or asked or self.array is not None
+        return self.listed or self.tested
+
+    @property
+    def tested(self) -> bool:
+        """Whether a function or an array is asked about every pair of a query and a key."""
+        return self.array is not None or self.has_function
+
+    @property
+    def has_function(self) -> bool:
+        """Whether the caller's ``mask_mod`` hides keys."""
+        return self.mods is not None and self.mods.mask_mod is not None
 
     @property
     def listed(self) -> bool:
@@ -124,8 +130,7 @@ class Mask:
     @property
     def interval_known(self) -> bool:
         """Whether a row's keys are an interval of places, cut by segments and an array at most."""
-        functions = self.mods is not None and self.mods.mask_mod is not None
-        return self.query_positions is None and self.kinds is None and not functions
+        return self.query_positions is None and self.kinds is None and not self.has_function
 
     def any_partial(self, block_kv: int) -> bool:
         """Whether some tile may need the mask."""
@@ -360,11 +365,6 @@ class Mask:
     def _reach(self) -> tuple[int | None, int | None]:
         """`reach` in places, which positions replace."""
         return (None, None) if self.query_positions is not None else self.reach()
-
-
-def pick(x: Array, index: Index) -> Array:
-    """Entry ``index`` of the first axis; of an axis of size 1, its only entry."""
-    return x[0] if x.shape[0] == 1 else take(x, index, 1)[0]
 
 
 def slice_tile(x: Array, row: Index, rows: int, column: Index, columns: int) -> Array:

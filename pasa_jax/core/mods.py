@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax.core.bits import take
+from pasa_jax.core.bits import pick, pick_heads, take
 
 Array = jax.Array
 Index = int | Array
@@ -36,12 +36,7 @@ class Data(NamedTuple):
 
     def one_head(self, b: Index, h: Index, groups: int) -> Data:
         """The data of batch entry ``b`` and of the ``groups`` query heads of key head ``h``."""
-
-        def of(x: Array) -> Array:
-            x = x[0] if x.shape[0] == 1 else take(x, b, 1)[0]
-            return x if x.shape[0] == 1 else lax.dynamic_slice_in_dim(x, h * groups, groups)
-
-        return jax.tree.map(of, self)
+        return jax.tree.map(lambda x: pick_heads(x, b, h, groups), self)
 
     def beside(self, other: Data) -> Data:
         """All leaves of two parts."""
@@ -131,7 +126,7 @@ class Mods:
         return replace(
             self,
             data=self.data.one_head(b, h, groups),
-            entries=self.entries[0] if len(self.entries) == 1 else take(self.entries, b, 1)[0],
+            entries=pick(self.entries, b),
             heads=lax.dynamic_slice_in_dim(self.heads, h * groups, groups),
         )
 

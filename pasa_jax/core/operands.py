@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax.core.bits import take
-from pasa_jax.core.mask import Index, pick
+from pasa_jax.core.bits import pick, pick_heads, take
+from pasa_jax.core.mask import Index
 from pasa_jax.core.mods import Data
 
 Array = jax.Array
@@ -46,8 +46,7 @@ class Operands(NamedTuple):
         groups = self.query.shape[2] // self.key.shape[2]
 
         def of(x: Array) -> Array:
-            x = pick(x, b)
-            return x if x.shape[0] == 1 else lax.dynamic_slice_in_dim(x, h * groups, groups)
+            return pick_heads(x, b, h, groups)
 
         sinks = self.sinks
         if sinks is not None:

@@ -115,8 +115,7 @@ def tile_sight(mask: Mask, block_q: int, block_kv: int, *, overlap: bool = False
         sight = sight.beside(_by_segment(q, k))
     if mask.kinds is not None:
         sight = sight.beside(_by_block(mask, queries, keys))
-    asked = mask.mods is not None and mask.mods.mask_mod is not None
-    if asked or mask.array is not None:
+    if mask.tested:
         sight = sight._replace(whole=jnp.zeros_like(sight.whole))
     return sight
 

@@ -18,7 +18,7 @@ from jax import lax
 from pasa_jax.core import bits, tile
 from pasa_jax.core.bound import bound_of
 from pasa_jax.core.heads import heads_at_once, varying
-from pasa_jax.core.mask import Index, Mask, div, minimum, pick, slice_tile
+from pasa_jax.core.mask import Index, Mask, div, minimum, slice_tile
 from pasa_jax.core.mods import Data
 from pasa_jax.core.operands import Factors, Operands, fold_heads
 from pasa_jax.core.plan import Plan
@@ -148,7 +148,7 @@ class HeadWalk(Walk):
         if self.facts.value_gain is None:
             return query
         i = div(start + self.block_q - 1, self.block_q)
-        return query._replace(value_gain=pick(self.facts.value_gain, i))
+        return query._replace(value_gain=bits.pick(self.facts.value_gain, i))
 
     def raw_keys(
         self, j: Index
@@ -273,7 +273,9 @@ def over_heads(
     plan = replace(plan, schedule=plan.schedule.fitted(plan.schedule.block_q, keys))
 
     def one(b: Index, h: Index) -> tuple[Any, Any]:
-        of_head = None if known is None else jax.tree.map(lambda x: pick(pick(x, b), h), known)
+        of_head = (
+            None if known is None else jax.tree.map(lambda x: bits.pick(bits.pick(x, b), h), known)
+        )
         walk = HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan, of_head)
         bound = walk.facts.bound
         if bound is None:
