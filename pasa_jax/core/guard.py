@@ -85,19 +85,10 @@ def guard_of(
         per_tile = over_visited(per_block, mask, block_q, n)
         return jnp.repeat(per_tile, block_q)[: len(q), None]
 
-    of_q, of_scale = log2_norm(q), jnp.log2(jnp.abs(scale.astype(jnp.float32)))
-    of_k, of_shifted = map(seen, norms)
-    range_log2 = _PRODUCT_LOG2[str(wide_type(q.dtype))]
-    excess = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0) - range_log2
-    if _stores16(plan, q.dtype):
-        excess = jnp.maximum(excess, of_q + of_shifted + of_scale - _FLOAT16_LOG2)
-    if plan.rounds_products:  # q·gain is formed in q's type, which a gain below 1 cannot leave
-        of_factor = jnp.log2(jnp.abs(plan.gain(scale.astype(jnp.float32))))
-        of_product = of_q + of_factor - _QUERY_LOG2[str(q.dtype)]
-        excess = jnp.maximum(excess, jnp.where(of_factor > 0, of_product, -jnp.inf))
-    # The margin covers the rounding of the logarithms.
-    exponent = jnp.clip(jnp.ceil(excess + 0.01), 0, 2000).astype(jnp.int32)
-    wide = wide_type(q.dtype)
+    excess = _excess(log2_norm(q), *map(seen, norms), scale, plan, q.dtype)
+    exponent = jnp.clip(jnp.ceil(excess), 0, 2000).astype(jnp.int32)
+    of_scale, wide = jnp.log2(jnp.abs(scale.astype(jnp.float32))), wide_type(q.dtype)
+    range_log2 = _PRODUCT_LOG2[str(wide)]
     largest = jnp.finfo(wide).maxexp - 2  # of a power whose inverse is a normal number too
     of_gain = jnp.clip(jnp.ceil(of_scale), 0, range_log2).astype(jnp.int32)
     of_gain = jnp.minimum(exponent, of_gain)
@@ -110,6 +101,61 @@ def guard_of(
         temper=jnp.ldexp(one, temper),
         beyond=jnp.ldexp(one, jnp.minimum(exponent - temper, largest)),
     )
+
+
+def no_guard(q: Float[Array, "T G D"]) -> Guard:
+    """The guard of rows that need none: ones."""
+    return Guard(*[jnp.ones(q.shape[:2], wide_type(q.dtype))] * len(Guard._fields))
+
+
+def ordinary(
+    q: Float[Array, "T G D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S E"],
+    scale: Float[Array, ""],
+    plan: Plan,
+) -> Bool[Array, ""]:
+    """True only where keys and values are finite, guards are ones and no value is divided.
+
+    It reads each array once, for the largest norm of its rows, which the exact functions read
+    several times: it is True of all but strange data.
+    """
+
+    def largest(x: Array) -> Array:
+        return jnp.max(jnp.sum(jnp.square(x.astype(wide_type(x.dtype))), axis=-1), initial=0)
+
+    of_k, of_v = largest(k), largest(v)
+    fine = jnp.isfinite(of_k) & jnp.isfinite(of_v)
+    if divides_values(plan, v.dtype):
+        fine = fine & (gain_of_values(jnp.sqrt(of_v), plan) == 1)
+    if guards(plan, q.dtype):
+        of_q, of_k = (0.5 * jnp.log2(x).astype(jnp.float32) for x in (largest(q), of_k))
+        # A shifted key is at most twice as long.
+        fine = fine & (_excess(of_q, of_k, of_k + 1, scale, plan, q.dtype) <= 0)
+    return fine
+
+
+def _excess(
+    of_q: Float32[Array, "*shape"],
+    of_k: Float32[Array, "*shape"],
+    of_shifted: Float32[Array, "*shape"],
+    scale: Float[Array, ""],
+    plan: Plan,
+    dtype: jnp.dtype,
+) -> Float32[Array, "*shape"]:
+    """log2 of how far scores may leave their range, from log2 of the norms of queries, of keys
+    and of shifted keys, of ``dtype``.
+    """
+    of_scale = jnp.log2(jnp.abs(scale.astype(jnp.float32)))
+    range_log2 = _PRODUCT_LOG2[str(wide_type(dtype))]
+    excess = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0) - range_log2
+    if _stores16(plan, dtype):
+        excess = jnp.maximum(excess, of_q + of_shifted + of_scale - _FLOAT16_LOG2)
+    if plan.rounds_products:  # q·gain is formed in q's type, which a gain below 1 cannot leave
+        of_factor = jnp.log2(jnp.abs(plan.gain(scale.astype(jnp.float32))))
+        of_product = of_q + of_factor - _QUERY_LOG2[str(dtype)]
+        excess = jnp.maximum(excess, jnp.where(of_factor > 0, of_product, -jnp.inf))
+    return excess + 0.01  # which covers the rounding of the logarithms
 
 
 def key_norms(

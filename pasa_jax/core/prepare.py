@@ -6,15 +6,26 @@ depends on the data (docs/algorithm.md, sections 4 to 6). O((T + S)·D) work, O(
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pasa_jax.core.blocks import block_kappa, over_visited, per_block
 from pasa_jax.core.bound import Bound
 from pasa_jax.core.choice import shifting_helps
-from pasa_jax.core.guard import divides_values, gain_of_values, guard_of, guards, key_norms
+from pasa_jax.core.guard import (
+    divides_values,
+    gain_of_values,
+    guard_of,
+    guards,
+    key_norms,
+    no_guard,
+    ordinary,
+)
+from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.tile import Guard, Storage, is_finite, mean_key, wide_type
@@ -53,14 +64,32 @@ def prepare(
     and not finite are not usable either; `key_tile` makes their column NaN. The guard and the gain
     of a tile of ``block_q`` positions come from the key tiles that it visits.
     """
-    finite = jnp.all(is_finite(k), axis=1) & jnp.all(is_finite(v), axis=1)
-    usable = finite & mask.visible_keys()
-    n = plan.schedule.block_kv
-    value_gain = None
-    if divides_values(plan, v.dtype):
+    n, visible = plan.schedule.block_kv, mask.visible_keys()
+
+    def usual(plain: Callable[[], Any], exact: Callable[[], Any]) -> Any:
+        """Both give the same where the data are ordinary, and there only ``plain`` is computed."""
+        sources = (q, k, v, scale, mask)  # the two must vary over the same axes of a mesh
+        return lax.cond(
+            is_ordinary, lambda: varying(plain(), sources), lambda: varying(exact(), sources)
+        )
+
+    def found_usable() -> Array:
+        return visible & jnp.all(is_finite(k), axis=1) & jnp.all(is_finite(v), axis=1)
+
+    def found_gain() -> Array:
         magnitude = jnp.max(jnp.abs(v), axis=1, initial=0)
         top = per_block(jnp.where(usable, magnitude, jnp.zeros_like(magnitude)), n, jnp.max)
-        value_gain = gain_of_values(over_visited(top, mask, block_q, n), plan)
+        return gain_of_values(over_visited(top, mask, block_q, n), plan)
+
+    def found_guard() -> Guard:
+        return guard_of(q, key_norms(k, usable, kappa, plan), scale, mask, plan, block_q)
+
+    is_ordinary = ordinary(q, k, v, scale, plan)
+    usable = usual(lambda: visible, found_usable)
+    value_gain = None
+    if divides_values(plan, v.dtype):
+        tiles = -(-len(q) // block_q)
+        value_gain = usual(lambda: jnp.ones(tiles, wide_type(v.dtype)), found_gain)
     kappa = chosen = None
     if plan.storage.uses_kappa:
         kappa = block_kappa(k, usable, n, past=plan.storage is Storage.PAST_MEAN)
@@ -69,7 +98,7 @@ def prepare(
             kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
     guard = None
     if guards(plan, q.dtype):
-        guard = guard_of(q, key_norms(k, usable, kappa, plan), scale, mask, plan, block_q)
+        guard = usual(lambda: no_guard(q), found_guard)
     return HeadFacts(usable, kappa, chosen, guard, value_gain)
 
 

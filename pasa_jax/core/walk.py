@@ -198,7 +198,10 @@ class Walk(ABC):
 
         def masked(t: Index, carry: Any) -> Any:
             asks = None if listed.asks is None else listed.asks(t)
-            return self.masked_step(listed.at(t), partial(seen, asks=asks), body, carry)
+            i, of_tile = listed.at(t), partial(seen, asks=asks)
+            if not self.mask.tested:
+                return body(i, of_tile(i), carry)
+            return self.masked_step(i, of_tile, body, carry)
 
         def full(t: Index, carry: Any) -> Any:
             return body(listed.at(t), None, carry)
