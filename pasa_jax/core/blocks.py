@@ -28,6 +28,13 @@ def per_block(
     return jnp.concatenate(parts)
 
 
+def over_blocks(
+    x: Shaped[Array, "#T #G S"], n: int, reduce: Callable[[Array, int], Array]
+) -> Shaped[Array, "#T #G blocks"]:
+    """`per_block` along the last axis."""
+    return jnp.moveaxis(per_block(jnp.moveaxis(x, -1, 0), n, reduce), 0, -1)
+
+
 def spread(values: Float[Array, "blocks ..."], n: int, keys: int) -> Float[Array, "S ..."]:
     """[blocks, …] -> [S, …]: for each key, what belongs to its block."""
     return jnp.repeat(values, n, axis=0, total_repeat_length=len(values) * n)[:keys]

@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pasa_jax.core import tile
-from pasa_jax.core.blocks import per_block
+from pasa_jax.core.blocks import over_blocks, per_block
 from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Factors, Operands
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.tile import RowBounds, Sight, shown_by
+from pasa_jax.core.row_sight import at_keys, own_keys, row_sight, sees, sight_of_keys
+from pasa_jax.core.tile import RowBounds, shown_by
 
 if TYPE_CHECKING:
     from pasa_jax.core.shapes import Bool, Float
 
 Array = jax.Array
+# [T] int32 a key of each row -> [T, G] no more than its score.
+Least = Callable[[Array], Array]
 
 
 class Bound(NamedTuple):
@@ -36,19 +41,9 @@ class Bound(NamedTuple):
     proved: Array  # [] bool: whether every row of every query head stays in range
 
 
-def _sight_of_keys(shown: Array, usable: Array, n: int) -> Sight:
-    """By ``shown`` [T|1, G|1, S]."""
-    some = _over_blocks(shown & usable, n, jnp.any)
-    return Sight(some, some, some & _over_blocks(shown | ~usable, n, jnp.all))
-
-
 def bound_of(
-    q: Float[Array, "T G D"],
-    k: Float[Array, "S D"],
-    v: Float[Array, "S E"],
+    head: Operands,
     usable: Bool[Array, " S"],
-    bias: Float[Array, "#G #T #S"] | None,
-    scale: Float[Array, ""],
     mask: Mask,
     plan: Plan,
     kappa: Float[Array, "blocks D"] | None = None,
@@ -56,28 +51,35 @@ def bound_of(
     """The bounds of one key head, from its block means: O(T·blocks·D) work.
 
     Arguments:
-      kappa: what was taken off the keys, whose scores less that are stored in float16, where q is
-        as it is multiplied and ``scale`` 1; None: scores are not rounded.
+      head: its operands; with ``kappa`` the queries as they are multiplied, and the scale 1.
+      kappa: what was taken off the keys, whose scores less that are stored in float16; None: scores
+        are not rounded.
     """
+    q, k, v = head.query, head.key, head.value
     n, valid = plan.schedule.block_kv, mask.row_valid()
     if valid is not None:  # padding may hold anything
         q = jnp.where(valid[:, None, None], q, jnp.zeros_like(q))
-    own = jnp.clip(mask.own_key(jnp.arange(len(q), dtype=jnp.int32)), 0, len(k) - 1)
-    rows, of_own, largest = _of_products(q, k, usable, own, scale, n, kappa)
+    rows, least, largest = _of_products(q, k, usable, head.scale, n, kappa)
+    sight = row_sight(mask, usable, n)
     if plan.logits_soft_cap is not None:
-        cap = of_own.dtype.type(plan.logits_soft_cap)
-        rows = rows.mapped(lambda x: cap * jnp.tanh(x / cap))
-        of_own = cap * jnp.tanh(of_own / cap)
-    sight, sees_own = _sight(mask, usable, n), _sees_own(mask, usable, own)
-    if bias is not None:
-        bias = jnp.moveaxis(jnp.broadcast_to(bias, (*bias.shape[:2], len(k))), 1, 0)
-        shown = shown_by(bias)  # [T|1, G|1, S]
-        sight = sight.beside(_sight_of_keys(shown, usable, n))
-        sees_own = sees_own & _at(shown, own)
-        bias = bias.astype(of_own.dtype)
-        rows, of_own = _with_bias(rows, bias, shown & usable, n), of_own + _at(bias, own)
-    of_own = jnp.where(sees_own, of_own, -jnp.inf)
-    reference, gap = tile.reference(rows, sight, of_own, _over_last_axis, math.log(2))
+        rows, least = _capped(rows, least, plan.logits_soft_cap)
+    hidden: list[Array] = []  # [T|1, G|1, S] what a bias shows
+    if head.factors is not None:
+        rows, least = _with_factors(rows, least, head.factors, usable, n)
+    if head.bias is not None:
+        bias = jnp.moveaxis(jnp.broadcast_to(head.bias, (*head.bias.shape[:2], len(k))), 1, 0)
+        hidden.append(shown_by(bias))
+        sight = sight.beside(sight_of_keys(hidden[0], usable, n))
+        rows, least = _with_bias(rows, least, bias, hidden[0] & usable, n)
+
+    def of_own(own: Array) -> Array:
+        seen = sees(mask, usable, head.data, own)
+        for shown in hidden:
+            seen = seen & at_keys(shown, own)
+        return jnp.where(seen, least(own), -jnp.inf)
+
+    best = reduce(jnp.maximum, map(of_own, own_keys(mask)))
+    reference, gap = tile.reference(rows, sight, best, _over_last_axis, math.log(2))
     gap = jnp.max(gap, axis=0, initial=0)
     top = jnp.max(jnp.where(usable[:, None], jnp.abs(v), jnp.zeros_like(v)), initial=0)
     proved = jnp.all(tile.in_range(gap, top, len(v))) & (largest < tile.LARGEST_PRODUCT)
@@ -89,16 +91,10 @@ def _over_last_axis(reduce: Callable[..., Array], x: Array) -> Array:
 
 
 def _of_products(
-    q: Array,
-    k: Array,
-    usable: Array,
-    own: Array,
-    scale: Array,
-    n: int,
-    centre_of: Array | None,
-) -> tuple[RowBounds, Array, Array]:
-    """The bounds on q·k/α [T, G, blocks], a lower one for the own key [T, G], and [] a bound on
-    every product and score, infinite where a stored score may leave float16.
+    q: Array, k: Array, usable: Array, scale: Array, n: int, centre_of: Array | None
+) -> tuple[RowBounds, Least, Array]:
+    """The bounds on q·k/α [T, G, blocks], `Least` of it, and [] a bound on every product and score,
+    infinite where a stored score may leave float16.
 
     Arguments:
       centre_of: the blocks' κ, where scores less q·κ/α are stored; None: the blocks' means.
@@ -114,22 +110,69 @@ def _of_products(
     largest = jnp.max(length * reach, initial=0) * jnp.maximum(jnp.abs(scale), 1)
     length = length * jnp.abs(scale)
     centre = jnp.einsum("tgd,bd->tgb", q, kappa, precision="highest") * scale
-    of_own = jnp.einsum("tgd,td->tg", q, k[own], precision="highest") * scale
-    of_own = of_own - length[..., 0] * error * _norm(k[own])[:, None]
     stored = None
     if off is not None:
         stored = tile.stored_error(radius, off, dtype)
-        of_own = of_own - length[..., 0] * jnp.max(stored)
         fits = jnp.max(tile.overreach(length, radius, reach), initial=0) < 1
         largest = jnp.where(fits, largest, jnp.inf)
-    return tile.row_bounds(centre, length, radius, reach, error, stored), of_own, largest
+
+    def least(own: Array) -> Array:
+        score = jnp.einsum("tgd,td->tg", q, k[own], precision="highest") * scale
+        score = score - length[..., 0] * error * _norm(k[own])[:, None]
+        return score if stored is None else score - length[..., 0] * jnp.max(stored)
+
+    return tile.row_bounds(centre, length, radius, reach, error, stored), least, largest
 
 
-def _with_bias(rows: RowBounds, bias: Array, counts: Array, n: int) -> RowBounds:
+def _capped(rows: RowBounds, least: Least, cap: float) -> tuple[RowBounds, Least]:
+    """The bounds after a soft cap."""
+
+    def capped(x: Array) -> Array:
+        c = x.dtype.type(cap)
+        return c * jnp.tanh(x / c)
+
+    return rows.mapped(capped), lambda own: capped(least(own))
+
+
+def _with_factors(
+    rows: RowBounds, least: Least, factors: Factors, usable: Array, n: int
+) -> tuple[RowBounds, Least]:
+    """The bounds after a bias of low rank: no factor of a block lies further from its mean than the
+    furthest does.
+    """
+    q, k, scale = (jnp.moveaxis(x, -1, 0).astype(rows.mean.dtype) for x in factors)
+    k = jnp.where(usable[:, None, None], k, jnp.zeros_like(k))  # [S, G|1, R]
+    keys = jnp.maximum(per_block(usable.astype(k.dtype), n, jnp.sum), 1)
+    mean = per_block(k, n, jnp.sum) / keys[:, None, None]
+    off = jnp.abs(k - jnp.repeat(mean, n, axis=0, total_repeat_length=len(mean) * n)[: len(k)])
+    off = per_block(jnp.where(usable[:, None, None], off, jnp.zeros_like(off)), n, jnp.max)
+    error = 2 * (q.shape[-1] + 4) * float(jnp.finfo(q.dtype).eps)
+
+    def product(a: Array, b: Array) -> Array:  # [T, G|1, R], [blocks, G|1, R]
+        return jnp.sum(jnp.moveaxis(a[:, None] * b, 2, 1), axis=-1) * scale[:, None]
+
+    centre, magnitude = product(q, mean), jnp.abs(q)
+    reach = product(magnitude, jnp.abs(mean) + off)
+    slack, spread = (jnp.abs(x) for x in (error * reach, product(magnitude, off)))
+    added = RowBounds(centre + spread + slack, centre - slack, centre - spread - slack)
+
+    def least_added(own: Array) -> Array:
+        terms = q * k[own] * scale[:, None]
+        return jnp.sum(terms, axis=-1) - error * jnp.sum(jnp.abs(terms), axis=-1)
+
+    rows = RowBounds(*(a + b for a, b in zip(rows, added, strict=True)))
+    return rows, lambda own: least(own) + least_added(own)
+
+
+def _with_bias(
+    rows: RowBounds, least: Least, bias: Array, counts: Array, n: int
+) -> tuple[RowBounds, Least]:
     """The bounds after ``bias`` [T|1, G|1, S], of the keys that ``counts`` [T|1, G|1, S] names."""
-    most = _over_blocks(jnp.where(counts, bias, -jnp.inf), n, jnp.max)
-    least = _over_blocks(jnp.where(counts, bias, jnp.inf), n, jnp.min)
-    return RowBounds(rows.upper + most, rows.mean + least, rows.lower + least)
+    bias = bias.astype(rows.mean.dtype)
+    most = over_blocks(jnp.where(counts, bias, -jnp.inf), n, jnp.max)
+    lowest = over_blocks(jnp.where(counts, bias, jnp.inf), n, jnp.min)
+    rows = RowBounds(rows.upper + most, rows.mean + lowest, rows.lower + lowest)
+    return rows, lambda own: least(own) + at_keys(bias, own)
 
 
 def _balls(
@@ -155,54 +198,3 @@ def _norm(x: Array) -> Array:
     largest = jnp.full_like(top, 2.0 ** (jnp.finfo(x.dtype).maxexp - 28))
     unit = jnp.where(top > 0, jnp.minimum(top, largest), jnp.ones_like(top))
     return unit * jnp.sqrt(jnp.sum(jnp.square(x / unit[..., None]), axis=-1))
-
-
-def _sight(mask: Mask, usable: Array, n: int) -> Sight:
-    """By lengths, causality, window, segments and array."""
-    rows = jnp.arange(mask.query_length, dtype=jnp.int32)[:, None, None]
-    keys = jnp.arange(mask.key_length, dtype=jnp.int32)
-    first = per_block(jnp.where(usable, keys, mask.key_length), n, jnp.min)
-    last = per_block(jnp.where(usable, keys, -1), n, jnp.max)
-    lo, hi = mask.key_interval(rows)
-    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(usable, dtype=jnp.int32)])
-    start = jnp.arange(len(first), dtype=jnp.int32) * n
-    stop = jnp.minimum(start + n, mask.key_length)
-    counted = before[jnp.clip(hi, start, stop)] - before[jnp.clip(lo, start, stop)]
-    some = counted > 0
-    sight = Sight(some, some, some & (lo <= first) & (hi > last))
-    if mask.query_segments is not None and mask.key_segments is not None:
-        own = mask.query_segments[:, None, None]
-        info = jnp.iinfo(own.dtype)
-        least = per_block(jnp.where(usable, mask.key_segments, info.max), n, jnp.min)
-        most = per_block(jnp.where(usable, mask.key_segments, info.min), n, jnp.max)
-        all_own = (least == own) & (most == own)
-        sight = sight.beside(Sight((least <= own) & (own <= most), all_own, all_own))
-    if mask.array is not None:
-        array = jnp.broadcast_to(mask.array, (*mask.array.shape[:2], mask.key_length))
-        sight = sight.beside(_sight_of_keys(jnp.moveaxis(array, 1, 0), usable, n))
-    return sight
-
-
-def _sees_own(mask: Mask, usable: Array, own: Array) -> Array:
-    """[T, G or 1] bool: whether a row sees the key at which it stands."""
-    rows = jnp.arange(mask.query_length, dtype=jnp.int32)
-    lo, hi = mask.key_interval(rows)
-    place = mask.own_key(rows)
-    sees = ((place >= lo) & (place < hi) & usable[own])[:, None]
-    if mask.query_segments is not None and mask.key_segments is not None:
-        sees = sees & (mask.query_segments == mask.key_segments[own])[:, None]
-    if mask.array is not None:
-        array = jnp.broadcast_to(mask.array, (*mask.array.shape[:2], mask.key_length))
-        sees = sees & _at(jnp.moveaxis(array, 1, 0), own)
-    return sees
-
-
-def _at(x: Array, own: Array) -> Array:
-    """[T, G|1] of x [T|1, G|1, S]: the entry of each row's own key."""
-    x = jnp.broadcast_to(x, (len(own), *x.shape[1:]))
-    return jnp.take_along_axis(x, own[:, None, None], axis=2)[..., 0]
-
-
-def _over_blocks(x: Array, n: int, reduce: Callable[[Array, int], Array]) -> Array:
-    """[T|1, G|1, S] -> [T|1, G|1, blocks]."""
-    return jnp.moveaxis(per_block(jnp.moveaxis(x, -1, 0), n, reduce), 0, -1)

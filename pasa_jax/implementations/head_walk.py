@@ -51,14 +51,11 @@ class HeadWalk(Walk):
         length, groups = head.query.shape[:2]
         block_q = max(1, min(plan.schedule.block_q // groups, length))
         if plan.storage is tile.Storage.BOUND:
-            walk = HeadWalk.of(head, mask, plan.unproved)
-            if not mask.interval_known or head.factors is not None:
-                return walk  # nothing is known of which blocks a row sees, or of the bias
-            q, scale, kappa = head.query, head.scale, None
+            walk, as_multiplied, kappa = HeadWalk.of(head, mask, plan.unproved), head, None
             if plan.centred:
-                q, scale, kappa = _multiplied(head, plan), jnp.ones_like(scale), walk.facts.kappa
-            arrays = (q, head.key, head.value, walk.facts.usable, head.bias, scale)
-            bound = bound_of(*arrays, mask, plan, kappa)
+                one, kappa = jnp.ones_like(head.scale), walk.facts.kappa
+                as_multiplied = head._replace(query=_multiplied(head, plan), scale=one)
+            bound = bound_of(as_multiplied, walk.facts.usable, mask, plan, kappa)
             return replace(walk, facts=walk.facts._replace(bound=bound))
         if known is None:
             facts = prepare(head.query, head.key, head.value, head.scale, mask, plan, block_q)

@@ -1,7 +1,7 @@
 """The shift "bound": what is proved of the scores, and what follows from it."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import jax
@@ -13,11 +13,13 @@ from pasa_jax import REASONS, SHIFTS, Precision, Schedule, dot_product_attention
 from pasa_jax.call.api import canonical
 from pasa_jax.core.bound import bound_of
 from pasa_jax.core.errors import BackendUnsupported
+from pasa_jax.core.heads import heads_at_once
 from pasa_jax.evidence.accuracy import HARD_CASES, measure
 from pasa_jax.evidence.plain import float64_attention
 from pasa_jax.implementations.head_walk import HeadWalk
 from pasa_jax.plugins import KVCache
 from tests.cases import CASES, TILES, visible
+from tests.gallery import GALLERY, check_by_name
 from tests.pasa_jax.test_contract import BOUND, check
 from tests.pasa_jax.test_gradients import float64_gradients, loss_of, relative
 from tests.pasa_jax.test_promises import extremes
@@ -108,6 +110,42 @@ def test_the_maximum_of_a_row_lies_between_its_bounds(name, kind):
     assert np.all(m[some_seen] >= top[some_seen] - rounding)
     above = np.where(some_seen, m - top, 0).max(axis=1) / np.log(2)
     assert np.all(gap >= above - 1e-3)
+
+
+BY_DATA = ("positions", "blocks of segments", "low rank", "document", "prefix lm", "jagged")
+
+
+@pytest.mark.parametrize("name", only(("positions", "low rank", "jagged"), BY_DATA))
+def test_the_bounds_know_positions_blocks_functions_and_factors(name):
+    example = GALLERY[name]()
+    arrays = example.arrays("float32")
+    call = canonical(**arrays, **example.keywords, schedule=TILES, shift="bound")
+    m, gap, proved = jax.jit(partial(of_call, call.plan))(call.operands, call.mask)
+    q, k = (np.asarray(arrays[x], np.float64) for x in ("query", "key"))
+    k = np.repeat(k, example.n // example.k, axis=2)
+    s = np.einsum("btnd,bsnd->bnts", q, k) * example.d**-0.5 + example.bias
+    top = np.where(np.broadcast_to(example.seen, s.shape), s, -np.inf).max(-1)
+    top, some_seen = np.swapaxes(top, 1, 2), np.isfinite(top).swapaxes(1, 2)
+    rounding = 1e-6 * (RAISED + np.abs(top[some_seen]))
+    assert np.all(m[some_seen] >= top[some_seen] - rounding)
+    above = np.where(some_seen, m - np.where(some_seen, top, 0), 0).max(axis=1) / np.log(2)
+    assert np.all(gap >= above - 1e-3)
+    # Nothing says of a row of `jagged` beyond its length that it sees nothing.
+    assert np.all(proved) == (name != "jagged")
+    check_by_name(name, "float32", shift="bound", schedule=TILES, implementation="lax")
+
+
+def of_call(plan, operands, mask):
+    """m [B, T, N] without C, gap [B, N] and proved [B, K] of a call."""
+    batch, _, heads, _ = operands.query.shape
+    groups = heads // operands.key.shape[2]
+
+    def of_head(b, h):
+        return HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan).facts.bound
+
+    each = heads_at_once(of_head, batch, operands.key.shape[2])
+    m = jnp.moveaxis(each.reference, 1, 2).reshape(batch, -1, heads)
+    return m + RAISED * jnp.log(2), each.gap.reshape(batch, heads), each.proved
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -258,13 +296,14 @@ def test_kernels_and_caches_say_that_they_have_none():
 def test_no_bound_is_claimed_where_a_number_is_not_one():
     x = jnp.ones((4, 1, 8))
     key = jnp.ones((16, 8))
-    call = canonical(x[None], key[None, :, None], key[None, :, None], shift="bound", schedule=TILES)
-    mask = call.mask.head(0, 0, 1)
+    options = {"scale": 1.0, "shift": "bound", "schedule": TILES}
+    call = canonical(x[None], key[None, :, None], key[None, :, None], **options)
+    head, mask = call.operands.head(0, 0), call.mask.head(0, 0, 1)
     usable = jnp.ones(16, bool)
 
     @jax.jit
     def proved(q, k):
-        return bound_of(q, k, key, usable, None, jnp.float32(1), mask, call.plan).proved
+        return bound_of(head._replace(query=q, key=k), usable, mask, call.plan).proved
 
     assert bool(proved(x, key))
     assert not bool(proved(x * jnp.nan, key))
