@@ -45,6 +45,9 @@ class HeadWalk(Walk):
     head: Operands
     facts: HeadFacts
     lists: Visits | None = None
+    # Keys and values with NaN and zeros where they are not usable, where several query tiles need
+    # them so; None: each key tile sees to it.
+    clean: tuple[Array, Array] | None = None
 
     @staticmethod
     def of(head: Operands, mask: Mask, plan: Plan, known: Known | None = None) -> HeadWalk:
@@ -61,6 +64,7 @@ class HeadWalk(Walk):
             facts = prepare(head.query, head.key, head.value, head.scale, mask, plan, block_q)
         else:
             facts = prepare_known(head.query, head.key, known, head.scale, mask, plan, block_q)
+        often = length > block_q and facts.kappa is None and plan.storage is not tile.Storage.PAPER
         return HeadWalk(
             mask=mask,
             plan=plan,
@@ -71,6 +75,7 @@ class HeadWalk(Walk):
             head=head,
             facts=facts,
             lists=_lists(mask, block_q, plan.schedule.block_kv),
+            clean=_clean(head, facts.usable[:, None], plan) if often else None,
         )
 
     def by_bound(self) -> HeadWalk:
@@ -158,6 +163,10 @@ class HeadWalk(Walk):
         return k, v, usable[:, None]
 
     def key(self, j: Index, value_gain: Float[Array, ""] | None = None) -> tile.KeyTile:
+        if self.clean is not None:
+            at = self.key_start(j), self.block_kv
+            k, v = (bits.take(x, *at) for x in self.clean)
+            return tile.key_tile(k, v, None, self.numerics, value_gain=value_gain)
         k, v, usable = self.raw_keys(j)
         extra: dict[str, Any] = {}
         if self.facts.kappa is not None:
@@ -237,6 +246,12 @@ def _lists(mask: Mask, block_q: int, block_kv: int) -> Visits | None:
     """The tiles to visit, where data say so, and there are enough tiles to choose from."""
     tiles = -(-mask.query_length // block_q) * -(-mask.key_length // block_kv)
     return visits(mask, block_q, block_kv) if mask.listed and tiles > _FEW_TILES else None
+
+
+def _clean(head: Operands, usable: Bool[Array, "S 1"], plan: Plan) -> tuple[Array, Array]:
+    """Keys and values as `tile.key_tile` leaves them where nothing is taken off the keys."""
+    key = tile.key_tile(head.key, head.value, usable, plan.numerics(len(head.key)))
+    return key.k, key.v
 
 
 def _multiplied(head: Operands, plan: Plan) -> Float[Array, "T G D"]:

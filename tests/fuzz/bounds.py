@@ -372,8 +372,11 @@ class Model:
         size = np.abs(true.scores)
         below = np.where(true.seen, self.blocks.max(self.top(true.scores)) - true.scores, 0)
         rest = self.u_stat * (2 * np.abs(true.bias) + below)
+        if "q_factors" in self.call.arrays:
+            ranks = self.call.arrays["q_factors"].shape[-1]
+            rest = rest + (ranks + 2) * self.u_wide * np.where(true.seen, true.terms, 0)
         cap = self.x.static.get("logits_soft_cap")
-        if cap is not None or "bias" in self.call.arrays:
+        if cap is not None or not {"bias", "q_factors"}.isdisjoint(self.call.arrays):
             whole = size if cap is not None or "paper" not in self.a.shifts else np.abs(self.plain)
             rest = rest + self.u_stat * (2 * whole + 8 * (cap or 0))
         if self.a.shifts == ("reference",) and self.a.reach:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pasa_jax import Precision, Schedule, dot_product_attention, merge, partial_attention
+from tests.fuzz.functions import FUNCTIONS, as_arguments
 
 Rng = np.random.Generator
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks", "scale")
@@ -51,15 +52,13 @@ class Signature:
 
     def call(self, arrays: dict[str, Any]) -> tuple[Any, Any]:
         """Output [B, T, N, E] and log-sum-exp [B, T, N]."""
-        arrays = dict(arrays)
-        if "query_segments" in arrays:
-            arrays["segment_ids"] = (arrays.pop("query_segments"), arrays.pop("key_segments"))
+        arrays, static = as_arguments(arrays, self.static)
         if not self.batched:
             arrays |= {name: arrays[name][0] for name in ("query", "key", "value")}
         if self.cuts:
-            out, lse = by_parts(arrays, self.static, self.cuts)
+            out, lse = by_parts(arrays, static, self.cuts)
         else:
-            out, lse = dot_product_attention(**arrays, **self.static, return_residual=True)
+            out, lse = dot_product_attention(**arrays, **static, return_residual=True)
         return (out, lse) if self.batched else (out[None], lse[None])
 
 
@@ -138,8 +137,9 @@ def draw_signature(rng: Rng, dtypes: tuple[str, ...]) -> Signature:
     extra = _extra(rng, full, dtype, static)
     batched = b > 1 or rng.random() < 0.5
     signature = Signature(dtype, b, t, s, groups * heads, heads, d, e, static, extra, batched)
-    by_place = "is_causal" in static or "local_window_size" in static
-    if s == 1 or by_place or not _block_free(static) or rng.random() < 0.6:
+    names = {*static, *extra}
+    whole = names & {"is_causal", "local_window_size", "mask_mod", "kinds", "q_factors"}
+    if s == 1 or whole or not _block_free(static) or rng.random() < 0.6:
         return signature
     cuts = {int(x) for x in rng.integers(1, s, size=int(rng.choice([1, 2])))}
     return replace(signature, cuts=tuple(sorted(cuts)))
@@ -243,6 +243,21 @@ def _extra(
             found[name] = ((b,), str(rng.choice(INTEGERS, p=[0.4, 0.2, 0.1, 0.2, 0.1])))
     if rng.random() < 0.12:
         found["query_segments"], found["key_segments"] = ((b, t), "int32"), ((b, s), "int32")
+    placed = "is_causal" in static or "local_window_size" in static
+    if placed and "causal_alignment" not in static and rng.random() < 0.25:
+        found["q_positions"] = ((int(rng.choice([1, b])), t), "int32")
+        found["kv_positions"] = ((int(rng.choice([1, b])), s), "int32")
+    if rng.random() < 0.15:
+        static["mask_mod"] = str(rng.choice(list(FUNCTIONS)))
+    if rng.random() < 0.15:
+        block = (int(rng.choice([8, 10, 32])), int(rng.choice([5, 16, 24])))
+        counts = (-(-t // block[0]), -(-s // block[1]))
+        static["block"] = block
+        found["kinds"] = ((int(rng.choice([1, b])), int(rng.choice([1, n])), *counts), "int8")
+    if "bias" not in found and rng.random() < 0.15:
+        rank, lead = int(rng.choice([1, 2, 5])), [(), (n,), (b, 1)]
+        found["q_factors"] = ((*lead[int(rng.integers(3))], t, rank), "float32")
+        found["k_factors"] = ((*lead[int(rng.integers(3))], s, rank), "float32")
     if rng.random() < 0.2:
         found["sinks"] = ((n,), str(rng.choice(["float32", dtype])))
     chance = rng.random()
@@ -391,7 +406,40 @@ def _bias(x: Signature, shape: Any, dtype: str, rng: Rng, hard: bool) -> tuple[s
     return kind, found.astype(jnp.dtype(dtype))
 
 
+def _positions(x: Signature, shape: Any, dtype: str, rng: Rng, hard: bool) -> Any:
+    """Of a cache, a ring or a permutation: in any order, with repetitions, or far from 0."""
+    length = shape[-1]
+    kind = str(rng.choice(["in order", "rolled", "shuffled", "drawn", "far"]))
+    base = np.broadcast_to(np.arange(length), shape)
+    if kind == "rolled":
+        base = (base + int(rng.integers(length + 1))) % length
+    elif kind == "shuffled":
+        base = rng.permuted(base, axis=1)
+    elif kind == "drawn":
+        base = rng.integers(-3, length + 3, shape)
+    elif kind == "far":
+        base = base + 2**29
+    return kind, base.astype(dtype)
+
+
+def _kinds(x: Signature, shape: Any, dtype: str, rng: Rng, hard: bool) -> tuple[str, np.ndarray]:
+    share = float(rng.choice([0.1, 0.5, 0.9]))
+    return f"{share:g} seen", (rng.integers(1, 3, shape) * (rng.random(shape) < share)).astype(
+        dtype
+    )
+
+
+def _factors(x: Signature, shape: Any, dtype: str, rng: Rng, hard: bool) -> Any:
+    size = float(rng.choice([0.3, 1.0, 1.0, 30.0]))
+    return f"{size:g}", (size * rng.standard_normal(shape)).astype(dtype)
+
+
 _EXTRA: dict[str, Any] = {
+    "q_positions": _positions,
+    "kv_positions": _positions,
+    "kinds": _kinds,
+    "q_factors": _factors,
+    "k_factors": _factors,
     "mask": _mask,
     "bias": _bias,
     "query_seq_lengths": _query_lengths,

@@ -98,6 +98,46 @@ DEFECTS = (
         gradient=True,
     ),
     Defect(
+        "positions at the right edge of a window",
+        "structure",
+        "core/mask.py",
+        "            seen = seen & (columns <= rows + right)\n        return seen\n",
+        "            seen = seen & (columns < rows + right)\n        return seen\n",
+        "positions",
+    ),
+    Defect(
+        "the lists of tiles by the least position alone",
+        "structure",
+        "core/visits.py",
+        "whole = some & (k_least <= q_most + right), whole & (k_most <= q_least + right)",
+        "whole = some & (k_least <= q_least + right), whole & (k_most <= q_least + right)",
+        "positions, tiles",
+    ),
+    Defect(
+        "a block mask's partial blocks seen whole",
+        "structure",
+        "core/mask.py",
+        "                seen = (kinds == 2) | (seen & mods.shows(mods.block_mod, place, data))\n",
+        "                pass\n",
+        "block mask",
+    ),
+    Defect(
+        "a function given the key head's number",
+        "structure",
+        "core/mods.py",
+        "heads=lax.dynamic_slice_in_dim(self.heads, h * groups, groups),",
+        "heads=lax.dynamic_slice_in_dim(self.heads, h, groups),",
+        "function of heads",
+    ),
+    Defect(
+        "the factors of another head of a group",
+        "structure",
+        "core/tile/arrays.py",
+        "        return x[min(g, len(x) - 1)]\n",
+        "        return x[0]\n",
+        "group factors",
+    ),
+    Defect(
         "probabilities rounded to bfloat16 first",
         "digits",
         "core/tile/softmax.py",
@@ -174,6 +214,16 @@ FOCUS: dict[str, Callable] = {
     "reference": lambda x: x.static.get("shift") == "reference",
     "exact scores": lambda x: x.dtype != "float32" and x.static.get("precision") == "float32",
     "float16": lambda x: x.dtype == "float16",
+    "positions": lambda x: "q_positions" in x.extra and "is_causal" in x.static,
+    "positions, tiles": lambda x: (
+        "q_positions" in x.extra
+        and x.s > 2 * x.schedule.block_kv
+        and "is_causal" in x.static
+        and x.schedule.block_q > x.n // x.k
+    ),
+    "block mask": lambda x: "kinds" in x.extra,
+    "function of heads": lambda x: x.static.get("mask_mod") == "dilated" and x.n > x.k > 1,
+    "group factors": lambda x: x.n > x.k and len(x.extra.get("q_factors", ((), ""))[0]) == 3,
 }
 
 

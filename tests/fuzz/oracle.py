@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.fuzz.calls import Call
+from tests.fuzz.functions import FUNCTIONS, dilated
 
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -23,7 +24,7 @@ class Seen:
     reach: np.ndarray  # causality, window and the keys' lengths, as if no query were padding
     by_place: np.ndarray  # and no padding
     by_mask: np.ndarray
-    by_rest: np.ndarray  # segments, and bias that hides
+    by_rest: np.ndarray  # segments, positions, blocks, functions, and bias that hides
     rows: np.ndarray  # [B, 1, T, 1] queries that are no padding
 
     @property
@@ -43,6 +44,7 @@ class Truth:
     scale: float
     product: np.ndarray  # [B, N, T, S] q·k
     bias: np.ndarray  # [B, N, T, S] 0 where hidden
+    terms: np.ndarray  # [B, N, T, S] sum of the magnitudes that a bias of low rank is the sum of
     slope: np.ndarray  # [B, N, T, S] of the soft cap
     scores: np.ndarray  # [B, N, T, S] after soft cap and bias
     p: np.ndarray  # [B, N, T, S] weights, 0 where hidden
@@ -62,15 +64,25 @@ def conditions(call: Call) -> Seen:
     k_len = _length(arrays.get("key_value_seq_lengths"), x.s, x.b)
     rows = np.broadcast_to(i < q_len, (x.b, 1, x.t, 1))
     place = np.broadcast_to(j < k_len, (x.b, 1, x.t, x.s))
+    rest = np.ones(shape, bool)
+    by_position = "q_positions" in arrays
     stands = i + (k_len - q_len if x.static.get("causal_alignment") == "bottom_right" else 0)
+    if by_position:
+        stands = arrays["q_positions"].astype(np.int64)[:, None, :, None]
+        j = arrays["kv_positions"].astype(np.int64)[:, None, None, :]
+    reached = np.ones(shape, bool)
     if x.static.get("is_causal"):
-        place = place & (j <= stands)
+        reached = reached & (j <= stands)
     window = x.static.get("local_window_size")
     if window is not None:
         left, right = window if isinstance(window, tuple) else (window, window)
-        place = place & (j >= stands - left) & (j <= stands + right)
+        reached = reached & (j >= stands - left) & (j <= stands + right)
+    if by_position:
+        rest = rest & reached
+    else:
+        place = place & reached
+    rest = rest & _by_functions(call)
     by_mask = np.broadcast_to(arrays.get("mask", np.True_), shape)
-    rest = np.ones(shape, bool)
     if "query_segments" in arrays:
         rest = rest & (
             arrays["query_segments"][:, None, :, None] == arrays["key_segments"][:, None, None, :]
@@ -81,6 +93,19 @@ def conditions(call: Call) -> Seen:
         rest = rest & ~(wide <= float(jnp.finfo(bias.dtype).min))
     reach = np.broadcast_to(place, shape)
     return Seen(reach, reach & rows, by_mask, rest, rows)
+
+
+def _by_functions(call: Call) -> np.ndarray:
+    """[B, N, T, S] bool by a block mask, whose function is `dilated`, and by a ``mask_mod``."""
+    x, seen = call.signature, np.ones(call.signature.full, bool)
+    place = np.ogrid[tuple(slice(n) for n in x.full)]
+    if "mask_mod" in x.static:
+        seen = seen & FUNCTIONS[x.static["mask_mod"]](*place)
+    if "kinds" in call.arrays:
+        (rows, columns), kinds = x.static["block"], call.arrays["kinds"]
+        kinds = np.repeat(np.repeat(kinds, rows, axis=2), columns, axis=3)[:, :, : x.t, : x.s]
+        seen = seen & ((kinds == 2) | ((kinds == 1) & dilated(*place)))
+    return seen
 
 
 def _length(lengths: np.ndarray | None, full: int, batch: int) -> np.ndarray:
@@ -108,7 +133,10 @@ def truth(call: Call) -> Truth:
     if cap is not None:
         tanh = np.tanh(scores / cap)
         scores, slope = cap * tanh, 1 / np.cosh(np.clip(scores / cap, -300, 300)) ** 2
-    bias = np.broadcast_to(arrays.get("bias", wide(0)), x.full)
+    bias, terms = np.broadcast_to(arrays.get("bias", wide(0)), x.full), np.zeros(x.full, wide)
+    if "q_factors" in arrays:
+        f, g = arrays["q_factors"], arrays["k_factors"].swapaxes(-1, -2)
+        bias, terms = (np.broadcast_to(y, x.full) for y in (f @ g, np.abs(f) @ np.abs(g)))
     bad = np.any(seen & (~finite[:, :, None, :] | np.isnan(bias)), axis=-1)
     bias = np.where(seen & ~np.isnan(bias), bias, 0)
     scores = scores + bias
@@ -116,11 +144,12 @@ def truth(call: Call) -> Truth:
     sink, lse = np.where(parts.rows[..., 0], sink, 0), np.where(parts.rows[..., 0], lse, -np.inf)
     lse = np.where(np.isfinite(lse), lse, LOWEST if x.dtype != "float64" else np.finfo("d").min)
     return Truth(
-        seen, parts, q, k, v, scale, product, bias, slope, scores, p, sink, p @ v, lse, bad, finite
-    )
+        seen, parts, q, k, v, scale, product, bias, terms, slope, scores, p, sink, p @ v, lse, bad,
+        finite,
+    )  # fmt: skip
 
 
-FLOATS = ("query", "key", "value", "bias", "sinks", "scale")
+FLOATS = ("query", "key", "value", "bias", "sinks", "scale", "q_factors", "k_factors")
 
 
 def _softmax(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.fuzz import functions
 from tests.fuzz.calls import by_parts
 from tests.fuzz.check import Failure
 
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pasa_jax import (  # noqa: F401
-    Precision, Schedule, dot_product_attention, merge, partial_attention
+    BlockMask, LowRankBias, Precision, Schedule, dot_product_attention, merge, partial_attention
 )
 
 jax.config.update("jax_enable_x64", {x64})
@@ -43,8 +44,11 @@ arrays = {{
     for name, x in np.load(io.BytesIO(base64.b64decode(PACKED))).items()
 }}
 cotangents = tuple(arrays.pop(name) for name in ("d_out", "d_lse") if name in arrays)
-if "query_segments" in arrays:
-    arrays["segment_ids"] = (arrays.pop("query_segments"), arrays.pop("key_segments"))
+
+
+{functions}
+
+arrays, STATIC = as_arguments(arrays, STATIC)
 if not BATCHED:
     arrays |= {{name: arrays[name][0] for name in ("query", "key", "value")}}
     cotangents = tuple(x[0] for x in cotangents)
@@ -59,7 +63,7 @@ def attend(moving):
 
 
 for name, x in arrays.items():
-    if name != "segment_ids":
+    if hasattr(x, "dtype"):
         print(f"{{name}}: {{x.dtype}}{{list(x.shape)}}")
 print(STATIC)
 what = {what!r}
@@ -97,6 +101,7 @@ def write(failure: Failure, folder: Path, name: str, title: str) -> Path:
         batched=x.batched,
         cuts=x.cuts,
         by_parts=inspect.getsource(by_parts),
+        functions=_functions(),
         x64=x.dtype == "float64",
         what=failure.what,
         kind=failure.kind,
@@ -107,3 +112,9 @@ def write(failure: Failure, folder: Path, name: str, title: str) -> Path:
     path = folder / f"{name}.py"
     path.write_text(text)
     return path
+
+
+def _functions() -> str:
+    """The text of `tests.fuzz.functions` after its imports."""
+    text = inspect.getsource(functions)
+    return text[text.index("def dilated") :].strip()

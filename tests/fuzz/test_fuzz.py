@@ -47,6 +47,17 @@ SLICE = {
         ),
         True,
     ),
+    "bfloat16, positions, blocks, functions and factors": (
+        Signature(
+            dtype="bfloat16", b=2, t=17, s=40, n=2, k=1, d=8, e=8,
+            static={"schedule": TILES, "implementation": "lax", "is_causal": True,
+                    "mask_mod": "stairs", "block": (8, 5)},
+            extra={"q_positions": ((1, 17), "int32"), "kv_positions": ((2, 40), "int32"),
+                   "kinds": ((1, 2, 3, 8), "int8"), "q_factors": ((2, 17, 2), "float32"),
+                   "k_factors": ((40, 2), "float32")},
+        ),
+        True,
+    ),
 }  # fmt: skip
 SHARED = ("is_causal", "causal_alignment", "logits_soft_cap")
 

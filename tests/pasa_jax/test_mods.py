@@ -221,24 +221,6 @@ def test_every_shift_on_biased_keys(shift, name):
     check(example, "float16", bounds[0], None, shift=shift, schedule=TILES)
 
 
-@pytest.mark.parametrize(
-    "name",
-    only(["low rank alibi"], ["low rank alibi", "positions", "dilated", "blocks of segments"]),
-)
-def test_bound_falls_back_to_a_running_maximum(name):
-    example = GALLERY[name]()
-    arrays = example.arrays("float16")
-    keywords = {**example.keywords, "schedule": TILES, "return_residual": True}
-
-    def call(arrays, shift, precision):
-        return dot_product_attention(**arrays, **keywords, shift=shift, precision=precision)
-
-    attend = jitted(call, static_argnums=(1, 2))
-    found, running = attend(arrays, "bound", None), attend(arrays, "none", "float32")
-    for x, y in zip(found, running, strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 # The finite promise.
 
 
