@@ -47,7 +47,8 @@ def gradients(
     specs = Specs.of(operands, plan)
     if mask.listed:
         tiles = (mask, specs.block_q, specs.block_kv, 1)
-        inputs = inputs._replace(lists=lists_of(*tiles), row_lists=lists_of(*tiles, by_key=True))
+        row_lists = lists_of(*tiles, by_key=True, backward=True)
+        inputs = inputs._replace(lists=lists_of(*tiles), row_lists=row_lists)
     (b, t, n, d), (s, kv_heads) = operands.query.shape, operands.key.shape[1:3]
     shape = shape_maker(operands, mask)
     call = partial(_call, inputs, mask, plan, specs)

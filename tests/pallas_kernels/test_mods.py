@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_kernels.tpu
+from pallas_kernels import _tpu_lists
 from pasa_jax import LowRankBias, Schedule, alibi_slopes, create_block_mask, dot_product_attention
 from pasa_jax.core.errors import BackendUnsupported
 from tests.gallery import GALLERY, check
@@ -103,7 +103,7 @@ def test_lists_in_parts(tpu_interpreter, monkeypatch):
     """Lists that do not fit SMEM: several calls of the kernel, each of some rows."""
     arrays, keywords = long_arrays(), together()
     want = dot_product_attention(*arrays, **keywords, return_residual=True, implementation="lax")
-    monkeypatch.setattr(pallas_kernels.tpu, "LISTED", 20)
+    monkeypatch.setattr(_tpu_lists, "LISTED", 20)
     jax.clear_caches()
     found = dot_product_attention(
         *arrays, **keywords, return_residual=True, **options("pallas_tpu")
