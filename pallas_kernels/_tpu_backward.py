@@ -39,8 +39,6 @@ def refusal(operands: Operands, mask: Mask, plan: Plan, vmem: int) -> str | None
     Arguments:
       vmem: bytes that a program may use.
     """
-    if jax.tree.leaves(operands.data):
-        return "it has no gradient of what functions are given"
     sizes, bias = Sizes.of(operands, mask, plan, vmem), operands.bias
     if bias is not None:
         copies = bias_copies(operands)

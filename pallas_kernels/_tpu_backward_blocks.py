@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._common import lists_shape
-from pallas_kernels._tpu_inputs import LANES, Cuts, Inputs, axes_of, padded
+from pallas_kernels._tpu_inputs import LANES, Cuts, Inputs, axes_of, padded, with_axes
 from pallas_kernels._tpu_lists import tiles_at_once
 from pasa_jax.core.mask import Mask
+from pasa_jax.core.mods import Data
 from pasa_jax.core.operands import Factors, Operands, fold_heads
 from pasa_jax.core.plan import Plan
 
@@ -35,12 +36,16 @@ class Gradients(NamedTuple):
     bias: Any = None  # [B, K, G|1, T|1, S|1] float32, to be summed where the bias broadcasts
     # [B, K, G|1, R, T], [B, K, G|1, R, S], [B, K, G, 1, S] float32, to be summed likewise
     factors: Any = None
+    # `Data` of the floating leaves that ``score_mod`` is given, float32, to be summed: queries'
+    # [B, K, G|1, 1, T], keys' [B, K, G|1, 1, S], and heads' [B, K, G, 1, T].
+    data: Any = None
 
     @staticmethod
-    def of(x: Inputs, tiles: int, shape: Callable[..., Any]) -> Gradients:
+    def of(x: Inputs, mask: Mask, tiles: int, shape: Callable[..., Any]) -> Gradients:
         """The outputs' shapes, each made by ``shape``.
 
         Arguments:
+          mask: of `without_arrays`.
           tiles: how many parts the scale's gradient comes in.
         """
         dtype = jnp.dtype(jnp.float32) if x.query.dtype == jnp.uint16 else x.query.dtype
@@ -56,19 +61,24 @@ class Gradients(NamedTuple):
             )
             of_scale = shape((b, kv_heads, x.query.shape[2], 1, keys), jnp.float32)
             factors = Factors(q, k, of_scale)
-        return Gradients(query, key, value, scale, bias, factors)
+        data = None
+        if mask.mods is not None and mask.mods.score_mod is not None:
+            data = _shapes_of_data(x, mask.mods.data, shape)
+        return Gradients(query, key, value, scale, bias, factors, data)
 
     @staticmethod
     def axes() -> Gradients:
         """The axes of each, by the names of `axes_of`; "tile" are the parts of the scale's."""
         x = axes_of(transposed=False)
-        factors = Factors(x.factors.q, x.factors.k, (*x.m[:4], "keys"))
+        of_rows, of_keys = x.m, (*x.m[:4], "keys")
+        factors = Factors(x.factors.q, x.factors.k, of_keys)
+        data: Any = Data(of_rows, of_keys, of_rows)
         scale = ("b", "k", "tile", "one", "d")
-        return Gradients(x.query, x.key, x.value, scale, x.bias, factors)
+        return Gradients(x.query, x.key, x.value, scale, x.bias, factors, data)
 
     def blocks(self, cuts: Cuts) -> Gradients:
         """The blocks of the outputs of these shapes."""
-        return Gradients(*map(cuts.each, self, self.axes()))
+        return with_axes(cuts.block, self, self.axes())
 
     # Where two kernels share the outputs, and each may be called for some of its tiles.
 
@@ -76,18 +86,29 @@ class Gradients(NamedTuple):
     def halves(self) -> tuple[Gradients, Gradients]:
         """What belongs to rows, and what to keys."""
         rows, keys = self._replace(key=None, value=None), self._replace(query=None, scale=None)
-        if self.factors is None:
-            return rows, keys
-        of_rows = self.factors._replace(k=None, scale=None)
-        return rows._replace(factors=of_rows), keys._replace(factors=self.factors._replace(q=None))
+        if self.factors is not None:
+            rows = rows._replace(factors=self.factors._replace(k=None, scale=None))
+            keys = keys._replace(factors=self.factors._replace(q=None))
+        if self.data is not None:
+            query, key, head = (tuple(None for _ in part) for part in self.data)
+            rows = rows._replace(data=self.data._replace(key=key))
+            keys = keys._replace(data=self.data._replace(query=query, head=head))
+        return rows, keys
 
     @staticmethod
     def joined(rows: Gradients, keys: Gradients) -> Gradients:
         """The two `halves` as one."""
         both = Gradients(*(a if b is None else b for a, b in zip(rows, keys, strict=True)))
-        if both.factors is None:
-            return both
-        return both._replace(factors=keys.factors._replace(q=rows.factors.q))
+        if both.factors is not None:
+            both = both._replace(factors=keys.factors._replace(q=rows.factors.q))
+        if both.data is not None:
+            both = both._replace(data=rows.data._replace(key=keys.data.key))
+        return both
+
+    def clear_shared(self) -> None:
+        """Zeros in the refs of factors and data, to which tiles add."""
+        for ref in jax.tree.leaves((self.factors, self.data)):
+            ref[...] = jnp.zeros_like(ref)
 
     def part(
         self, own: tuple[str, ...], sides: dict[str, int], first: int, count: int
@@ -102,7 +123,7 @@ class Gradients(NamedTuple):
 
             return x.update(shape=tuple(map(length, x.shape, axes)))
 
-        return _each(one, self)
+        return with_axes(one, self, self.axes())
 
     @staticmethod
     def concatenated(parts: list[Gradients], own: tuple[str, ...]) -> Gradients:
@@ -114,7 +135,8 @@ class Gradients(NamedTuple):
             return jnp.concatenate(arrays, axis=axis) if len(arrays) > 1 else arrays[0]
 
         tree = jax.tree.structure(parts[0])
-        return _each(one, jax.tree.unflatten(tree, range(tree.num_leaves)))
+        whole = jax.tree.unflatten(tree, range(tree.num_leaves))
+        return with_axes(one, whole, Gradients.axes())
 
     def operands(self, like: Operands) -> Operands:
         """As the user lays them out; sinks have none here."""
@@ -135,19 +157,45 @@ class Gradients(NamedTuple):
             sinks=None,
             scale=jnp.sum(self.scale).astype(like.scale.dtype),
             factors=factors,
-            data=like.data,  # without leaves
+            data=self._of_data(like.data),
         )
 
+    def _of_data(self, like: Data) -> Data:
+        if self.data is None:  # a mask's: nothing depends on them
+            return jax.tree.map(jnp.zeros_like, like)
+        query, key = (jax.tree.map(lambda x: x[:, :, :, 0], part) for part in self.data[:2])
+        head = jax.tree.map(lambda x: jnp.sum(x, axis=(3, 4)), self.data.head)
+        found = Data(query, key, head)
+        return jax.tree.map(lambda x, y: fold_heads(x, y).astype(y.dtype), found, like)
 
-def _each(f: Callable[[Any, Any], Any], x: Gradients) -> Gradients:
-    """f(leaf, axes) of every leaf of x."""
 
-    def one(leaf: Any, axes: Any) -> Any:
-        if isinstance(axes, Factors):
-            return None if leaf is None else Factors(*map(one, leaf, axes))
-        return None if leaf is None else f(leaf, axes)
+def _shapes_of_data(x: Inputs, types: Data, shape: Callable[..., Any]) -> Data:
+    """The shapes of the gradients of floating leaves, None for the others.
 
-    return Gradients(*map(one, x, Gradients.axes()))
+    Arguments:
+      types: of the leaves, None for the floating ones.
+    """
+    b, kv_heads, groups, t, _ = x.query.shape
+
+    def one(groups: int, length: int) -> Any:
+        return shape((b, kv_heads, groups, 1, length), jnp.float32)
+
+    leaves = Data(
+        tuple(one(leaf.shape[2], t) for leaf in x.query_data),
+        tuple(one(leaf.shape[2], x.key.shape[2]) for leaf in x.key_data),
+        tuple(one(groups, t) for _ in x.head_data),
+    )
+    return floating(leaves, types)
+
+
+def floating(data: Data, types: Data) -> Data:
+    """The floating leaves of ``data``, None for the others, see `_shapes_of_data`."""
+    return Data(
+        *(
+            tuple(leaf if dtype is None else None for leaf, dtype in zip(*pair, strict=True))
+            for pair in zip(data, types, strict=True)
+        )
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from pallas_kernels._tpu_backward_blocks import Gradients, Sizes
 from pallas_kernels._tpu_backward_walk import (
     BackwardWalk,
     Columns,
-    add_factors,
     mean_key,
     statistics,
 )
@@ -66,7 +65,7 @@ def gradients_by_head(
         inputs, list_shape = inputs._replace(lists=lists.numbers), lists.shape
     if not plan.interpret:
         inputs = in_hbm(inputs)
-    outs = Gradients.of(inputs, sizes.key_tiles, shape_maker(operands, mask))
+    outs = Gradients.of(inputs, without_arrays(mask), sizes.key_tiles, shape_maker(operands, mask))
     first = min(mask.key_length, LANES)
     cuts = Cuts(
         {"b": 1, "k": 1, "rows": sizes.rows, "keys": sizes.block_kv, "first": first, "tile": 1},
@@ -242,8 +241,7 @@ class _HeadWalk(BackwardWalk):
         d_query[...] = jnp.zeros_like(d_query)
         if outs.bias is not None and self.sums_keys(outs.bias):
             outs.bias[...] = jnp.zeros_like(outs.bias)
-        if outs.factors is not None:
-            outs.factors.q[...] = jnp.zeros_like(outs.factors.q)
+        outs.halves[0].clear_shared()
         self.kappa[...] = self._mean_key()
         for g in range(self.groups):
             of_head = self._statistics(g)
@@ -324,19 +322,16 @@ class _HeadWalk(BackwardWalk):
         wide = self.numerics.product
         if outs.bias is not None:
             self.clear_bias(j, outs.bias)
-        if outs.factors is not None:
-            for ref in (outs.factors.k, outs.factors.scale):
-                ref[...] = jnp.zeros_like(ref)
+        outs.halves[1].clear_shared()
 
         def step(i: Index, seen: Array | None, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             start = i * self.block_q
-            g = self.reverse(start, j, key, k, seen)
+            g, s = self.reverse(start, j, key, k, seen)
             at = (slice(None), pl.ds(start, self.block_q))
             d_query[at] += g.q.reshape(self.groups, self.block_q, -1)
             if outs.bias is not None:
                 self.add_to_bias(outs.bias, start, g.scores)
-            if outs.factors is not None:
-                add_factors(self, outs.factors, start, j, g.scores)
+            self.add_shared(outs, start, j, s, g.scores)
             return carry[0] + g.k, carry[1] + g.v
 
         zeros = jnp.zeros(k.shape, wide), jnp.zeros(key.v.shape, wide)

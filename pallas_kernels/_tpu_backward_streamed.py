@@ -30,7 +30,6 @@ from pallas_kernels._tpu_backward_blocks import Gradients, Sizes
 from pallas_kernels._tpu_backward_walk import (
     BackwardWalk,
     Columns,
-    add_factors,
     mean_key,
     statistics,
 )
@@ -64,7 +63,9 @@ def streamed_gradients(
       vmem: bytes that a program may use.
     """
     inputs = _inputs(operands, mask, plan, sizes, result, d_out, d_lse)
-    outs = Gradients.of(inputs, sizes.query_tiles, shape_maker(operands, mask))
+    outs = Gradients.of(
+        inputs, without_arrays(mask), sizes.query_tiles, shape_maker(operands, mask)
+    )
     of_rows, of_keys = outs.halves
     adds_mean = d_lse is not None or operands.sinks is not None
     call = partial(_in_parts, inputs, mask, plan, sizes, adds_mean=adds_mean, vmem=vmem)
@@ -319,15 +320,13 @@ class _QueryProgram(_Program):
         d_query, columns = self.scratch
         d_query[...] = jnp.zeros_like(d_query)
         columns[...] = self.turned()
-        if self.outs.factors is not None:
-            self.outs.factors.q[...] = jnp.zeros_like(self.outs.factors.q)
+        self.outs.clear_shared()
 
     def fold(self, start: Index, j: Index, seen: Array | None) -> None:
         key, d_query = self.key(j), self.scratch[0]
-        g = self.reverse(start, j, key, self.centred(key), seen)
+        g, s = self.reverse(start, j, key, self.centred(key), seen)
         d_query[...] += g.q
-        if self.outs.factors is not None:
-            add_factors(self, self.outs.factors, start, j, g.scores)
+        self.add_shared(self.outs, start, j, s, g.scores)
 
     def finish(self, start: Index) -> None:
         d_query = self.scratch[0][...]
@@ -351,19 +350,16 @@ class _KeyProgram(_Program):
         return [(sizes.block_kv, x.key.shape[3]), (sizes.block_kv, x.value.shape[3])]
 
     def open(self, start: Index) -> None:
-        cleared = list(self.scratch)
-        if self.outs.factors is not None:
-            cleared += [self.outs.factors.k, self.outs.factors.scale]
-        for ref in cleared:
+        for ref in self.scratch:
             ref[...] = jnp.zeros_like(ref)
+        self.outs.clear_shared()
 
     def fold(self, start: Index, j: Index, seen: Array | None) -> None:
         key, (d_key, d_value) = self.key(j), self.scratch
-        g = self.reverse(start, j, key, key.k, seen)
+        g, s = self.reverse(start, j, key, key.k, seen)
         d_key[...] += g.k
         d_value[...] += g.v
-        if self.outs.factors is not None:
-            add_factors(self, self.outs.factors, start, j, g.scores)
+        self.add_shared(self.outs, start, j, s, g.scores)
 
     def finish(self, start: Index) -> None:
         (d_key, d_value), outs = self.scratch, self.outs

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._float16 import from_bits
+from pallas_kernels._tpu_backward_blocks import Gradients, floating
 from pallas_kernels._tpu_tiles import TileWalk
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.mods import Data
 from pasa_jax.core.operands import Factors
 
 if TYPE_CHECKING:
@@ -160,50 +162,79 @@ class BackwardWalk(TileWalk):
 
     def reverse(
         self, start: Index, j: Index, key: tile.KeyTile, k: Float[Array, "n D"], seen: Array | None
-    ) -> tile.TileGradients:
-        """What the rows at ``start`` and key tile j add to the gradients."""
+    ) -> tuple[tile.TileGradients, tile.Scores]:
+        """What the rows at ``start`` and key tile j add to the gradients, and their scores."""
         row = self.columns(start)
         query = self.query(start)._replace(reference=row.m)
         state = self.begin()[0]
         s = self.scores(start, query, key, state, j, seen, with_slope=True)
         p = tile.probabilities(s, query, self.numerics).astype(self.numerics.product) * row.share
         d_o = self.used(self.rows(self.refs.d_out, start), start)
-        return tile.reverse(p, s, key, query.q, k, d_o, row.delta, self.numerics)
+        return tile.reverse(p, s, key, query.q, k, d_o, row.delta, self.numerics), s
 
-    def of_factors(
-        self, start: Index, j: Index, d_scores: Float[Array, "R n"]
-    ) -> tuple[list[Factors], Factors]:
-        """The gradients of the factors without their number, of each query head; and the factors.
+    def add_shared(
+        self, outs: Gradients, start: Index, j: Index, s: tile.Scores, d_scores: Array
+    ) -> None:
+        """Adds a tile's part to the gradients of factors and of data, as far as ``outs`` has them.
 
-        Those that are hidden may be anything, and are zeroed; those that are seen and not finite
-        have made ``d_scores`` NaN.
+        Factors and data that are hidden may be anything, and are zeroed; those that are seen and
+        not finite have made ``d_scores`` NaN.
         """
+        if outs.factors is not None:
+            self._add_factors(outs.factors, start, j, d_scores)
+        if jax.tree.leaves(outs.data):
+            self._add_data(outs.data, start, j, s, d_scores)
 
-        def known(x: Array) -> Array:
-            return jnp.where(x * 0 == 0, x, jnp.zeros_like(x))
-
-        of = self.factors(start, j)
-        of = Factors([known(x) for x in of.q], [known(x) for x in of.k], of.scale)
-        found = []
-        for g in self._heads:
+    def _add_factors(self, outs: Factors, start: Index, j: Index, d_scores: Array) -> None:
+        """To blocks [1, 1, G|1, R, rows], [1, 1, G|1, R, n] and [1, 1, G, 1, n]."""
+        of, rows, keys = self.factors(start, j), self.rows_at(start), self.keys_at(j)
+        for g, scale in enumerate(of.scale):
+            q, k = (_known(x[min(g, len(x) - 1)]) for x in (of.q, of.k))
             d = d_scores[g * self.block_q : (g + 1) * self.block_q]
-            q, k = (x[min(g, len(x) - 1)] for x in (of.q, of.k))
             d_q, d_k = jax.vjp(lambda q, k: self.outer([q], [k], 0), q, k)[1](d)
-            found.append(Factors(d_q, d_k, jnp.sum(d_k * k, axis=0, keepdims=True)))
-        return found, of
+            _add(outs.q, g, rows, d_q * scale)
+            _add(outs.k, g, keys, d_k * scale)
+            _add(outs.scale, g, keys, jnp.sum(d_k * k, axis=0, keepdims=True))
+
+    def _add_data(
+        self, outs: Data, start: Index, j: Index, s: tile.Scores, d_scores: Array
+    ) -> None:
+        """To blocks [1, 1, G|1, 1, rows], [1, 1, G|1, 1, n] and [1, 1, G, 1, rows]."""
+        mods, data = self.mask.mods, self._data(start, j)
+        assert mods is not None
+        assert s.given is not None
+        given, place, rows = s.given, self._place(start, j), self.rows_at(start)
+        learned = jax.tree.map(_known, floating(data, mods.data))
+
+        def scored(learned: Data) -> Array:
+            return mods.scored(given, place, learned.beside(data))
+
+        (found,) = jax.vjp(scored, learned)[1](d_scores.astype(given.dtype))
+        for refs, parts in ((outs.query, found.query), (outs.head, found.head)):
+            for ref, x in zip(refs, parts, strict=True):  # [R, 1]
+                for g in self._heads:
+                    of_head = x if x is None else x[g * self.block_q : (g + 1) * self.block_q]
+                    _add(ref, g, rows, of_head, turned=True)
+        for ref, x in zip(outs.key, found.key, strict=True):  # [1, n], or [R, n]
+            if ref is None:
+                continue
+            for g in range(ref.shape[2]):
+                of_head = x[g * self.block_q : (g + 1) * self.block_q]
+                _add(ref, g, self.keys_at(j), jnp.sum(of_head, axis=0, keepdims=True))
 
 
-def add_factors(walk: BackwardWalk, outs: Factors, start: Index, j: Index, d: Array) -> None:
-    """Adds a tile's part to the gradients of factors, blocks [1, 1, G|1, R, rows],
-    [1, 1, G|1, R, n] and [1, 1, G, 1, n], as far as these are given.
+def _known(x: Array) -> Array:
+    """x, zeros where it is not finite."""
+    return jnp.where(x * 0 == 0, x, jnp.zeros_like(x))
+
+
+def _add(ref: Ref | None, g: int, at: Any, x: Array | None, *, turned: bool = False) -> None:
+    """Adds x [R, L] to what query head g, or all, have in a block [1, 1, G|1, R, L].
+
+    Arguments:
+      turned: x is [L, 1].
     """
-    parts, of = walk.of_factors(start, j, d)
-    for g, part in enumerate(parts):
-        for ref, x, at in (
-            (outs.q, part.q * of.scale[g], walk.rows_at(start)),
-            (outs.k, part.k * of.scale[g], walk.keys_at(j)),
-            (outs.scale, part.scale, walk.keys_at(j)),
-        ):
-            if ref is not None:
-                place = (0, 0, min(g, ref.shape[2] - 1), slice(None), at)
-                ref[place] = ref[place] + x
+    if ref is None or x is None:
+        return
+    place = (0, 0, min(g, ref.shape[2] - 1), slice(None), at)
+    ref[place] = ref[place] + (x.reshape(1, -1) if turned else x)

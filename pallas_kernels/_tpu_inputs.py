@@ -180,6 +180,19 @@ def axes_of(*, transposed: bool) -> Inputs:
     )
 
 
+def with_axes(f: Callable[[Any, Any], Any], x: Any, axes: Any) -> Any:
+    """f(leaf, axes) of every leaf of x.
+
+    Arguments:
+      axes: as x; or those of all its leaves.
+    """
+    if x is None:
+        return None
+    if hasattr(axes, "_fields"):
+        return type(axes)(*(with_axes(f, *pair) for pair in zip(x, axes, strict=True)))
+    return jax.tree.map(lambda leaf: f(leaf, axes), x)
+
+
 @dataclass(frozen=True)
 class Cuts:
     """How a kernel's arrays are cut.
@@ -197,13 +210,7 @@ class Cuts:
 
     def inputs(self, x: Inputs) -> Inputs:
         """The blocks of a kernel's inputs."""
-        return Inputs(*map(self.each, x, axes_of(transposed=self.transposed)))
-
-    def each(self, x: Any, axes: Any) -> Any:
-        """The blocks of a field; one that is a `Factors` has axes for each of its parts."""
-        if isinstance(axes, Factors):
-            return None if x is None else Factors(*map(self.each, x, axes))
-        return jax.tree.map(lambda leaf: self.block(leaf, axes), x)
+        return with_axes(self.block, x, axes_of(transposed=self.transposed))
 
     def block(self, x: Any, axes: Axes) -> pl.BlockSpec:
         """The block of an array, or of an output's shape, with these ``axes``."""
