@@ -168,6 +168,25 @@ def as_given(mods: Mods, data: Data) -> Data:
     )
 
 
+def floating(data: Data, types: Data) -> Data:
+    """The leaves of ``data`` that have a gradient, None for the others.
+
+    Arguments:
+      types: those of the mask of `without_arrays`.
+    """
+    return Data(
+        *(
+            tuple(leaf if dtype is None else None for leaf, dtype in zip(*pair, strict=True))
+            for pair in zip(data, types, strict=True)
+        )
+    )
+
+
+def known(x: Array) -> Array:
+    """x, zeros where it is not finite: there it is hidden, or has made the gradients NaN."""
+    return jnp.where(x * 0 == 0, x, jnp.zeros_like(x))
+
+
 def narrowed(x: Array | None) -> Array | None:
     """x with float64 as float32, the widest type that kernels have."""
     return x.astype(jnp.float32) if x is not None and x.dtype == jnp.float64 else x

@@ -32,6 +32,10 @@ Array = jax.Array
 # would take the memory that tiles are there to save.
 _BIAS_COPIES = 8
 
+# So many tiles beside functions or a bias of low rank are computed without a loop: each has a long
+# body, which takes time to compile.
+_LONG_BODIES = 4
+
 
 def refusal(operands: Operands, mask: Mask, plan: Plan, vmem: int) -> str | None:
     """None, or the reason why the kernels cannot compute a call's gradients.
@@ -56,14 +60,19 @@ def refusal(operands: Operands, mask: Mask, plan: Plan, vmem: int) -> str | None
     return block_refusal(mask, sizes.block_q, sizes.block_kv)
 
 
-def adapt(plan: Plan, sizes: Sizes) -> Plan:
+def adapt(operands: Operands, mask: Mask, plan: Plan, sizes: Sizes) -> Plan:
     """The plan of the kernels: scores less their row's maximum, in float32, in their own tiles."""
     schedule = replace(plan.schedule, block_q=sizes.block_q, block_kv=sizes.block_kv)
+    unroll = sizes.query_tiles
+    if mask.mods is not None or operands.factors is not None:
+        unroll = min(unroll, _LONG_BODIES)
+    if sizes.listed:
+        unroll = 1
     return replace(
         plan,
         shift="bound",
         precision=replace(plan.precision, probabilities="float32"),
-        schedule=replace(schedule, unroll=1 if sizes.listed else sizes.query_tiles),
+        schedule=replace(schedule, unroll=unroll),
         dialect=tile.Dialect(base_two=True, exponential=None, contracts=False),
     )
 
@@ -83,8 +92,9 @@ def gradients(
       vmem: bytes that a program may use.
     """
     sizes = Sizes.of(operands, mask, plan, vmem)
+    kernel_plan = adapt(operands, mask, plan, sizes)
     kernels = streamed_gradients if sizes.streamed else gradients_by_head
-    found = kernels(operands, mask, adapt(plan, sizes), sizes, result, d_out, d_lse, vmem)
+    found = kernels(operands, mask, kernel_plan, sizes, result, d_out, d_lse, vmem)
     cotangents = found.operands(operands)
     if operands.sinks is None:
         return cotangents

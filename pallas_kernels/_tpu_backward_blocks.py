@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._common import lists_shape
+from pallas_kernels._common import floating, lists_shape
 from pallas_kernels._tpu_inputs import LANES, Cuts, Inputs, axes_of, padded, with_axes
 from pallas_kernels._tpu_lists import tiles_at_once
 from pasa_jax.core.mask import Mask
@@ -186,16 +186,6 @@ def _shapes_of_data(x: Inputs, types: Data, shape: Callable[..., Any]) -> Data:
         tuple(one(groups, t) for _ in x.head_data),
     )
     return floating(leaves, types)
-
-
-def floating(data: Data, types: Data) -> Data:
-    """The floating leaves of ``data``, None for the others, see `_shapes_of_data`."""
-    return Data(
-        *(
-            tuple(leaf if dtype is None else None for leaf, dtype in zip(*pair, strict=True))
-            for pair in zip(data, types, strict=True)
-        )
-    )
 
 
 @dataclass(frozen=True)

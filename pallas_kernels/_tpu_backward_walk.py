@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._common import floating, known
 from pallas_kernels._float16 import from_bits
-from pallas_kernels._tpu_backward_blocks import Gradients, floating
+from pallas_kernels._tpu_backward_blocks import Gradients
 from pallas_kernels._tpu_tiles import TileWalk
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
@@ -189,7 +190,7 @@ class BackwardWalk(TileWalk):
         """To blocks [1, 1, G|1, R, rows], [1, 1, G|1, R, n] and [1, 1, G, 1, n]."""
         of, rows, keys = self.factors(start, j), self.rows_at(start), self.keys_at(j)
         for g, scale in enumerate(of.scale):
-            q, k = (_known(x[min(g, len(x) - 1)]) for x in (of.q, of.k))
+            q, k = (known(x[min(g, len(x) - 1)]) for x in (of.q, of.k))
             d = d_scores[g * self.block_q : (g + 1) * self.block_q]
             d_q, d_k = jax.vjp(lambda q, k: self.outer([q], [k], 0), q, k)[1](d)
             _add(outs.q, g, rows, d_q * scale)
@@ -204,7 +205,7 @@ class BackwardWalk(TileWalk):
         assert mods is not None
         assert s.given is not None
         given, place, rows = s.given, self._place(start, j), self.rows_at(start)
-        learned = jax.tree.map(_known, floating(data, mods.data))
+        learned = jax.tree.map(known, floating(data, mods.data))
 
         def scored(learned: Data) -> Array:
             return mods.scored(given, place, learned.beside(data))
@@ -221,11 +222,6 @@ class BackwardWalk(TileWalk):
             for g in range(ref.shape[2]):
                 of_head = x[g * self.block_q : (g + 1) * self.block_q]
                 _add(ref, g, self.keys_at(j), jnp.sum(of_head, axis=0, keepdims=True))
-
-
-def _known(x: Array) -> Array:
-    """x, zeros where it is not finite."""
-    return jnp.where(x * 0 == 0, x, jnp.zeros_like(x))
 
 
 def _add(ref: Ref | None, g: int, at: Any, x: Array | None, *, turned: bool = False) -> None:

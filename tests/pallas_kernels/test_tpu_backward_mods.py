@@ -133,7 +133,7 @@ def compare(keywords, way, names, arrays=None, clean=None, **further):
 @pytest.mark.parametrize("way", only(["streamed"], WAYS))
 def test_together(way):
     """Every mask, function and bias at once."""
-    compare(together(), way, ["bias", "head_data"])
+    compare(together(200, 300), way, ["bias", "head_data"], long_arrays(200, 300))
 
 
 @pytest.mark.full
