@@ -21,7 +21,7 @@ Array = jax.Array
 
 _BLOCK_Q, _BLOCK_KV = 512, 512  # of the fastest tiles, see docs/tpu.md
 _SCORES = 1024 * 1024  # that a tile may have
-_FEW_TILES = 4  # of queries: they are gone through without a list
+_FEW_TILES = 4  # of a head: they are gone through without a list
 
 
 class Gradients(NamedTuple):
@@ -236,7 +236,7 @@ class Sizes:
         block_kv = min(block_kv, max(LANES, _SCORES // (groups * block_q) // LANES * LANES))
         block_kv = keys if keys <= block_kv else block_kv
         query_tiles, key_tiles = -(-length // block_q), -(-keys // block_kv)
-        listed = mask.listed and (mask.kinds is not None or query_tiles > _FEW_TILES)
+        listed = mask.listed and (mask.kinds is not None or query_tiles * key_tiles > _FEW_TILES)
         sizes = Sizes(kv_heads, groups, block_q, query_tiles, block_kv, key_tiles, False, listed, 0)
         resident = replace(sizes, bytes=_bytes(sizes, o, mask, query_tiles))
         at_once = tiles_at_once(lists_shape(mask, groups), query_tiles)

@@ -162,6 +162,8 @@ def main() -> None:
                 gradient=given.gradient,
             )
             said = report.error or f"compiles in {time.monotonic() - start:.0f} s"
+            if report.registers:
+                said += f", {report.registers} registers, {report.spills} bytes spilt"
             print(given.chip, name, given.length, said, flush=True)
 
 
