@@ -110,6 +110,10 @@ def known_lists(mask: Mask) -> Iterator[None]:
     def known(name: str) -> Any:
         return lambda self, b, h, i: _chosen(getattr(self.shape.lists, name), i)
 
+    def steps_of(lists: Any, *, interpret: bool) -> int:
+        del interpret
+        return max(1, int(np.asarray(lists.count).max()))
+
     def step(self: Walk, i: Any, seen: Any, body: Any, carry: Any) -> Any:
         return body(i, seen(i), carry)
 
@@ -122,6 +126,8 @@ def known_lists(mask: Mask) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "lists_of", lists_of))
+            if hasattr(module, "steps_of"):
+                stack.enter_context(mock.patch.object(module, "steps_of", steps_of))
         stack.enter_context(mock.patch.object(TileList, "of", staticmethod(of)))
         for method, name in (("partials", "partial"), ("count", "count")):
             stack.enter_context(mock.patch.object(TileList, method, known(name)))

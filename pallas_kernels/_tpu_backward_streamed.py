@@ -34,7 +34,7 @@ from pallas_kernels._tpu_backward_walk import (
     statistics,
 )
 from pallas_kernels._tpu_inputs import LANES, Cuts, Inputs, grouped, inputs_of
-from pallas_kernels._tpu_lists import TileList, tiles_at_once
+from pallas_kernels._tpu_lists import TileList, steps_of, tiles_at_once
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.operands import Operands, Result
 from pasa_jax.core.plan import Plan
@@ -181,9 +181,7 @@ def _call(
     own, by_list = ("keys", "rows") if program.by_key else ("rows", "keys")
     of_inputs = {**lead, own: lambda b, h, i, *_: first + i, by_list: other}
     of_outputs = {**lead, **dict.fromkeys(program.own_axes, lambda b, h, i, *_: i)}
-    steps: Any = tiles.shape[3]
-    if not plan.interpret:  # the interpreter takes no bound from the device
-        steps = jnp.maximum(jnp.max(lists.count), 1)
+    steps = steps_of(lists, interpret=plan.interpret)
     static = {"mask": without_arrays(mask), "plan": plan, "sizes": sizes, "program": program}
     call = pl.pallas_call(
         partial(_kernel, list_shape=tiles.shape, **static, **options),

@@ -54,6 +54,15 @@ class TileList(NamedTuple):
         return (self.numbers[self.row(b, h, i) + 2 + t] & 1) != 0
 
 
+def steps_of(lists: Lists, *, interpret: bool) -> Any:
+    """How many steps a grid takes through lists: as many as the longest has tiles.
+
+    Arguments:
+      interpret: the interpreter takes no bound from the device.
+    """
+    return lists.order.shape[3] if interpret else jnp.maximum(jnp.max(lists.count), 1)
+
+
 def tiles_at_once(heads: tuple[int, int], visited: int) -> int:
     """Of how many tiles the lists fit SMEM, each with room for so many visited ones.
 

@@ -33,7 +33,7 @@ from pallas_kernels._common import (
     without_arrays,
 )
 from pallas_kernels._tpu_inputs import LANES, Cuts, inputs_of
-from pallas_kernels._tpu_lists import TileList, tiles_at_once
+from pallas_kernels._tpu_lists import TileList, steps_of, tiles_at_once
 from pallas_kernels._tpu_program import (
     AGAIN,
     needs_blocks,
@@ -278,9 +278,7 @@ def _program(
     list_shape = None if tiles is None else tiles.shape
     sides = {"b": 1, "k": 1, "rows": specs.rows, "keys": specs.chunk_tiles * specs.block_kv}
     cuts = Cuts(sides, places_of(specs, mask, list_shape), specs.transposed)
-    steps: Any = specs.chunks
-    if lists is not None and not plan.interpret:  # the interpreter takes no bound from the device
-        steps = jnp.maximum(jnp.max(lists.count), 1)
+    steps = specs.chunks if lists is None else steps_of(lists, interpret=plan.interpret)
     body = partial(
         run_program if tiles is None else partial(run_listed, list_shape=list_shape),
         mask=without_arrays(mask),
