@@ -126,7 +126,7 @@ def test_what_is_not_visited_is_not_read(kernel):
     np.testing.assert_array_equal(found, dot_product_attention(q, k, v, **call))
 
 
-LOWERED = [("block mask", False), ("documents", False), ("relative", True), ("low rank", True)]
+LOWERED = [("block mask", False), ("documents", False), ("relative", False), ("low rank", True)]
 
 
 @pytest.mark.parametrize("chip", KERNELS)
