@@ -20,7 +20,7 @@ from pasa_jax.core.mods import Data, Mods
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import HeadFacts, prepare
-from pasa_jax.core.visits import TileSight, Visits, tile_kinds, tile_sight
+from pasa_jax.core.visits import Visits, tile_kinds, tile_sight
 from pasa_jax.implementations import lax as _lax
 
 Array = jax.Array
@@ -69,41 +69,50 @@ class Lists(NamedTuple):
 
 
 def lists_of(
-    mask: Mask, block_q: int, block_kv: int, groups: int, *, by_key: bool = False
+    mask: Mask,
+    block_q: int,
+    block_kv: int,
+    groups: int,
+    *,
+    by_key: bool = False,
+    backward: bool = False,
 ) -> Lists:
     """The lists of the tiles that every head visits.
 
     Arguments:
       groups: query heads that share their tiles.
       by_key: the query tiles of each key tile, not the key tiles of each query tile.
+      backward: a tile with rows beyond the last one is masked.
     """
-    if not mask.listed:
-        return Lists()
     kinds = mask.kinds
-    heads = 1 if kinds is None else max(1, kinds.shape[1] // groups)
+
+    def of(b: Array, h: Array) -> Lists:
+        one = mask.head(b, h, groups)
+        sight = tile_sight(one, block_q, block_kv)
+        if backward:
+            inside = (jnp.arange(len(sight.some)) + 1) * block_q <= one.valid_queries()
+            sight = sight._replace(whole=sight.whole & inside[:, None])
+        visits, asks = Visits.of(sight.transposed if by_key else sight), None
+        if kinds is not None and mask.mods is not None and mask.mods.block_mod is not None:
+            tiles = tile_kinds(one, block_q, block_kv)
+            asks = visits.asks(tiles.T if by_key else tiles)
+        return Lists(*visits, asks)
+
+    return heads_at_once(of, *lists_shape(mask, groups))
+
+
+def lists_shape(mask: Mask, groups: int) -> tuple[int, int]:
+    """(B|1, K|1): of how many batch entries and key heads `lists_of` tells apart."""
     by_entry = (
         mask.query_segments,
         mask.query_positions,
         mask.key_positions,
         mask.query_lengths,
         mask.key_lengths,
-        kinds,
+        mask.kinds,
     )
-    batch = max(len(x) for x in by_entry if x is not None)
-
-    def of(b: Array, h: Array) -> Lists:
-        one = mask.head(b, h, groups)
-        sight = tile_sight(one, block_q, block_kv)
-        if by_key:  # rows beyond the last one are masked
-            inside = (jnp.arange(len(sight.some)) + 1) * block_q <= mask.query_length
-            sight = TileSight(sight.some, sight.whole & inside[:, None]).transposed
-        visits, asks = Visits.of(sight), None
-        if kinds is not None and mask.mods is not None and mask.mods.block_mod is not None:
-            tiles = tile_kinds(one, block_q, block_kv)
-            asks = visits.asks(tiles.T if by_key else tiles)
-        return Lists(*visits, asks)
-
-    return heads_at_once(of, batch, heads)
+    heads = 1 if mask.kinds is None else max(1, mask.kinds.shape[1] // groups)
+    return max((len(x) for x in by_entry if x is not None), default=1), heads
 
 
 def rows_of(o: Operands, mask: Mask, rows: slice) -> tuple[Operands, Mask]:
@@ -157,6 +166,25 @@ def as_given(mods: Mods, data: Data) -> Data:
             for part, types in zip(data, mods.data, strict=True)
         )
     )
+
+
+def floating(data: Data, types: Data) -> Data:
+    """The leaves of ``data`` that have a gradient, None for the others.
+
+    Arguments:
+      types: those of the mask of `without_arrays`.
+    """
+    return Data(
+        *(
+            tuple(leaf if dtype is None else None for leaf, dtype in zip(*pair, strict=True))
+            for pair in zip(data, types, strict=True)
+        )
+    )
+
+
+def known(x: Array) -> Array:
+    """x, zeros where it is not finite: there it is hidden, or has made the gradients NaN."""
+    return jnp.where(x * 0 == 0, x, jnp.zeros_like(x))
 
 
 def narrowed(x: Array | None) -> Array | None:

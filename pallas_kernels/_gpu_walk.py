@@ -16,6 +16,7 @@ from pallas_kernels._gpu_inputs import HeadRef, Inputs, Specs, side
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask, div
 from pasa_jax.core.mods import Data, Place
+from pasa_jax.core.operands import Factors
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.tile.arrays import dot
 from pasa_jax.core.walk import Listed, Walk
@@ -168,7 +169,7 @@ class PointerWalk(Walk):
         mods = self.mask.mods
         if mods is None or (mods.mask_mod is None and mods.block_mod is None):
             return seen
-        place, data = self._place(start, j), self._data(start, j)
+        place, data = self.place(start, j), self.data(start, j)
         shape = (self.block_q, self.block_kv)
         if mods.mask_mod is not None:
             shown = jnp.broadcast_to(mods.shows(mods.mask_mod, place, data), shape)
@@ -203,34 +204,51 @@ class PointerWalk(Walk):
         mods = self.mask.mods
         if mods is None or mods.score_mod is None:
             return None
-        place, data = self._place(start, j), self._data(start, j)
+        place, data = self.place(start, j), self.data(start, j)
         return lambda score: mods.scored(score, place, data)
 
     def low_rank(self, start: Index, j: Index) -> Array | None:
-        factors = self.refs.factors
-        if factors is None:
+        if self.refs.factors is None:
             return None
-        along_rank = (0, factors.q.shape[0], self.specs.rank)
-        q = self.load(factors.q, along_rank, self.rows_at(start))
-        k = self.load(factors.k, along_rank, self.keys_at(j))
-        return dot(q, k, (0, 0), q.dtype) * scalar(factors.scale)
+        of = self.factors(start, j)
+        return thin_product(of.q, of.k) * of.scale
 
-    def _place(self, start: Index, j: Index) -> Place:
+    def factors(self, start: Index, j: Index) -> Factors:
+        """The factors of a tile [R, block_q] and [R, n], and their number."""
+        factors = self.refs.factors
+        q = self.load(factors.q, self.along_rank, self.rows_at(start))
+        k = self.load(factors.k, self.along_rank, self.keys_at(j))
+        return Factors(q, k, scalar(factors.scale))
+
+    @property
+    def along_rank(self) -> tuple[int, int, int]:
+        return 0, self.specs.padded(self.specs.rank, "rank"), self.specs.rank
+
+    def place(self, start: Index, j: Index) -> Place:
         """Where the elements of a tile stand."""
         b, h = (jnp.full((1, 1), scalar(x)) for x in (self.refs.entries, self.refs.heads))
         row = start + lax.broadcasted_iota(jnp.int32, (self.block_q, 1), 0)
         column = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (1, self.block_kv), 1)
         return Place(b, h, row, column)
 
-    def _data(self, start: Index, j: Index) -> Data:
+    def data(self, start: Index, j: Index) -> Data:
         """What the functions are given at a tile."""
         assert self.mask.mods is not None
+        query, key, head = self.numbers(start, j)
         data = Data(
-            tuple(self.column(x, *self.rows_at(start))[:, None] for x in self.refs.query_data),
-            tuple(self.column(x, *self.keys_at(j))[None, :] for x in self.refs.key_data),
-            tuple(jnp.full((1, 1), scalar(x)) for x in self.refs.head_data),
+            tuple(x[:, None] for x in query),
+            tuple(x[None, :] for x in key),
+            tuple(jnp.full((1, 1), x) for x in head),
         )
         return as_given(self.mask.mods, data)
+
+    def numbers(self, start: Index, j: Index) -> Data:
+        """The data of a tile: [block_q], [n] and []."""
+        return Data(
+            tuple(self.column(x, *self.rows_at(start)) for x in self.refs.query_data),
+            tuple(self.column(x, *self.keys_at(j)) for x in self.refs.key_data),
+            tuple(scalar(x) for x in self.refs.head_data),
+        )
 
     def sinks(self) -> Array | None:
         if self.refs.sinks is None:
@@ -252,6 +270,11 @@ def scalar(ref: Ref, *place: Index) -> Array:
     if not place and not isinstance(ref, HeadRef):
         return ref[...]
     return plgpu.load(ref.at[tuple(jnp.int32(i) for i in place)])
+
+
+def thin_product(q: Array, k: Array) -> Array:
+    """[block_q, n] of factors [R, block_q] and [R, n]."""
+    return dot(q, k, (0, 0), q.dtype)
 
 
 def _both(a: Array | None, b: Array) -> Array:

@@ -13,8 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._common import Outputs, bound
+from pallas_kernels._tpu_inputs import LANES, Inputs
+from pallas_kernels._tpu_lists import TileList
 from pallas_kernels._tpu_reference import Blocks
-from pallas_kernels._tpu_walk import LANES, Inputs, RefWalk, Specs, TileList
+from pallas_kernels._tpu_walk import RefWalk, Specs
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.plan import Plan
@@ -179,9 +181,8 @@ class Program:
         if tiles is None:
             fold(partial(walk.absorb, start))
         else:
-            row = tiles.row(walk.entry, walk.head, i)
-            partials, count = tiles.numbers[row], tiles.numbers[row + 1]
-            asks = (tiles.numbers[row + 2 + t] & 1) != 0
+            at = (walk.entry, walk.head, i)
+            partials, count, asks = tiles.partials(*at), tiles.count(*at), tiles.asks(*at, t)
             masked = partial(walk.absorb_tile, start, walk.chunk, asks)
             whole = partial(walk.absorb_tile, start, walk.chunk, None)
             pl.when(t < partials)(partial(fold, masked))
@@ -214,7 +215,7 @@ class Program:
             out, remainder = walk.rounded(out, self.out_type)
         for ref, x in ((self.outs.out, out), (self.outs.remainder, remainder)):
             if ref is not None:
-                ref[0, 0, :, walk.rows_at] = x.reshape(walk.groups, walk.block_q, -1)
+                ref[0, 0, :, walk.own_rows] = x.reshape(walk.groups, walk.block_q, -1)
         for ref, x in ((self.outs.lse, done.lse), (self.outs.m, done.m), (self.outs.l, done.l)):
             if ref is not None:
                 _store_column(ref, x, walk)
@@ -250,7 +251,7 @@ class Program:
 def _store_column(ref: Ref, x: Array, walk: RefWalk) -> None:
     """Writes one number per row to a block [1, 1, G, 1, rows]."""
     if not walk.transposed:
-        ref[0, 0, :, :, walk.rows_at] = x.reshape(walk.groups, 1, walk.block_q)
+        ref[0, 0, :, :, walk.own_rows] = x.reshape(walk.groups, 1, walk.block_q)
         return
     for g in range(walk.groups):
-        ref[0, 0, g, :, walk.rows_at] = x[:, g * walk.block_q : (g + 1) * walk.block_q]
+        ref[0, 0, g, :, walk.own_rows] = x[:, g * walk.block_q : (g + 1) * walk.block_q]

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._tpu_walk import LANES, MATRIX_ROWS, RefWalk, Specs
+from pallas_kernels._tpu_inputs import LANES
+from pallas_kernels._tpu_walk import MATRIX_ROWS, RefWalk, Specs
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, minimum
 from pasa_jax.core.tile.arrays import dot, query_key

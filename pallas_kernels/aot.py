@@ -86,7 +86,7 @@ def attention(
         if not repair:
             all_keywords = further | keywords | options
             operands = (turned(q), turned(k), turned(v))
-            *found, others = _gradient_alone(kind, *operands, **all_keywords)
+            *found, others = gradient_alone(kind, *operands, **all_keywords)
             return [turned(x) for x in found], others
         out, pull = jax.vjp(partial(forward, further=further), q, k, v)
         return pull(q.astype(out.dtype))
@@ -111,9 +111,9 @@ def kernel_alone(kind: str, *args: Any, **keywords: Any) -> tuple[jax.Array, Any
     return call.unbatch(result.out), (result.lse, bad)
 
 
-def _gradient_alone(kind: str, *args: Any, **keywords: Any) -> tuple[Any, ...]:
-    """As `kernel_alone`, the kernels' own pullback of the queries; the last also has the bias's
-    gradient.
+def gradient_alone(kind: str, *args: Any, **keywords: Any) -> tuple[Any, ...]:
+    """As `kernel_alone`, the kernels' own pullback of the queries; the last also has the gradients
+    of biases and data.
     """
     call = canonical(*args, **keywords)
     chosen = choose(keywords["implementation"], call.operands, call.mask, call.plan)
@@ -122,7 +122,7 @@ def _gradient_alone(kind: str, *args: Any, **keywords: Any) -> tuple[Any, ...]:
     result, bad = module.kernel(*rest, wanted="residuals")
     found = module.backward_kernel(*rest, result, call.operands.query, None)
     gradients = (call.unbatch(x) for x in (found.query, found.key, found.value))
-    return *gradients, (found.bias, bad)
+    return *gradients, (found.bias, found.factors, found.data, bad)
 
 
 class Compiler:

@@ -86,10 +86,8 @@ def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Re
 
 def no_backward(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or the reason why the backward pass is left to the lax walk."""
-    if operands.bias is not None or operands.factors is not None:
+    if operands.bias is not None:
         return "it has no gradient of a bias"
-    if jax.tree.leaves(operands.data):
-        return "it has no gradient of what functions are given"
     plan = for_triton(plan)
     schedule = plan.schedule.backward(operands.query.dtype, same_blocks=plan.storage.uses_kappa)
     return block_refusal(mask, schedule.block_q, schedule.block_kv)

@@ -24,9 +24,7 @@ from pallas_kernels._common import (
     Lists,
     Outputs,
     block_refusal,
-    given_data,
     lists_of,
-    narrowed,
     refusal,
     repaired,
     repaired_backward,
@@ -34,7 +32,8 @@ from pallas_kernels._common import (
     shape_maker,
     without_arrays,
 )
-from pallas_kernels._float16 import to_bits
+from pallas_kernels._tpu_inputs import LANES, Cuts, inputs_of
+from pallas_kernels._tpu_lists import TileList, steps_of, tiles_at_once
 from pallas_kernels._tpu_program import (
     AGAIN,
     needs_blocks,
@@ -42,29 +41,16 @@ from pallas_kernels._tpu_program import (
     run_program,
     scratch_shapes,
 )
-from pallas_kernels._tpu_walk import (
-    LANES,
-    Inputs,
-    Specs,
-    TileList,
-    bias_per_head,
-    block_specs,
-    grouped,
-    per_head,
-    vmem,
-)
+from pallas_kernels._tpu_walk import Specs, places_of, vmem
 from pasa_jax.core import tile
 from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
-from pasa_jax.core.operands import Factors, Operands, Result, Wanted
+from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import MIB, find_target
 
 Array = jax.Array
 Ref = Any
-
-# Numbers that lists may hold in SMEM, which has 1 MiB and is used by others too.
-LISTED = 160 * 1024
 
 
 def adapt(plan: Plan) -> Plan:
@@ -231,7 +217,7 @@ def _call(
         return _program(operands, mask, plan, wanted, todo=todo)
     lists = lists_of(mask, specs.block_q, specs.block_kv, specs.groups)
     batch, heads, tiles, columns = lists.order.shape
-    at_once = max(1, LISTED // (batch * heads * (columns + 2)))  # query tiles whose lists fit SMEM
+    at_once = max(1, tiles_at_once((batch, heads), columns))
     found = []
     for first in range(0, tiles, at_once):
         rows = slice(first * specs.block_q, (first + at_once) * specs.block_q)
@@ -263,7 +249,7 @@ def _program(
         lengths are those of the whole.
     """
     specs = Specs.of(operands, mask, plan)
-    inputs = _inputs(operands, mask, plan, specs)
+    inputs = inputs_of(operands, mask, transposed=specs.transposed)
     if todo is not None:
         inputs = inputs._replace(todo=todo.astype(jnp.int32))
     # Mosaic never contracts. XLA, which runs the repair and the gradient, may.
@@ -290,9 +276,9 @@ def _program(
     follows = needs_blocks(plan) and specs.programs > 1
     tiles = None if lists is None else TileList.of(lists)
     list_shape = None if tiles is None else tiles.shape
-    steps: Any = specs.chunks
-    if lists is not None and not plan.interpret:  # the interpreter takes no bound from the device
-        steps = jnp.maximum(jnp.max(lists.count), 1)
+    sides = {"b": 1, "k": 1, "rows": specs.rows, "keys": specs.chunk_tiles * specs.block_kv}
+    cuts = Cuts(sides, places_of(specs, mask, list_shape), specs.transposed)
+    steps = specs.chunks if lists is None else steps_of(lists, interpret=plan.interpret)
     body = partial(
         run_program if tiles is None else partial(run_listed, list_shape=list_shape),
         mask=without_arrays(mask),
@@ -306,7 +292,7 @@ def _program(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=0 if tiles is None else 1,
             grid=(b, specs.heads, specs.programs, steps),
-            in_specs=(block_specs(inputs, specs, mask, list_shape),),
+            in_specs=(cuts.inputs(inputs),),
             out_specs=Outputs.of(
                 wanted, out_block, flag_block, column_block, None if half else out_block
             ),
@@ -339,45 +325,3 @@ def _program(
         out, remainder = tile.rounded(out, out_type, clip=plan.promises_finite)
     result = Result(out, statistics(outs.lse), statistics(outs.m), statistics(outs.l), remainder)
     return result.only(wanted), outs.flag[:, :, :, 0, 0]
-
-
-def _inputs(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
-    array = None if mask.array is None else mask.array.astype(jnp.int8)
-    # Rows lie along sublanes and keys along lanes; the other way round where tiles are transposed.
-    of_rows, of_keys = (-2, -1) if specs.transposed else (-1, -2)
-
-    def along(x: Array | None, axis: int) -> Array | None:
-        return None if x is None else jnp.expand_dims(x, axis)
-
-    def by_head(x: Array, axis: int) -> Any:  # [B|1, N|1, L]
-        split = per_head(x[..., None], specs.heads)
-        return None if split is None else along(split[..., 0], axis)
-
-    inputs = Inputs(
-        query=to_bits(grouped(o.query, specs.heads)),
-        key=to_bits(jnp.swapaxes(o.key, 1, 2)),
-        value=to_bits(jnp.swapaxes(o.value, 1, 2)),
-        scale=o.scale.astype(jnp.float32).reshape(1),
-        bias=bias_per_head(o.bias, specs.heads),
-        sinks=narrowed(o.sinks),
-        array=per_head(array, specs.heads),
-        query_segments=along(mask.query_segments, of_rows),
-        key_segments=along(mask.key_segments, of_keys),
-        query_positions=along(mask.query_positions, of_rows),
-        key_positions=along(mask.key_positions, of_keys),
-        query_lengths=mask.query_lengths,
-        key_lengths=mask.key_lengths,
-    )
-    if o.factors is not None:
-        q, k = (per_head(x, specs.heads) for x in o.factors[:2])
-        inputs = inputs._replace(factors=Factors(q, k, o.factors.scale))
-    if mask.mods is None:
-        return inputs
-    data = given_data(mask, o)
-    return inputs._replace(
-        entries=mask.mods.entries,
-        heads=mask.mods.heads,
-        query_data=jax.tree.map(lambda x: by_head(x, of_rows), data.query),
-        key_data=jax.tree.map(lambda x: by_head(x, of_keys), data.key),
-        head_data=data.head,
-    )

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.aot import Compiler, MakeArray, kernel_alone
+from pallas_kernels.aot import Compiler, MakeArray, gradient_alone, kernel_alone
 from pasa_jax import BlockMask, LowRankBias, Schedule, alibi_slopes
 from pasa_jax.core.target import find_target
 
@@ -116,14 +116,20 @@ def attention(
     head_dim: int = 128,
     block: int = 1024,
     dtype: str = "bfloat16",
+    gradient: bool = False,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The kernel of a named call, and its arguments."""
+    """The kernel of a named call, and its arguments.
+
+    Arguments:
+      gradient: the pullback of the queries instead, the forward pass included.
+    """
     kind = find_target(schedule["target"]).kind
     shapes, keywords = case(name, length, heads, block)
 
     def forward(q: Array, k: Array, v: Array, *further: Array) -> Any:
         options = {"implementation": f"pallas_{kind}", "schedule": Schedule(**schedule)}
-        return kernel_alone(kind, q, k, v, **keywords(*further), **options)
+        compute = gradient_alone if gradient else kernel_alone
+        return compute(kind, q, k, v, **keywords(*further), **options)
 
     kv = (1, length, kv_heads or heads, head_dim)
     operands = (array((1, length, heads, head_dim), dtype), array(kv, dtype), array(kv, dtype))
@@ -136,6 +142,7 @@ def main() -> None:
     parser.add_argument("chip")
     for name, default in (("length", 8192), ("block-q", 512), ("block-kv", 1024), ("heads", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--gradient", action="store_true", help="the backward pass too")
     parser.add_argument("--limit", type=int, default=600, help="seconds for each")
     parser.add_argument("--only", nargs="*", default=NAMES, choices=NAMES)
     given = parser.parse_args()
@@ -152,8 +159,11 @@ def main() -> None:
                 heads=given.heads,
                 schedule=schedule,
                 block=max(given.block_q, given.block_kv),
+                gradient=given.gradient,
             )
             said = report.error or f"compiles in {time.monotonic() - start:.0f} s"
+            if report.registers:
+                said += f", {report.registers} registers, {report.spills} bytes spilt"
             print(given.chip, name, given.length, said, flush=True)
 
 

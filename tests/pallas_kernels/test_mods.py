@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_kernels.tpu
+from pallas_kernels import _tpu_lists
 from pasa_jax import LowRankBias, Schedule, alibi_slopes, create_block_mask, dot_product_attention
 from pasa_jax.core.errors import BackendUnsupported
-from tests.gallery import GALLERY, check
+from tests.gallery import GALLERY, QUICKLY, check
 from tests.pallas_kernels import mods_aot
 from tests.pallas_kernels.test_aot import KERNELS, named
 from tests.thin import only, some_tuples
@@ -90,9 +90,12 @@ def test_lists_of_long_sequences(name, keywords, request):
         out, lse = dot_product_attention(*arrays, return_residual=True, **chosen, **how)
         return jnp.sum(out * jnp.cos(out)) + jnp.sum(jnp.where(lse > -1e30, lse, 0)), out
 
-    both = jax.value_and_grad(total, has_aux=True)
-    (_, want), d_want = both(arrays, implementation="reference")
-    (_, found), d_found = both(arrays, **options(name))
+    def both(**how):
+        compute = jax.value_and_grad(lambda x: total(x, **how), has_aux=True)
+        return jax.jit(compute, compiler_options=QUICKLY)(arrays)
+
+    (_, want), d_want = both(implementation="reference")
+    (_, found), d_found = both(**options(name))
     np.testing.assert_allclose(found, want, atol=2e-5)
     for x, y in zip(d_found, d_want, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4)
@@ -103,7 +106,7 @@ def test_lists_in_parts(tpu_interpreter, monkeypatch):
     """Lists that do not fit SMEM: several calls of the kernel, each of some rows."""
     arrays, keywords = long_arrays(), together()
     want = dot_product_attention(*arrays, **keywords, return_residual=True, implementation="lax")
-    monkeypatch.setattr(pallas_kernels.tpu, "LISTED", 20)
+    monkeypatch.setattr(_tpu_lists, "LISTED", 20)
     jax.clear_caches()
     found = dot_product_attention(
         *arrays, **keywords, return_residual=True, **options("pallas_tpu")
@@ -123,15 +126,18 @@ def test_what_is_not_visited_is_not_read(kernel):
     np.testing.assert_array_equal(found, dot_product_attention(q, k, v, **call))
 
 
+LOWERED = [("block mask", False), ("documents", False), ("relative", False), ("low rank", True)]
+
+
 @pytest.mark.parametrize("chip", KERNELS)
 @pytest.mark.parametrize(
-    "name",
-    only(
-        ["block mask", "documents", "relative", "low rank"],
-        mods_aot.NAMES,
-    ),
+    ("name", "gradient"),
+    [
+        pytest.param(*x, marks=() if x in LOWERED else pytest.mark.full)
+        for x in product(mods_aot.NAMES, (False, True))
+    ],
 )
-def test_lowering(chip, name):
+def test_lowering(chip, name, gradient):
     """What an interpreter takes, a compiler may not."""
     target, call = KERNELS[chip]
     block = 128 if chip == "tpu" else 64
@@ -142,10 +148,11 @@ def test_lowering(chip, name):
         schedule={"target": target, "block_q": block, "block_kv": block},
         heads=2,
         block=128,
+        gradient=gradient,
     )
     with named(chip):
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(chip,)).as_text()
-    assert call in text
+    assert text.count(call) > gradient
 
 
 def test_a_block_mask_of_single_heads_needs_heads_of_their_own_keys(tpu_interpreter):

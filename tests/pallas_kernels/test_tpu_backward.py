@@ -230,6 +230,3 @@ class TestChoice:
 
     def test_a_small_bias_that_many_heads_share_is_not(self):
         assert self.reason(8, jnp.zeros((1, 1, 1, 8), jnp.float32)) is None
-
-    def test_heads_too_long_for_the_memory(self):
-        assert "bytes of VMEM" in self.reason(2**15)
