@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from npu_bridge import checks, emulation, project, tables, timing
+from npu_bridge.functions import Functions, functions_of
 from npu_bridge.program import Program, build
 from npu_bridge.specification import Kernel
 from pasa_jax.core.checks import positive, window
@@ -52,6 +54,11 @@ def kernel(
     decode: bool = False,
     dropout_rate: float = 0.0,
     repair: bool = True,
+    mask_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    q_data: Any = None,
+    kv_data: Any = None,
+    head_data: Any = None,
 ) -> Kernel:
     """What a kernel computes. Batch, heads and lengths are given when it runs.
 
@@ -87,9 +94,19 @@ def kernel(
       repair: whether a query tile whose result is not finite is computed again, with a guard for
         each row and without the values that it may not see. False: a smaller kernel, which promises
         less. (Kernels with float16 statistics are never repaired.)
+      mask_mod, score_mod: elementwise functions, as `pasa_jax.dot_product_attention` takes them:
+        mask_mod(b, h, q, kv) -> bool and score_mod(score, b, h, q, kv) -> score. They are traced
+        and become instructions. With ``shift="bound"`` a mask_mod is computed by "mean", a
+        score_mod is refused. Not for packed and decoding kernels.
+      q_data, kv_data, head_data: what the functions are given by these names: pytrees of arrays or
+        `jax.ShapeDtypeStruct` of float32, int32 or bool, [T], [B, T] or [B, N, T], likewise with S,
+        and [N] or [B, N]. An axis of size 1 (not T, not S) is broadcast; other sizes do not matter:
+        the arrays come when the kernel runs, as inputs ``q_data_0`` and so on, a leaf each.
 
     Raises:
       ValueError: an argument is not one of these; the message says which are.
+      LoweringError: a function uses a primitive that has no instructions, or whole numbers beyond
+        what is exact; the message names the primitive, the function and its line.
       PlanError: it does not fit the chip's memories; the message says what would.
     """
     if target in _REFUSED:
@@ -113,6 +130,11 @@ def kernel(
             raise wrong(
                 name, "not be given for a decoding kernel", repr(given), "Use decode=False."
             )
+    functions = functions_of(mask_mod, score_mod, q_data, kv_data, head_data)
+    if functions is not None:
+        _check_functions(functions, shift, packed=packed, decode=decode)
+        if shift == "bound":  # as in lax: the proof does not know which keys are hidden
+            shift, precision = "mean", precision or _BOUND
     if shift == "bound":
         given = {"logits_soft_cap": logits_soft_cap, "bias": bias, "mask": mask}
         given |= {"segments": segments or None, "decode": decode or None}
@@ -144,6 +166,7 @@ def kernel(
         packed=packed,
         decode=decode,
         repair=repair,
+        functions=functions,
     )
     if find_target(described.schedule.target).name not in TARGETS.values():
         raise wrong("schedule.target", "be 'ascend_910b'", described.schedule.target)
@@ -154,6 +177,17 @@ def kernel(
             raise
         return _tuned(described)
     return described
+
+
+def _check_functions(functions: Functions, shift: str, *, packed: bool, decode: bool) -> None:
+    """Raises where a kernel cannot have functions of the caller."""
+    if shift == "bound" and functions.score_mod is not None:
+        way = "A function may return anything, so nothing bounds its scores. Use 'auto'."
+        raise wrong("shift", "be another than 'bound' beside a score_mod", "'bound'", way)
+    for name, given in (("packed", packed), ("decode", decode)):
+        if given:
+            way = "Their rows are not those of one head's queries. Use a kernel without it."
+            raise wrong(name, "be False beside a mask_mod or a score_mod", "True", way)
 
 
 def _check_bound(dtype: str, precision: str | Precision | None, given: dict[str, Any]) -> None:
@@ -250,7 +284,7 @@ def run(folder: Path | str, inputs: dict[str, Any] | None = None, **options: Any
 
     Arguments:
       inputs: "query", "key", "value" (BTNH) and what else the kernel takes; default random ones.
-      options: ``cores``, ``scale``, ``policies``; see `npu_bridge.emulation.run`.
+      options: ``kernel``, ``cores``, ``scale``, ``policies``; see `npu_bridge.emulation.run`.
 
     Returns:
       A `Run`; its ``ok`` says whether the emulator had no complaint and the output is lax's.
@@ -276,8 +310,11 @@ def cost(kernel: Kernel, **problem: Any) -> timing.Cost:
     return timing.cost(_program(kernel), **problem)
 
 
-def check(folder: Path | str) -> list[str]:
+def check(folder: Path | str, kernel: Kernel | None = None) -> list[str]:
     """What is wrong with the sources in ``folder``, as far as their text tells; see
     `npu_bridge.checks`.
+
+    Arguments:
+      kernel: what was emitted, where its functions do not stand in modules.
     """
-    return checks.check(Path(folder))
+    return checks.check(Path(folder), kernel)

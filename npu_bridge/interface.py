@@ -12,6 +12,7 @@ import numpy as np
 
 from npu_bridge.dtypes import C_TYPES, ITEMSIZE
 from npu_bridge.specification import Kernel
+from npu_bridge.stages import longest
 from pasa_jax.core.errors import PlanError
 from pasa_jax.core.shifts import optimal_beta, paper_matrix
 from pasa_jax.core.target import TARGETS, find_target
@@ -120,6 +121,8 @@ def arguments(kernel: Kernel) -> dict[str, str]:
         types["sinks"] = "float"
     if kernel.lengths:
         types["lengths"] = "int32_t"
+    if kernel.functions is not None:
+        types |= {x.name: C_TYPES[x.dtype] for x in kernel.functions.leaves}
     if kernel.packed:
         types |= {"queryOffsets": "int32_t", "keyOffsets": "int32_t"}
     if kernel.shift == "paper":
@@ -141,7 +144,9 @@ def inputs(kernel: Kernel) -> list[str]:
 def argument(kernel: Kernel, name: str) -> Argument:
     """How the projects describe the kernel's argument ``name``."""
     shapes = _SHAPES | _PACKED_SHAPES if kernel.packed else _SHAPES
-    axes = {"bias": kernel.bias, "mask": kernel.mask_axes}.get(name, shapes.get(name))
+    own = {} if kernel.functions is None else {x.name: x.axes for x in kernel.functions.leaves}
+    own |= {"bias": kernel.bias, "mask": kernel.mask_axes}
+    axes = own.get(name, shapes.get(name))
     assert axes is not None
     c_type = arguments(kernel)[name]
     dtype, ge, acl = _TYPES[c_type]
@@ -156,7 +161,7 @@ def argument(kernel: Kernel, name: str) -> Argument:
         shape=f"[{', '.join(axes)}]".replace("P", "B + 1"),
         count=" * ".join(LETTERS.get(letter, letter) for letter in axes),
         source=source,
-        note=_NOTES[name],
+        note=_NOTES.get(name, "data of the functions"),
     )
 
 
@@ -198,6 +203,8 @@ def values(kernel: Kernel) -> dict[str, Any]:
         "places": _numbered("at", 0, len(described) + 2),
         "input_tensors": _numbered("tensors", 0, len(inputs)),
         "output_tensors": _numbered("tensors", len(inputs), len(described)),
+        "data": [a for a in inputs if a.name not in _NOTES],
+        "longest": longest(kernel),
         "table": paper_table(kernel) if kernel.shift == "paper" else None,
     }
 

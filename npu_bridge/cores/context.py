@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from npu_bridge import cut, interface, numbers, stages
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.expressions import Expr
+from npu_bridge.functions import Leaf
 from npu_bridge.ir import (
     Advance,
     Assign,
@@ -145,6 +146,18 @@ class Context:
         ones gave.
         """
         return self.full.refer is not None
+
+    @property
+    def row_data(self) -> list[Leaf]:
+        """What the caller's functions are given of queries and keys."""
+        functions = self.kernel.functions
+        return [x for x in functions.leaves if x.part != "head_data"] if functions else []
+
+    @property
+    def head_data(self) -> list[Leaf]:
+        """What they are given of heads."""
+        functions = self.kernel.functions
+        return [x for x in functions.leaves if x.part == "head_data"] if functions else []
 
     @property
     def more_counters(self) -> list[str]:
