@@ -91,7 +91,7 @@ def _kernel(**options: Any) -> npu_bridge.Kernel:
 def _functions(options: dict[str, Any]) -> dict[str, Any]:
     """The functions and the data that the options name."""
     given: dict[str, Any] = {}
-    for name in functions.MODS:
+    for name in functions.MODS[:2]:
         text = options.get(name)
         given[name] = None if text is None else functions.found(name, text)
     for part in functions.PARTS:

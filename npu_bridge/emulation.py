@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pasa_jax
+from npu_bridge import lists
 from npu_bridge.interface import passed, sizes
 from npu_bridge.project import read_description
 from npu_bridge.specification import Kernel
@@ -129,6 +130,10 @@ def problem(
         size = {"B": batch, "N": heads, "T": queries, "S": keys, "1": 1}
         for leaf in kernel.functions.leaves:
             inputs[leaf.name] = _drawn(rng, tuple(size[x] for x in leaf.axes), leaf.dtype)
+    if kernel.visits is not None:
+        axes = zip(kernel.visits, (batch, heads), strict=True)
+        shape = tuple(1 if x == "1" else size for x, size in axes)
+        inputs["visits"] = lists.drawn(kernel, rng, shape, queries, keys)
     if kernel.lengths:
         lengths = rng.integers(1, keys + 1, batch)
         inputs["lengths"] = jnp.asarray(lengths, jnp.int32)
@@ -162,6 +167,7 @@ def expected(kernel: Kernel, inputs: dict[str, jax.Array], scale: float | None =
         key_value_seq_lengths=inputs.get("lengths"),
         logits_soft_cap=kernel.logits_soft_cap,
         **({} if kernel.functions is None else kernel.functions.given(inputs)),
+        block_mask=lists.block_mask(kernel, inputs),
         shift=kernel.shift,
         beta=kernel.beta,
         precision=kernel.precision,

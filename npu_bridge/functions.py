@@ -10,7 +10,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from pasa_jax.core.mods_checks import check_mask_mod, check_score_mod
 
 Array = jax.Array
 PARTS = ("q_data", "kv_data", "head_data")
-MODS = ("mask_mod", "score_mod")
+MODS = ("mask_mod", "score_mod", "block_mod")
 _DTYPES = ("float32", "int32", "bool")
 # The axes of a leaf of each part by its rank; each but the last may be 1.
 _AXES = {
@@ -71,12 +71,14 @@ class Functions:
 
     Arguments:
       mask_mod, score_mod: as `pasa_jax.dot_product_attention` takes them, or None.
+      block_mod: the function of a block mask, asked in its partial blocks alone; or None.
       leaves: of all data, in the order of `PARTS`.
       trees: how the leaves of each part are put together; None where it is not given.
     """
 
     mask_mod: Callable[..., Any] | None
     score_mod: Callable[..., Any] | None
+    block_mod: Callable[..., Any] | None
     leaves: tuple[Leaf, ...]
     trees: tuple[Any, Any, Any]
 
@@ -85,6 +87,7 @@ class Functions:
         return Mods(
             mask_mod=_called("mask_mod", self.mask_mod),
             score_mod=_called("score_mod", self.score_mod),
+            block_mod=_called("block_mask", self.block_mod),
             trees=self.trees,
             entries=entry,
             heads=head.reshape(1),
@@ -102,7 +105,7 @@ class Functions:
 
     def given(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The keywords of `dot_product_attention`, of the kernel's inputs by name."""
-        keywords: dict[str, Any] = {name: getattr(self, name) for name in MODS}
+        keywords: dict[str, Any] = {name: getattr(self, name) for name in MODS[:2]}
         for part, tree in zip(PARTS, self.trees, strict=True):
             if tree is not None:
                 own = [inputs[x.name] for x in self.leaves if x.part == part]
@@ -120,7 +123,12 @@ def inputs_of(**data: Any) -> dict[str, Array]:
 
 
 def functions_of(
-    mask_mod: Any, score_mod: Any, q_data: Any, kv_data: Any, head_data: Any
+    mask_mod: Any,
+    score_mod: Any,
+    q_data: Any,
+    kv_data: Any,
+    head_data: Any,
+    block_mod: Any = None,
 ) -> Functions | None:
     """The functions of a kernel; None where there are none.
 
@@ -128,10 +136,11 @@ def functions_of(
       ValueError: an argument is not one that a kernel can take.
     """
     given = dict(zip(PARTS, (q_data, kv_data, head_data), strict=True))
-    if mask_mod is None and score_mod is None:
+    if mask_mod is None and score_mod is None and block_mod is None:
         for name, x in given.items():
             if x is not None:
-                raise wrong(name, "be None without a mask_mod or a score_mod", "something else")
+                allowed = "be None without a mask_mod, a score_mod or a block mask that has one"
+                raise wrong(name, allowed, "something else")
         return None
     leaves: list[Leaf] = []
     trees = []
@@ -139,12 +148,15 @@ def functions_of(
         arrays, tree = jax.tree.flatten(x)
         leaves += [_leaf(name, i, array) for i, array in enumerate(arrays)]
         trees.append(None if x is None else tree)
-    found = Functions(mask_mod, score_mod, tuple(leaves), (trees[0], trees[1], trees[2]))
+    of = (trees[0], trees[1], trees[2])
+    found = Functions(mask_mod, score_mod, block_mod, tuple(leaves), of)
     shapes = {x.name: jax.ShapeDtypeStruct((), jnp.dtype(x.dtype)) for x in leaves}
     data = Data(*(tuple(shapes[x.name] for x in leaves if x.part == part) for part in PARTS))
     mods = Mods(mask_mod=mask_mod, score_mod=score_mod, trees=found.trees, data=data)
     if mask_mod is not None:
         check_mask_mod("mask_mod", mods)
+    if block_mod is not None:
+        check_mask_mod("block_mask.mask_mod", replace(mods, mask_mod=block_mod))
     if score_mod is not None:
         check_score_mod(mods, jnp.float32)
     return found
@@ -223,7 +235,8 @@ def read(texts: dict[str, Any]) -> Functions | None:
         way = "Pass what npu_bridge.kernel returned, or let the function stand in a module."
         raise wrong("kernel", allowed, "None", way)
     mods = [None if texts[name] is None else found(name, texts[name]) for name in MODS]
-    return functions_of(*mods, *(jax.tree.map(shaped, texts[part]) for part in PARTS))
+    data = (jax.tree.map(shaped, texts[part]) for part in PARTS)
+    return functions_of(*mods[:2], *data, mods[2])
 
 
 def found(argument: str, name: str) -> Callable[..., Any]:

@@ -108,6 +108,8 @@ def describe(kernel: Kernel) -> str:
     """
     options = asdict(replace(kernel, functions=None))
     del options["functions"]
+    if kernel.visits is None:
+        del options["visits"]
     if kernel.functions is not None:
         options["functions"] = functions.describe(kernel.functions)
     return json.dumps(options, indent=2, sort_keys=True) + "\n"
@@ -154,6 +156,7 @@ def _values(program: Program) -> dict[str, Any]:
         "paper": k.shift == "paper",
         "decode": k.decode,
         "packed": k.packed,
+        "visits": k.visits is not None,
         "parameters": _listed([f"GM_ADDR {n}" for n in names]),
         "core_parameters": _listed([*(f"GM_ADDR {n}" for n in names[:-1]), "TilingPointer tiling"]),
         "arrays_and_workspace": ", ".join(names[:-1]),
@@ -227,6 +230,8 @@ def _title(k: Kernel) -> str:
         words.append(f"causal ({k.causal_alignment})")
     if k.packed:
         words.append("packed sequences")
+    if k.visits is not None:
+        words.append("key tiles of lists")
     if k.functions is not None:
         for name in functions.MODS:
             function = getattr(k.functions, name)

@@ -47,6 +47,8 @@ class Kernel:
       repair: whether query tiles whose result is not finite are computed again, carefully.
       careful: whether it is the kernel that does so.
       functions: the caller's functions of masks and scores, or None.
+      visits: whether the query tiles' lists of key tiles, of a block mask, are of each batch entry
+        and of each query head: "BN", "1N", "B1" or "11"; None: there are no lists.
     """
 
     head_dim: int
@@ -71,6 +73,7 @@ class Kernel:
     repair: bool = True
     careful: bool = False
     functions: Functions | None = None
+    visits: str | None = None
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -245,6 +248,11 @@ class TracedWalk(Walk):
             mods, place, data = self._asked(start, j)
             assert mods.mask_mod is not None
             array = mods.shows(mods.mask_mod, place, data)
+            shown = array if shown is None else shown & array
+        if self.functions is not None and self.functions.block_mod is not None:
+            mods, place, data = self._asked(start, j)
+            assert mods.block_mod is not None
+            array = mods.shows(mods.block_mod, place, data) | (self.parts["whole"] != 0)
             shown = array if shown is None else shown & array
         return shown
 

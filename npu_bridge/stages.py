@@ -459,7 +459,7 @@ def _asked_shapes(kernel: Kernel, rows: int) -> dict[str, Any]:
     n = kernel.schedule.block_kv
     leaves = kernel.functions.leaves
     shapes = {x.name: jax.ShapeDtypeStruct(x.tile_shape(rows, n), x.traced) for x in leaves}
-    return {"entry": _INT, "head": _INT, **shapes}
+    return {"entry": _INT, "head": _INT, "whole": _INT, **shapes}
 
 
 def _with_spans(kernel: Kernel, traced: Trace, length: int) -> list[Equation]:

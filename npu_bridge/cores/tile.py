@@ -17,10 +17,20 @@ from npu_bridge.lower import Value, Vector
 from npu_bridge.specification import COLUMNS
 from pasa_jax.core.errors import PlanError
 
-# Of the functions, and what they are for tile t of an item. ``turn`` counts the tiles of the core;
-# ``side`` is where the row statistics of the item lie.
-PARAMETERS = ("entry", "head", "start", "keys", "j", "t", "turn", "side")
-ARGUMENTS = ("entry", "head", "start", "keys", "lo + t", "t", "tileTurn", "side")
+# Of the functions. ``turn`` counts the tiles of the core; ``side`` is where the row statistics of
+# the item lie.
+_PARAMETERS = ("entry", "head", "start", "keys", "j", "t", "turn", "side")
+
+
+def parameters(c: Context) -> tuple[str, ...]:
+    """Of the functions; ``whole`` says whether a block mask shows all of the tile."""
+    return (*_PARAMETERS, *(("whole",) if c.kernel.visits else ()))
+
+
+def arguments(c: Context) -> tuple[str, ...]:
+    """What the parameters are for tile t of an item."""
+    own = {"j": c.tile, "turn": "tileTurn"}
+    return tuple(own.get(name, name) for name in parameters(c))
 
 
 # The type of a number of a head's data.
@@ -60,7 +70,7 @@ class Tile:
           mask: "with" or "without", for the comment.
         """
         c, r = self.c, self.rows
-        f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
+        f = VectorFunction(self.memory.ub, name, parameters(self.c), ramp=self.memory.ramp)
         halves = self.memory.minus
         assert halves is not None
         both = halves.at(0, 2 * r)
@@ -84,7 +94,7 @@ class Tile:
           mask: "with" or "without", for the comment.
         """
         c, r = self.c, self.rows
-        f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
+        f = VectorFunction(self.memory.ub, name, parameters(self.c), ramp=self.memory.ramp)
         p = self.memory.rings["p"]
         slot = "slot" if p.slots > 1 else 0
         outputs = {n: self._output(n) for n in stage.outputs if n != "p"}
@@ -102,7 +112,7 @@ class Tile:
 
     def statistics(self, name: str, stage: Stage) -> Function:
         """The row statistics of a tile, all rows at once."""
-        f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
+        f = VectorFunction(self.memory.ub, name, parameters(self.c), ramp=self.memory.ramp)
         compute = self._stage(f, stage, {n: self._output(n) for n in stage.outputs})
         body = [*self._lets(stage), *self._all_rows(), *compute]
         return f.done("The row statistics (eq. 10).", body)

@@ -19,7 +19,7 @@ from npu_bridge.lower.values import Equation, Var
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call",
 }  # fmt: skip
-FUNCTIONS = ("mask_mod", "score_mod")  # names by which the caller's functions are called
+FUNCTIONS = ("mask_mod", "score_mod", "block_mask")  # as the caller's functions are called
 _JAX = os.path.dirname(jax.__file__) + os.sep
 
 

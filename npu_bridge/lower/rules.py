@@ -513,7 +513,7 @@ def way_out(function: str) -> str:
     """What to do about a function that has no instructions, as a sentence; of others, nothing."""
     if not function:
         return ""
-    dense = "a mask (mask='BNTS')" if function == "mask_mod" else "a bias (bias='BNTS')"
+    dense = "a bias (bias='BNTS')" if function == "score_mod" else "a mask (mask='BNTS')"
     return (
         "Compute that before the call and give it as q_data, kv_data or head_data, or give the "
         f"whole as {dense}. "

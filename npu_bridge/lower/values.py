@@ -63,7 +63,7 @@ class Equation:
     Arguments:
       inputs: `Var` or `Scalar`.
       source: the line that it comes from.
-      function: "mask_mod" or "score_mod" where it is of the caller's.
+      function: "mask_mod", "score_mod" or "block_mask" where it is of the caller's.
       spans: of a function's whole numbers: the least and the largest of each input and of the
         output, None where float32 may not hold them. See `npu_bridge.lower.ranges`.
     """

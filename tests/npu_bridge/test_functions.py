@@ -274,6 +274,7 @@ def test_a_folder_names_functions_of_modules(tmp_path: Path) -> None:
     assert described == {
         "mask_mod": "tests.gallery:document_mod",
         "score_mod": None,
+        "block_mod": None,
         "q_data": {"document": "int32:BT"},
         "kv_data": {"document": "int32:BS"},
         "head_data": None,
