@@ -492,6 +492,14 @@ NAMES = {
     "max": "larger",
     "min": "smaller",
     "div": "quotient",
+    "floor_divide": "quotient",
+    "rem": "rest",
+    "remainder": "rest",
+    # Words that mean something else to C++.
+    "and": "rest",
+    "or": "any",
+    "xor": "either",
+    "not": "negation",
 }
 
 
