@@ -235,8 +235,8 @@ def read(texts: dict[str, Any]) -> Functions | None:
         way = "Pass what npu_bridge.kernel returned, or let the function stand in a module."
         raise wrong("kernel", allowed, "None", way)
     mods = [None if texts[name] is None else found(name, texts[name]) for name in MODS]
-    data = (jax.tree.map(shaped, texts[part]) for part in PARTS)
-    return functions_of(*mods[:2], *data, mods[2])
+    q_data, kv_data, head_data = (jax.tree.map(shaped, texts[part]) for part in PARTS)
+    return functions_of(mods[0], mods[1], q_data, kv_data, head_data, mods[2])
 
 
 def found(argument: str, name: str) -> Callable[..., Any]:

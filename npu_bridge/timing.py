@@ -175,8 +175,8 @@ def cost(
     # Every entry is as long as it may be; other numbers do not change the time.
     read = {name: _Number(keys if name == "lengths" else 0) for name in program.globals}
     read |= {"queryOffsets": _Number(0, queries), "keyOffsets": _Number(0, keys)}
-    read["visits"] = _Lists(-(-keys // k.schedule.block_kv), visited)
-    numbers = {**values_of(k, given), **read}
+    lists = _Lists(-(-keys // k.schedule.block_kv), visited)
+    numbers = {**values_of(k, given), **read, "visits": lists}
     tiles, there = numbers["queryTiles"], numbers["items"]
     if k.packed and items is not None:
         # Those of the first sequence, which come first: the others are as long. Behind each may be
