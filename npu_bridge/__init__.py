@@ -6,7 +6,7 @@
 Schedule: 128 queries x 1024 keys a tile, 8 rows a slab of a vector core.
 """
 
-from npu_bridge._api import check, cost, emit, kernel, plan, run
+from npu_bridge._api import check, cost, emit, kernel, plan, run, visits
 from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import EmulationError, LoweringError, PlanError
 
@@ -21,4 +21,5 @@ __all__ = [
     "kernel",
     "plan",
     "run",
+    "visits",
 ]

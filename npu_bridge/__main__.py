@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import npu_bridge
-from npu_bridge import _api, interface
+from npu_bridge import _api, functions, interface
 from pasa_jax.core.errors import EmulationError, LoweringError
 from pasa_jax.core.schedule import TUNED
 
@@ -52,6 +52,16 @@ Decode = Annotated[
     bool, typer.Option("--decode", help="One query; its keys are split over the cores.")
 ]
 Lse = Annotated[bool, typer.Option("--lse", help="Also write the log-sum-exp.")]
+MaskMod = Annotated[
+    str | None, typer.Option(help="MODULE:FUNCTION of mask_mod(b, h, q, kv) -> bool.")
+]
+ScoreMod = Annotated[
+    str | None, typer.Option(help="MODULE:FUNCTION of score_mod(score, b, h, q, kv) -> score.")
+]
+_ENTRY = "An entry of the dict {}: NAME:DTYPE:AXES, like id:int32:{}; repeatable."
+QData = Annotated[list[str], typer.Option(help=_ENTRY.format("q_data", "BT"))]
+KvData = Annotated[list[str], typer.Option(help=_ENTRY.format("kv_data", "BS"))]
+HeadData = Annotated[list[str], typer.Option(help=_ENTRY.format("head_data", "N"))]
 PrecisionOf = Annotated[
     str | None, typer.Option(help="float16, bfloat16, paper (all float16), or scores32.")
 ]
@@ -64,6 +74,7 @@ def _kernel(**options: Any) -> npu_bridge.Kernel:
 
     block_q, block_kv = options.pop("block_q"), options.pop("block_kv")
     bottom_right = options.pop("bottom_right")
+    options |= _functions(options)
     if options["precision"] == "scores32":
         options["precision"] = Precision(probabilities=options["dtype"])
     schedule = None
@@ -75,6 +86,18 @@ def _kernel(**options: Any) -> npu_bridge.Kernel:
         causal_alignment="bottom_right" if bottom_right else "top_left",
         **options,
     )
+
+
+def _functions(options: dict[str, Any]) -> dict[str, Any]:
+    """The functions and the data that the options name."""
+    given: dict[str, Any] = {}
+    for name in functions.MODS[:2]:
+        text = options.get(name)
+        given[name] = None if text is None else functions.found(name, text)
+    for part in functions.PARTS:
+        entries = [x.partition(":") for x in options.get(part) or ()]
+        given[part] = {name: functions.shaped(text) for name, _, text in entries} or None
+    return given
 
 
 @app.command()
@@ -98,6 +121,11 @@ def emit(
     packed: Packed = False,
     decode: Decode = False,
     repair: Repair = True,
+    mask_mod: MaskMod = None,
+    score_mod: ScoreMod = None,
+    q_data: QData = [],  # noqa: B006
+    kv_data: KvData = [],  # noqa: B006
+    head_data: HeadData = [],  # noqa: B006
     precision: PrecisionOf = None,
     block_q: BlockQ = 128,
     block_kv: BlockKv = None,
@@ -194,11 +222,19 @@ def cost(
     heads: Annotated[int, typer.Option(help="N.", min=1)] = 24,
     head_dim: HeadDim = 128,
     is_causal: Causal = False,
+    mask_mod: MaskMod = None,
+    score_mod: ScoreMod = None,
+    q_data: QData = [],  # noqa: B006
+    kv_data: KvData = [],  # noqa: B006
+    head_data: HeadData = [],  # noqa: B006
 ) -> None:
     """Prints the predicted time of each way to compute, at its best block."""
     from npu_bridge.tables import table
 
-    columns, rows = table(queries, heads=heads, head_dim=head_dim, is_causal=is_causal)
+    of = functions.functions_of(**_functions(locals()))
+    columns, rows = table(
+        queries, heads=heads, head_dim=head_dim, is_causal=is_causal, functions=of
+    )
     output = Table(*columns)
     for row in rows:
         output.add_row(*row)

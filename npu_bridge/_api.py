@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from npu_bridge import checks, emulation, project, tables, timing
+from npu_bridge import checks, emulation, lists, project, tables, timing
+from npu_bridge.functions import Functions, functions_of
 from npu_bridge.program import Program, build
 from npu_bridge.specification import Kernel
+from pasa_jax.core.block_mask import BlockMask
 from pasa_jax.core.checks import positive, window
 from pasa_jax.core.errors import PlanError, ScheduleError, check_choice, wrong
 from pasa_jax.core.precision import Precision
@@ -52,6 +56,12 @@ def kernel(
     decode: bool = False,
     dropout_rate: float = 0.0,
     repair: bool = True,
+    mask_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    q_data: Any = None,
+    kv_data: Any = None,
+    head_data: Any = None,
+    block_mask: BlockMask | None = None,
 ) -> Kernel:
     """What a kernel computes. Batch, heads and lengths are given when it runs.
 
@@ -87,9 +97,24 @@ def kernel(
       repair: whether a query tile whose result is not finite is computed again, with a guard for
         each row and without the values that it may not see. False: a smaller kernel, which promises
         less. (Kernels with float16 statistics are never repaired.)
+      mask_mod, score_mod: elementwise functions, as `pasa_jax.dot_product_attention` takes them:
+        mask_mod(b, h, q, kv) -> bool and score_mod(score, b, h, q, kv) -> score. They are traced
+        and become instructions. With ``shift="bound"`` a mask_mod is computed by "mean", a
+        score_mod is refused. Not for packed and decoding kernels.
+      q_data, kv_data, head_data: what the functions are given by these names: pytrees of arrays or
+        `jax.ShapeDtypeStruct` of float32, int32 or bool, [T], [B, T] or [B, N, T], likewise with S,
+        and [N] or [B, N]. An axis of size 1 (not T, not S) is broadcast; other sizes do not matter:
+        the arrays come when the kernel runs, as inputs ``q_data_0`` and so on, a leaf each.
+      block_mask: a `pasa_jax.BlockMask`. The kernel takes of it whether it is of each batch entry
+        and head, the size of its blocks, multiples of the tiles' 128 and block_kv, and its
+        function, which gets the same data. Which tiles are visited comes when it runs, as the input
+        ``visits``, which `npu_bridge.visits` makes: a hidden tile costs nothing. It says all of
+        which keys a query sees: not beside is_causal, local_window_size, lengths, packed, decode.
 
     Raises:
       ValueError: an argument is not one of these; the message says which are.
+      LoweringError: a function uses a primitive that has no instructions, or whole numbers beyond
+        what is exact; the message names the primitive, the function and its line.
       PlanError: it does not fit the chip's memories; the message says what would.
     """
     if target in _REFUSED:
@@ -113,6 +138,23 @@ def kernel(
             raise wrong(
                 name, "not be given for a decoding kernel", repr(given), "Use decode=False."
             )
+    block_mod = getattr(block_mask, "mask_mod", None)
+    functions = functions_of(mask_mod, score_mod, q_data, kv_data, head_data, block_mod)
+    visited = None
+    if block_mask is not None:
+        if not isinstance(block_mask, BlockMask):
+            raise wrong("block_mask", "be a pasa_jax.BlockMask", repr(block_mask))
+        given = {"is_causal": is_causal, "local_window_size": local_window_size is not None}
+        given |= {"lengths": lengths, "packed": packed, "decode": decode}
+        if schedule is None:
+            largest = _schedule(target, head_dim, value_head_dim, dtype, is_causal)
+            schedule = _fitted(largest, block_mask)
+        visited = _visited(block_mask, given, schedule)
+    if functions is not None:
+        _check_functions(functions, shift, packed=packed, decode=decode)
+    if shift == "bound" and (functions is not None or block_mask is not None):
+        # As in lax: the proof does not know which keys are hidden.
+        shift, precision = "mean", precision or _BOUND
     if shift == "bound":
         given = {"logits_soft_cap": logits_soft_cap, "bias": bias, "mask": mask}
         given |= {"segments": segments or None, "decode": decode or None}
@@ -144,6 +186,8 @@ def kernel(
         packed=packed,
         decode=decode,
         repair=repair,
+        functions=functions,
+        visits=visited,
     )
     if find_target(described.schedule.target).name not in TARGETS.values():
         raise wrong("schedule.target", "be 'ascend_910b'", described.schedule.target)
@@ -154,6 +198,47 @@ def kernel(
             raise
         return _tuned(described)
     return described
+
+
+def _check_functions(functions: Functions, shift: str, *, packed: bool, decode: bool) -> None:
+    """Raises where a kernel cannot have functions of the caller."""
+    if shift == "bound" and functions.score_mod is not None:
+        way = "A function may return anything, so nothing bounds its scores. Use 'auto'."
+        raise wrong("shift", "be another than 'bound' beside a score_mod", "'bound'", way)
+    for name, given in (("packed", packed), ("decode", decode)):
+        if given:
+            way = "Their rows are not those of one head's queries. Use a kernel without it."
+            raise wrong(name, "be False beside a mask_mod or a score_mod", "True", way)
+
+
+def _visited(block_mask: BlockMask, given: dict[str, bool], schedule: Schedule) -> str:
+    """Which axes the lists of a block mask have, "BN" with 1 for what is broadcast.
+
+    Arguments:
+      given: other arguments that hide keys, by name.
+
+    Raises:
+      ValueError: they, or the schedule's tiles, do not fit the block mask.
+    """
+    for name, x in given.items():
+        if x:
+            way = "Let the block mask's function say it."
+            raise wrong(name, "not be given beside a block_mask", repr(x), way)
+    rows, keys = block_mask.block_size
+    tile = (schedule.block_q, schedule.block_kv)
+    if rows % tile[0] or keys % tile[1]:
+        allowed = f"have blocks that are multiples of a tile, {tile}"
+        way = "Give create_block_mask such a block_size, or give its function as mask_mod."
+        raise wrong("block_mask", allowed, f"blocks of {block_mask.block_size}", way)
+    axes = zip("BN", block_mask.shape[:2], strict=True)
+    return "".join("1" if n == 1 else axis for axis, n in axes)
+
+
+def _fitted(schedule: Schedule, block_mask: BlockMask) -> Schedule:
+    """The schedule with the largest block of keys, its own at most, that divides the mask's."""
+    keys = block_mask.block_size[1]
+    fitting = [n for n in range(128, schedule.block_kv + 1, 128) if keys % n == 0]
+    return replace(schedule, block_kv=fitting[-1]) if fitting else schedule
 
 
 def _check_bound(dtype: str, precision: str | Precision | None, given: dict[str, Any]) -> None:
@@ -227,14 +312,26 @@ def _schedule(
 
 @lru_cache(maxsize=64)
 def _tuned(kernel: Kernel) -> Kernel:
-    from dataclasses import replace
-
     return replace(kernel, schedule=tables.tuned(kernel))
 
 
 @lru_cache(maxsize=16)
 def _program(kernel: Kernel) -> Program:
     return build(kernel)
+
+
+def visits(kernel: Kernel, block_mask: BlockMask) -> Any:
+    """The input ``visits`` of a kernel with a block mask: [B or 1, N or 1, query tiles, key tiles +
+    1] int32, how many key tiles each query tile visits, and of each twice its place, + 1 where it
+    is seen whole, in ascending order.
+
+    Arguments:
+      block_mask: with numbers, of the lengths of the call; its axes and blocks are the kernel's.
+
+    Raises:
+      ValueError: it is not such a mask.
+    """
+    return lists.visits(kernel, block_mask)
 
 
 def emit(kernel: Kernel, folder: Path | str) -> list[Path]:
@@ -250,7 +347,7 @@ def run(folder: Path | str, inputs: dict[str, Any] | None = None, **options: Any
 
     Arguments:
       inputs: "query", "key", "value" (BTNH) and what else the kernel takes; default random ones.
-      options: ``cores``, ``scale``, ``policies``; see `npu_bridge.emulation.run`.
+      options: ``kernel``, ``cores``, ``scale``, ``policies``; see `npu_bridge.emulation.run`.
 
     Returns:
       A `Run`; its ``ok`` says whether the emulator had no complaint and the output is lax's.
@@ -276,8 +373,11 @@ def cost(kernel: Kernel, **problem: Any) -> timing.Cost:
     return timing.cost(_program(kernel), **problem)
 
 
-def check(folder: Path | str) -> list[str]:
+def check(folder: Path | str, kernel: Kernel | None = None) -> list[str]:
     """What is wrong with the sources in ``folder``, as far as their text tells; see
     `npu_bridge.checks`.
+
+    Arguments:
+      kernel: what was emitted, where its functions do not stand in modules.
     """
-    return checks.check(Path(folder))
+    return checks.check(Path(folder), kernel)

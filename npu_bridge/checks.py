@@ -19,6 +19,7 @@ from npu_bridge.facts.text import problems
 from npu_bridge.layout import POSITIONS
 from npu_bridge.program import build
 from npu_bridge.project import NAME, files, read_description
+from npu_bridge.specification import Kernel
 from pasa_jax.core.target import find_target
 
 _MEMORIES = {position: memory for memory, position in POSITIONS.items()}
@@ -30,13 +31,17 @@ _FLAG = re.compile(r"constexpr uint16_t (\w+) = (\d+);")
 _AGAIN = "Careful"  # begins the names of classes that run where a result was not right
 
 
-def check(folder: Path) -> list[str]:
-    """What is wrong, as sentences; nothing if the text is in order."""
+def check(folder: Path, kernel: Kernel | None = None) -> list[str]:
+    """What is wrong, as sentences; nothing if the text is in order.
+
+    Arguments:
+      kernel: what was emitted, where its functions do not stand in modules.
+    """
     source = folder / f"{NAME}.cpp"
     if not source.exists():
         return [f"there is no {source.name} in {folder}"]
     text = source.read_text()
-    kernel = read_description(folder)
+    kernel = read_description(folder, kernel)
     findings = [
         *problems(text),
         *_ends(text),

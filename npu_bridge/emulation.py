@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pasa_jax
+from npu_bridge import lists
 from npu_bridge.interface import passed, sizes
 from npu_bridge.project import read_description
 from npu_bridge.specification import Kernel
@@ -125,10 +126,26 @@ def problem(
             inputs[name] = jnp.asarray(np.sum(np.arange(length) >= cuts, axis=1) - 2**30, jnp.int32)
     if kernel.sinks:
         inputs["sinks"] = jnp.asarray(rng.normal(0, 2, heads), jnp.float32)
+    if kernel.functions is not None:
+        size = {"B": batch, "N": heads, "T": queries, "S": keys, "1": 1}
+        for leaf in kernel.functions.leaves:
+            inputs[leaf.name] = _drawn(rng, tuple(size[x] for x in leaf.axes), leaf.dtype)
+    if kernel.visits is not None:
+        axes = zip(kernel.visits, (batch, heads), strict=True)
+        shape = tuple(1 if x == "1" else size for x, size in axes)
+        inputs["visits"] = lists.drawn(kernel, rng, shape, queries, keys)
     if kernel.lengths:
         lengths = rng.integers(1, keys + 1, batch)
         inputs["lengths"] = jnp.asarray(lengths, jnp.int32)
     return inputs
+
+
+def _drawn(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Data of functions: bools, small whole numbers or normal ones."""
+    if dtype == "float32":
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+    numbers = rng.random(shape) < 0.7 if dtype == "bool" else rng.integers(0, 4, shape)
+    return jnp.asarray(numbers, dtype)
 
 
 def expected(kernel: Kernel, inputs: dict[str, jax.Array], scale: float | None = None) -> Any:
@@ -149,6 +166,8 @@ def expected(kernel: Kernel, inputs: dict[str, jax.Array], scale: float | None =
         local_window_size=kernel.window,
         key_value_seq_lengths=inputs.get("lengths"),
         logits_soft_cap=kernel.logits_soft_cap,
+        **({} if kernel.functions is None else kernel.functions.given(inputs)),
+        block_mask=lists.block_mask(kernel, inputs),
         shift=kernel.shift,
         beta=kernel.beta,
         precision=kernel.precision,
@@ -189,6 +208,7 @@ def run(
     folder: Path,
     inputs: dict[str, jax.Array] | None = None,
     *,
+    kernel: Kernel | None = None,
     program: Path | None = None,
     cores: int = 2,
     scale: float | None = None,
@@ -200,6 +220,7 @@ def run(
     Arguments:
       want: what `expected` gives, if it is known already.
       inputs: by the names of the kernel's arguments, BTNH (packed: TNH); default random ones.
+      kernel: what was emitted, where its functions do not stand in modules.
       program: what `compiled` made; None: compile now.
       cores: cube cores, each with its two vector cores.
       policies: orders in which the pipes take turns; see emulator/README.md.
@@ -207,7 +228,7 @@ def run(
     Raises:
       EmulationError: the sources do not compile, or the emulator itself failed.
     """
-    kernel = read_description(folder)
+    kernel = read_description(folder, kernel)
     inputs = problem(kernel) if inputs is None else inputs
     wanted: Any = expected(kernel, inputs, scale) if want is None else want
     want_out, want_lse = wanted

@@ -38,13 +38,18 @@ def _chosen(condition: Any, yes: Any, no: Any) -> Any:
     return yes if condition else no
 
 
+def _cut(a: int, b: int) -> int:
+    """The quotient, cut towards zero as C++ does."""
+    return a // b if (a < 0) == (b < 0) else -(-a // b)
+
+
 HELPERS = {
     "Min": Helper("int32_t Min(int32_t a, int32_t b)", "a < b ? a : b", min),
     "Max": Helper("int32_t Max(int32_t a, int32_t b)", "a > b ? a : b", max),
     "Div": Helper(
-        "int32_t Div(int32_t a, int32_t b)", "a / b", lambda a, b: a // b, "of numbers >= 0"
+        "int32_t Div(int32_t a, int32_t b)", "a / b", lambda a, b: _cut(a, b), "of numbers >= 0"
     ),
-    "Mod": Helper("int32_t Mod(int32_t a, int32_t b)", "a % b", lambda a, b: a % b),
+    "Mod": Helper("int32_t Mod(int32_t a, int32_t b)", "a % b", lambda a, b: a - b * _cut(a, b)),
     "CeilDiv": Helper(
         "int32_t CeilDiv(int32_t a, int32_t b)", "(a + b - 1) / b", lambda a, b: -(-a // b)
     ),
@@ -142,6 +147,8 @@ class Scalar:
             return f"ToBfloat16({self.text('float')})"
         if not self.known:
             return f"static_cast<{dtype}>({self.value})"
+        if dtype == "int32_t":
+            return f"int32_t({int(self.value)})"
         if dtype == "uint16_t":
             return f"uint16_t(0x{self.value:04x})"
         if dtype == "float":

@@ -12,6 +12,7 @@ import numpy as np
 
 from npu_bridge.dtypes import C_TYPES, ITEMSIZE
 from npu_bridge.specification import Kernel
+from npu_bridge.stages import longest
 from pasa_jax.core.errors import PlanError
 from pasa_jax.core.shifts import optimal_beta, paper_matrix
 from pasa_jax.core.target import TARGETS, find_target
@@ -27,7 +28,11 @@ LETTERS = {
     "E": "PASA_VALUE_HEAD_DIM",
     "n": "PASA_BLOCK_KV",
     "P": "(run.batch + 1)",
+    "Q": "((run.queryLength + PASA_BLOCK_Q - 1) / PASA_BLOCK_Q)",
+    "V": "((run.keyLength + PASA_BLOCK_KV - 1) / PASA_BLOCK_KV + 1)",
 }
+# What stands for a letter that is not one of the call's sizes.
+_SPELLED = {"P": "B + 1", "Q": "query tiles", "V": "key tiles + 1"}
 _SHAPES = {
     "query": "BTND",
     "key": "BSKD",
@@ -62,6 +67,7 @@ _NOTES = {
     "lengths": "how many keys of each batch entry count",
     "queryOffsets": "where the queries of each sequence begin, and T",
     "keyOffsets": "where its keys begin, and S",
+    "visits": "of each query tile: how many key tiles it visits; twice each, + 1 if seen whole",
     "matrices": "the matrix of 'paper' for full blocks and for the last; see paper_constants.h",
     "weights": "share of each key in the row mean; see paper_constants.h",
     "output": "",
@@ -120,6 +126,10 @@ def arguments(kernel: Kernel) -> dict[str, str]:
         types["sinks"] = "float"
     if kernel.lengths:
         types["lengths"] = "int32_t"
+    if kernel.functions is not None:
+        types |= {x.name: C_TYPES[x.dtype] for x in kernel.functions.leaves}
+    if kernel.visits is not None:
+        types["visits"] = "int32_t"
     if kernel.packed:
         types |= {"queryOffsets": "int32_t", "keyOffsets": "int32_t"}
     if kernel.shift == "paper":
@@ -141,7 +151,9 @@ def inputs(kernel: Kernel) -> list[str]:
 def argument(kernel: Kernel, name: str) -> Argument:
     """How the projects describe the kernel's argument ``name``."""
     shapes = _SHAPES | _PACKED_SHAPES if kernel.packed else _SHAPES
-    axes = {"bias": kernel.bias, "mask": kernel.mask_axes}.get(name, shapes.get(name))
+    own = {} if kernel.functions is None else {x.name: x.axes for x in kernel.functions.leaves}
+    own |= {"bias": kernel.bias, "mask": kernel.mask_axes, "visits": f"{kernel.visits}QV"}
+    axes = own.get(name, shapes.get(name))
     assert axes is not None
     c_type = arguments(kernel)[name]
     dtype, ge, acl = _TYPES[c_type]
@@ -153,10 +165,10 @@ def argument(kernel: Kernel, name: str) -> Argument:
         acl=f"ACL_{acl}",
         itemsize=ITEMSIZE[c_type],
         axes=axes,
-        shape=f"[{', '.join(axes)}]".replace("P", "B + 1"),
+        shape=f"[{', '.join(_SPELLED.get(x, x) for x in axes)}]",
         count=" * ".join(LETTERS.get(letter, letter) for letter in axes),
         source=source,
-        note=_NOTES[name],
+        note=_NOTES.get(name, "data of the functions"),
     )
 
 
@@ -198,6 +210,8 @@ def values(kernel: Kernel) -> dict[str, Any]:
         "places": _numbered("at", 0, len(described) + 2),
         "input_tensors": _numbered("tensors", 0, len(inputs)),
         "output_tensors": _numbered("tensors", len(inputs), len(described)),
+        "data": [a for a in inputs if a.name not in _NOTES],
+        "longest": longest(kernel),
         "table": paper_table(kernel) if kernel.shift == "paper" else None,
     }
 

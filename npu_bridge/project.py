@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from npu_bridge import interface, numbers
+from npu_bridge import functions, interface, numbers
 from npu_bridge.cores.context import Core
 from npu_bridge.expressions import prelude
 from npu_bridge.facts.text import problems
@@ -17,7 +17,7 @@ from npu_bridge.ir import Buffer, render
 from npu_bridge.layout import POSITIONS
 from npu_bridge.program import Program
 from npu_bridge.specification import Kernel
-from pasa_jax.core.errors import LoweringError
+from pasa_jax.core.errors import LoweringError, wrong
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 
@@ -103,17 +103,38 @@ def write(program: Program, folder: Path) -> list[Path]:
 
 
 def describe(kernel: Kernel) -> str:
-    """What the kernel computes, as JSON: enough to compute it again."""
-    return json.dumps(asdict(kernel), indent=2, sort_keys=True) + "\n"
+    """What the kernel computes, as JSON: enough to compute it again, if its functions stand in
+    modules.
+    """
+    options = asdict(replace(kernel, functions=None))
+    del options["functions"]
+    if kernel.visits is None:
+        del options["visits"]
+    if kernel.functions is not None:
+        options["functions"] = functions.describe(kernel.functions)
+    return json.dumps(options, indent=2, sort_keys=True) + "\n"
 
 
-def read_description(folder: Path) -> Kernel:
-    """The kernel that an emitted project says it is."""
+def read_description(folder: Path, kernel: Kernel | None = None) -> Kernel:
+    """The kernel that an emitted project says it is.
+
+    Arguments:
+      kernel: it, where its functions do not stand in modules.
+
+    Raises:
+      ValueError: the project is of another kernel, or does not say of which.
+    """
+    if kernel is not None:
+        if (folder / "kernel.json").read_text() != describe(kernel):
+            raise wrong("kernel", f"be what {folder} was emitted from", "another")
+        return kernel
     options = json.loads((folder / "kernel.json").read_text())
     options["precision"] = Precision(**options["precision"])
     options["schedule"] = Schedule(**options["schedule"])
     if options["window"] is not None:
         options["window"] = tuple(options["window"])
+    if "functions" in options:
+        options["functions"] = functions.read(options["functions"])
     return Kernel(**options)
 
 
@@ -135,6 +156,7 @@ def _values(program: Program) -> dict[str, Any]:
         "paper": k.shift == "paper",
         "decode": k.decode,
         "packed": k.packed,
+        "visits": k.visits is not None,
         "parameters": _listed([f"GM_ADDR {n}" for n in names]),
         "core_parameters": _listed([*(f"GM_ADDR {n}" for n in names[:-1]), "TilingPointer tiling"]),
         "arrays_and_workspace": ", ".join(names[:-1]),
@@ -208,6 +230,13 @@ def _title(k: Kernel) -> str:
         words.append(f"causal ({k.causal_alignment})")
     if k.packed:
         words.append("packed sequences")
+    if k.visits is not None:
+        words.append("key tiles of lists")
+    if k.functions is not None:
+        for name in functions.MODS:
+            function = getattr(k.functions, name)
+            if function is not None:
+                words.append(f"{name} {getattr(function, '__name__', 'of the caller')}")
     return ", ".join(words) + f", for {k.schedule.target}."
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from npu_bridge.functions import Functions
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.mods import Data, Mods, Place
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
@@ -44,6 +46,9 @@ class Kernel:
         of a head are split over several cores, whose states are merged.
       repair: whether query tiles whose result is not finite are computed again, carefully.
       careful: whether it is the kernel that does so.
+      functions: the caller's functions of masks and scores, or None.
+      visits: whether the query tiles' lists of key tiles, of a block mask, are of each batch entry
+        and of each query head: "BN", "1N", "B1" or "11"; None: there are no lists.
     """
 
     head_dim: int
@@ -67,6 +72,8 @@ class Kernel:
     decode: bool = False
     repair: bool = True
     careful: bool = False
+    functions: Functions | None = None
+    visits: str | None = None
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -76,6 +83,7 @@ class Kernel:
             precision=self.precision,
             schedule=self.schedule,
             logits_soft_cap=self.logits_soft_cap,
+            modified=self.functions is not None and self.functions.score_mod is not None,
             beta=self.beta,
             scale=self.head_dim**-0.5 if self.shift == "paper" else None,
             explicit_precision=True,
@@ -168,8 +176,11 @@ class Kernel:
 
     @property
     def hides_by_data(self) -> bool:
-        """Whether a mask or segments hide keys: no tile is then seen whole by its place alone."""
-        return self.mask_axes is not None or self.segments
+        """Whether a mask, segments or a function hide keys: no tile is then seen whole by its place
+        alone.
+        """
+        by_function = self.functions is not None and self.functions.mask_mod is not None
+        return self.mask_axes is not None or self.segments or by_function
 
     def walk(self, rows: int, queries: Index, keys: Index, **parts: Any) -> TracedWalk:
         return TracedWalk(
@@ -179,6 +190,7 @@ class Kernel:
             groups=rows if self.decode else 1,
             block_q=1 if self.decode else rows,
             value_size=self.value_head_dim,
+            functions=self.functions,
             parts=parts,
         )
 
@@ -187,6 +199,7 @@ class Kernel:
 class TracedWalk(Walk):
     """One slab of rows of the kernel, made of tracers."""
 
+    functions: Functions | None = None
     parts: dict[str, Any] = field(default_factory=dict)
 
     def guard(self) -> tile.Guard | None:
@@ -208,7 +221,7 @@ class TracedWalk(Walk):
             value_gain=gain,
             reference=self.parts.get("reference"),
         )
-        if self.numerics.logits_soft_cap is not None:
+        if self.numerics.needs_scores:
             return rows._replace(guard=None, capped=guard)
         return rows
 
@@ -231,7 +244,31 @@ class TracedWalk(Walk):
         if "mask" in p:
             array = p["mask"] != 0
             shown = array if shown is None else shown & array
+        if self.functions is not None and self.functions.mask_mod is not None:
+            mods, place, data = self._asked(start, j)
+            assert mods.mask_mod is not None
+            array = mods.shows(mods.mask_mod, place, data)
+            shown = array if shown is None else shown & array
+        if self.functions is not None and self.functions.block_mod is not None:
+            mods, place, data = self._asked(start, j)
+            assert mods.block_mod is not None
+            array = mods.shows(mods.block_mod, place, data) | (self.parts["whole"] != 0)
+            shown = array if shown is None else shown & array
         return shown
+
+    def modified(self, start: Index, j: Index) -> tile.Modify | None:
+        if self.functions is None or self.functions.score_mod is None:
+            return None
+        mods, place, data = self._asked(start, j)
+        return functools.partial(mods.scored, place=place, data=data)
+
+    def _asked(self, start: Index, j: Index) -> tuple[Mods, Place, Data]:
+        """The caller's functions, and what they are asked about this tile."""
+        assert self.functions is not None
+        mods = self.functions.mods(self.parts["entry"], self.parts["head"])
+        rows, keys = (start, self.block_q), (self.key_start(j), self.block_kv)
+        place = mods.place(rows, keys, 1, transposed=False)
+        return mods, place, self.functions.data(self.parts)
 
     def sinks(self) -> Array | None:
         return self.parts.get("sinks")

@@ -19,6 +19,8 @@ from jax.extend.core import ClosedJaxpr
 from npu_bridge.expressions import Scalar
 from npu_bridge.ir import Node
 from npu_bridge.lower import Equation, Lowering, Value, Var, flatten
+from npu_bridge.lower.ranges import EXACT_DIVISIONS, inexact, marked
+from npu_bridge.lower.rules import origin, way_out
 from npu_bridge.specification import Array, Kernel
 from pasa_jax.core import choice, tile
 from pasa_jax.core.errors import LoweringError
@@ -42,6 +44,11 @@ class Trace:
     equations: list[Equation]
     inputs: dict[str, Var]
     outputs: dict[str, Any]
+
+    @property
+    def shared(self) -> set[Var]:
+        """The inputs that are numbers, which a whole tile shares."""
+        return {x for x in self.inputs.values() if not x.aval.shape}
 
     def needed(self) -> Trace:
         """The trace without the equations that no output needs."""
@@ -399,6 +406,13 @@ def usable_values(kernel: Kernel, rows: int) -> Trace:
 @_once
 def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
     """One key tile on one slab: `Walk.fold`."""
+    traced = _body(kernel, rows, masked=masked)
+    if kernel.functions is None:
+        return traced
+    return replace(traced, equations=_with_spans(kernel, traced, longest(kernel)))
+
+
+def _body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
     n, d, e = kernel.schedule.block_kv, kernel.head_dim, kernel.value_head_dim
     dtype = jnp.dtype(kernel.dtype)
     shapes: dict[str, Any] = {
@@ -422,6 +436,7 @@ def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
         shapes |= _shown_shapes(kernel, rows)
     if kernel.careful:
         shapes["guard"] = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
+    shapes |= _asked_shapes(kernel, rows)
 
     def fold(
         m: Array, l: Array, o: Array, f: Array, start: Array, queries: Array, keys: Array,  # noqa: E741
@@ -435,6 +450,48 @@ def loop_body(kernel: Kernel, rows: int, *, masked: bool) -> Trace:
         return new._asdict()
 
     return trace(fold, shapes)
+
+
+def _asked_shapes(kernel: Kernel, rows: int) -> dict[str, Any]:
+    """What the caller's functions are given."""
+    if kernel.functions is None:
+        return {}
+    n = kernel.schedule.block_kv
+    leaves = kernel.functions.leaves
+    shapes = {x.name: jax.ShapeDtypeStruct(x.tile_shape(rows, n), x.traced) for x in leaves}
+    return {"entry": _INT, "head": _INT, "whole": _INT, **shapes}
+
+
+def _with_spans(kernel: Kernel, traced: Trace, length: int) -> list[Equation]:
+    """The equations with the spans of whole numbers in calls of so many queries and keys. What an
+    index is beyond the last query or key does not matter.
+    """
+    n = kernel.schedule.block_kv
+    spans = {"start": (0, length - 1 - kernel.schedule.block_q), "j": (0, length // n - 1)}
+    return marked(traced.equations, {traced.inputs[name]: x for name, x in spans.items()})
+
+
+@_once
+def longest(kernel: Kernel) -> int:
+    """The most queries or keys for which every index that the kernel computes is exact in float32:
+    a power of two.
+
+    Raises:
+      LoweringError: there is none; it names what is not exact.
+    """
+    if kernel.functions is None:
+        return 2**24
+    traced = _body(kernel, kernel.schedule.block_q // 2, masked=True)
+    lengths = [2**power for power in range(24, 12, -1)]
+    wrong = [inexact(_with_spans(kernel, traced, length), traced.shared) for length in lengths]
+    if None in wrong:
+        return lengths[wrong.index(None)]
+    found = wrong[-1]
+    assert found is not None
+    raise LoweringError(
+        f"{found.primitive} of whole numbers: {EXACT_DIVISIONS}; "
+        f"{origin(found.source, found.function)}. {way_out(found.function)}".rstrip()
+    )
 
 
 def _shown_shapes(kernel: Kernel, rows: int) -> dict[str, Any]:

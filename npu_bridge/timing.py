@@ -130,6 +130,19 @@ class _Number:
         return self.number + index * self.step
 
 
+class _Lists:
+    """Stands for the lists of a block mask: each query tile visits ``share`` of the key tiles, of
+    which it sees all but the last one whole.
+    """
+
+    def __init__(self, tiles: int, share: float) -> None:
+        self.tiles, self.count = tiles, max(1, round(share * tiles))
+
+    def GetValue(self, index: int) -> int:
+        at = index % (self.tiles + 1)
+        return self.count if at == 0 else 2 * (at - 1) + (at < self.count)
+
+
 def cost(
     program: Program,
     *,
@@ -140,12 +153,14 @@ def cost(
     keys: int | None = None,
     rates: Rates | None = None,
     items: int | None = 4,
+    visited: float = 1.0,
 ) -> Cost:
     """The predicted time of a call.
 
     Arguments:
       items: how many query tiles of a core are followed at most (2 or more), evenly spread; beyond
         them the time goes on as it went in the second half of them. None: all.
+      visited: of a kernel with a block mask, the share of the key tiles that a query tile visits.
     """
     rates = rates or Rates()
     keys = queries if keys is None else keys
@@ -160,7 +175,8 @@ def cost(
     # Every entry is as long as it may be; other numbers do not change the time.
     read = {name: _Number(keys if name == "lengths" else 0) for name in program.globals}
     read |= {"queryOffsets": _Number(0, queries), "keyOffsets": _Number(0, keys)}
-    numbers = {**values_of(k, given), **read}
+    lists = _Lists(-(-keys // k.schedule.block_kv), visited)
+    numbers = {**values_of(k, given), **read, "visits": lists}
     tiles, there = numbers["queryTiles"], numbers["items"]
     if k.packed and items is not None:
         # Those of the first sequence, which come first: the others are as long. Behind each may be

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from npu_bridge import cut, interface, numbers, stages
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.expressions import Expr
+from npu_bridge.functions import Leaf
 from npu_bridge.ir import (
     Advance,
     Assign,
@@ -145,6 +146,57 @@ class Context:
         ones gave.
         """
         return self.full.refer is not None
+
+    # Which key tile an item's t-th is: of a range, or of the list of its query tile.
+
+    @property
+    def tile(self) -> str:
+        """The t-th key tile of an item, in the scope of `this_tile`."""
+        return "j" if self.kernel.visits else "lo + t"
+
+    @property
+    def opens(self) -> str:
+        """Whether q·κ of that tile's group of blocks is not there yet."""
+        if self.kernel.visits:
+            return f"(t == 0) | (Div(j, {LEAST}) != Div(before, {LEAST}))"
+        return f"(t == 0) | (Mod(lo + t, {LEAST}) == 0)"
+
+    def this_tile(self) -> list[Node]:
+        """What a list says of the t-th tile, and of the one before."""
+        if not self.kernel.visits:
+            return []
+        return [
+            Let("listed", "visits.GetValue(visited + t + 1)"),
+            Let("j", "Div(listed, 2)"),
+            Let("whole", "Mod(listed, 2)"),
+            Let("before", "Div(visits.GetValue(visited + Max(t, 1)), 2)"),
+        ]
+
+    def _listed(self) -> list[Node]:
+        """Where an item's list lies, and how long it is."""
+        assert self.kernel.visits is not None
+        entry, head = (
+            name if axis != "1" else "0"
+            for name, axis in zip(("entry", "head"), self.kernel.visits, strict=True)
+        )
+        heads = "heads" if head == "head" else "1"
+        row = f"(int64_t({entry}) * {heads} + {head}) * queryTiles + tile"
+        return [
+            Let("visited", f"({row}) * (keyBlocks + 1)", "int64_t"),
+            Let("tiles", "visits.GetValue(visited)"),
+        ]
+
+    @property
+    def row_data(self) -> list[Leaf]:
+        """What the caller's functions are given of queries and keys."""
+        functions = self.kernel.functions
+        return [x for x in functions.leaves if x.part != "head_data"] if functions else []
+
+    @property
+    def head_data(self) -> list[Leaf]:
+        """What they are given of heads."""
+        functions = self.kernel.functions
+        return [x for x in functions.leaves if x.part == "head_data"] if functions else []
 
     @property
     def more_counters(self) -> list[str]:
@@ -291,11 +343,16 @@ class Context:
             self.keys_of("entry"),
             Comment("The key tiles that these queries see."),
             *bounds,
-            *(_all if self.kernel.packed else _part)(names["lo"], names["hi"]),
+            *self._tiles(names["lo"], names["hi"]),
             Let("fullLo", names["full_lo"]),
             Let("fullHi", names["full_hi"]),
         ]
         return [For("item", "core", "items", [*lets, *body], "cores")]
+
+    def _tiles(self, lo: str, hi: str) -> list[Node]:
+        if self.kernel.visits:
+            return self._listed()
+        return (_all if self.kernel.packed else _part)(lo, hi)
 
 
 def _part(lo: str, hi: str) -> list[Node]:

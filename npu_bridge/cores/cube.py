@@ -112,8 +112,7 @@ def _item(products: Products, step: Function, ahead: int, last: list[Node]) -> l
     at = f"(int64_t(core) * {QUERIES} + querySlot) * {SUB * c.d}"
     to = products.memory.l1["query"].slot("querySlot")
     ends = ("t == 0", "t == tiles - 1")
-    tile: tuple[Expr, ...] = ("entry", "kvHead", "keys", "lo + t", "querySlot", *ends)
-    opens = f"(t == 0) | (Mod(lo + t, {LEAST}) == 0)"
+    tile: tuple[Expr, ...] = ("entry", "kvHead", "keys", c.tile, "querySlot", *ends)
     weighing = f"scoreTurn - valueTurn >= {ahead}"
     centre: list[Node] = []
     if c.kernel.bounded:
@@ -131,7 +130,7 @@ def _item(products: Products, step: Function, ahead: int, last: list[Node]) -> l
         WaitFlag("MTE2", "MTE1", "4 + querySlot"),
         *centre,
         If("tiles == 0", last),
-        For("t", 0, "tiles", [Call(step, (*tile, opens, 1, weighing))]),
+        For("t", 0, "tiles", [*c.this_tile(), Call(step, (*tile, c.opens, 1, weighing))]),
         # A reference may still be taken off this item's scores, but not off the one's before.
         If("itemTurn > 0", [SetFlag("MTE1", "MTE2", "5 - querySlot")]),
         Advance("itemTurn"),

@@ -9,6 +9,7 @@ from npu_bridge.cores.vector_memory import VectorMemory
 from npu_bridge.cut import Stage
 from npu_bridge.dtypes import BLOCK, ITEMSIZE
 from npu_bridge.expressions import Expr, Scalar, times
+from npu_bridge.functions import Leaf
 from npu_bridge.instructions import FirstBlocks, RowsIn, RowsOut
 from npu_bridge.ir import Advance, For, Function, If, Let, Node, SetFlag, Slice, WaitFlag
 from npu_bridge.layout import CARRIED, DEPTH, LEAST, PADDING, QUERIES, SINGLE, SOFTMAX, UPDATE
@@ -16,10 +17,37 @@ from npu_bridge.lower import Value, Vector
 from npu_bridge.specification import COLUMNS
 from pasa_jax.core.errors import PlanError
 
-# Of the functions, and what they are for tile t of an item. ``turn`` counts the tiles of the core;
-# ``side`` is where the row statistics of the item lie.
-PARAMETERS = ("entry", "head", "start", "keys", "j", "t", "turn", "side")
-ARGUMENTS = ("entry", "head", "start", "keys", "lo + t", "t", "tileTurn", "side")
+# Of the functions. ``turn`` counts the tiles of the core; ``side`` is where the row statistics of
+# the item lie.
+_PARAMETERS = ("entry", "head", "start", "keys", "j", "t", "turn", "side")
+
+
+def parameters(c: Context) -> tuple[str, ...]:
+    """Of the functions; ``whole`` says whether a block mask shows all of the tile."""
+    return (*_PARAMETERS, *(("whole",) if c.kernel.visits else ()))
+
+
+def arguments(c: Context) -> tuple[str, ...]:
+    """What the parameters are for tile t of an item."""
+    own = {"j": c.tile, "turn": "tileTurn"}
+    return tuple(own.get(name, name) for name in parameters(c))
+
+
+# The type of a number of a head's data.
+_SHARED = {"float32": "float", "int32": "int32_t", "bool": "int32_t"}
+
+
+def _place_of(x: Leaf, n: int = 0) -> str:
+    """Where data of the caller's functions lie for the head and the slab or the block of n keys."""
+    place = {"1": "0", "B": "int64_t(entry)"}.get(x.axes[:-1][:1], "0")
+    heads = x.axes[-1:] if x.part == "head_data" else x.axes[1:-1]
+    if heads == "N":
+        place = f"({place}) * heads + head"
+    elif heads == "1" and x.part == "head_data" and len(x.axes) == 1:
+        place = "0"
+    if x.part == "q_data":
+        return f"({place}) * queryLength + first"
+    return f"({place}) * keyLength + j * {n}" if x.part == "kv_data" else place
 
 
 class Tile:
@@ -31,6 +59,9 @@ class Tile:
 
     def __init__(self, c: Context, memory: VectorMemory, rows: int) -> None:
         self.c, self.memory, self.rows = c, memory, rows
+        self._columns = {x.name for x in c.row_data if x.part == "q_data"}
+        self._keys = {x.name for x in c.row_data if x.part == "kv_data"}
+        self._heads = {x.name for x in c.head_data}
 
     def refer(self, name: str, stage: Stage, mask: str) -> Function:
         """−r of each row, in two halves, for the cube core.
@@ -39,7 +70,7 @@ class Tile:
           mask: "with" or "without", for the comment.
         """
         c, r = self.c, self.rows
-        f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
+        f = VectorFunction(self.memory.ub, name, parameters(self.c), ramp=self.memory.ramp)
         halves = self.memory.minus
         assert halves is not None
         both = halves.at(0, 2 * r)
@@ -54,7 +85,7 @@ class Tile:
         comment = (
             f"r, the running maximum, or the block's if there is none (eq. 11), {mask} the mask."
         )
-        return f.done(comment, [*self._queries(stage), *self._slabs(body)])
+        return f.done(comment, [*self._lets(stage), *self._slabs(body)])
 
     def softmax(self, name: str, stage: Stage, mask: str) -> Function:
         """From S' to P, and to what the row statistics are made of.
@@ -63,7 +94,7 @@ class Tile:
           mask: "with" or "without", for the comment.
         """
         c, r = self.c, self.rows
-        f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
+        f = VectorFunction(self.memory.ub, name, parameters(self.c), ramp=self.memory.ramp)
         p = self.memory.rings["p"]
         slot = "slot" if p.slots > 1 else 0
         outputs = {n: self._output(n) for n in stage.outputs if n != "p"}
@@ -76,14 +107,14 @@ class Tile:
         body = slab("slot", self._loads(stage), compute, stores, out)
         return f.done(
             f"From S' to P (eq. 9, 10), {mask} the mask.",
-            [*self._queries(stage), *self._slabs(body)],
+            [*self._lets(stage), *self._slabs(body)],
         )
 
     def statistics(self, name: str, stage: Stage) -> Function:
         """The row statistics of a tile, all rows at once."""
-        f = VectorFunction(self.memory.ub, name, PARAMETERS, ramp=self.memory.ramp)
+        f = VectorFunction(self.memory.ub, name, parameters(self.c), ramp=self.memory.ramp)
         compute = self._stage(f, stage, {n: self._output(n) for n in stage.outputs})
-        body = [*self._queries(stage), *self._all_rows(), *compute]
+        body = [*self._lets(stage), *self._all_rows(), *compute]
         return f.done("The row statistics (eq. 10).", body)
 
     def accumulate(self, name: str, sums: Stage, step: Stage) -> Function:
@@ -112,9 +143,16 @@ class Tile:
         rows = For("row", 0, c.half, body, r)
         return f.done(comment, [*([If("1", columns)] if columns else []), rows])
 
-    def _queries(self, stage: Stage) -> list[Node]:
-        """How many queries the sequence has, where the stage reads it."""
-        return self.c.queries_of("entry") if "queries" in stage.inputs else []
+    def _lets(self, stage: Stage) -> list[Node]:
+        """What the stage reads that is one number for all slabs: how many queries the sequence has,
+        and the data of the head.
+        """
+        lets = self.c.queries_of("entry") if "queries" in stage.inputs else []
+        for x in self.c.head_data:
+            if x.name in stage.inputs:
+                value = f"{x.name}.GetValue({_place_of(x)})"
+                lets.append(Let(f"{x.name}_now", value, _SHARED[x.dtype]))
+        return lets
 
     def _all_rows(self) -> list[Node]:
         """Names for all rows of the tile."""
@@ -156,9 +194,10 @@ class Tile:
                 return Vector(m.rings[name].at(place, r), r, 1)
             if name == "sums":
                 return Vector(m.rings[name].at(), r, COLUMNS)
-            if name == "keySegments":
+            if name == "keySegments" or name in self._keys:
                 return Vector(m.rings[name].slot("slot"), 1, c.n)
-            width = {"update": c.e, "querySegments": 1}.get(name, c.n)
+            column = name == "querySegments" or name in self._columns
+            width = 1 if column else c.e if name == "update" else c.n
             return Vector(self._ring(name, width), r, width)
         if name == "o":
             return Vector(m.state["o"].at(f"row * {c.e}", r * c.e), r, c.e)
@@ -180,6 +219,8 @@ class Tile:
         if name == "guard":
             assert m.guard is not None
             return Vector(m.guard.at(f"side * {c.half} + row", r), r, 1)
+        if name in self._heads:
+            return Scalar(f"{name}_now")
         if name == "start":  # all rows of a decoding tile are one position
             return Scalar(0 if c.kernel.decode else "first")
         return Scalar(name)
@@ -224,7 +265,8 @@ class Tile:
                 source = c.globals[name].at(f"place * {c.n}")
                 loads.append(copy(rings[name].slot("slot"), source, r * c.n))
         arrays = [name for name in ("bias", "mask") if name in stage.inputs]
-        if arrays or "querySegments" in stage.inputs:
+        data = [x for x in c.row_data if x.name in stage.inputs]
+        if arrays or data or "querySegments" in stage.inputs:
             loads += [
                 Let("seenRows", f"Max(0, Min({r}, queryLength - first))"),
                 Let("seenKeys", f"Min({c.n}, keyLength - j * {c.n})"),
@@ -233,6 +275,8 @@ class Tile:
             loads += self._of_scores(name)
         if "querySegments" in stage.inputs:
             loads += self._segments()
+        for x in data:
+            loads += self._data(x)
         return loads
 
     def offsets(self) -> Function:
@@ -287,6 +331,20 @@ class Tile:
             *self._cut_short(f"seenRows < {r}", rows, "seenRows > 0", queries_in),
             *self._cut_short(f"seenKeys < {c.n}", keys, "1", keys_in),
         ]
+
+    def _data(self, x: Leaf) -> list[Node]:
+        """Loads what the caller's functions are given of a slab's queries or of the block's keys,
+        likewise.
+        """
+        c, to = self.c, self.memory.rings[x.name].slot("slot")
+        source, some = c.globals[x.name].at(_place_of(x, c.n)), "1"
+        assert isinstance(to.count, int)
+        if x.part == "q_data":
+            count, whole, some = "seenRows", self.rows, "seenRows > 0"
+        else:
+            count, whole = "seenKeys", c.n
+        load = RowsIn(to, source, 1, count, 0, to.count)
+        return self._cut_short(f"{count} < {whole}", to, some, load)
 
     @staticmethod
     def _cut_short(short: str, to: Slice, some: str, load: RowsIn) -> list[Node]:

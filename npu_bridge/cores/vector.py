@@ -5,7 +5,7 @@ from __future__ import annotations
 from npu_bridge.cores import bound, careful, choose, close, prepare
 from npu_bridge.cores.context import Context, Core, look_for_damage, prologue, whole
 from npu_bridge.cores.slabs import copy
-from npu_bridge.cores.tile import ARGUMENTS, Tile
+from npu_bridge.cores.tile import Tile, arguments
 from npu_bridge.cores.vector_memory import VectorMemory
 from npu_bridge.ir import (
     Advance,
@@ -24,7 +24,7 @@ from npu_bridge.ir import (
     SyncAll,
     WaitFlag,
 )
-from npu_bridge.layout import FLAGS, ITEMS, LAG, LEAST, SINGLE, SOFTMAX, UPDATE
+from npu_bridge.layout import FLAGS, ITEMS, LAG, SINGLE, SOFTMAX, UPDATE
 
 # What is kept of the tiles whose P·V is still to come: whether there is one, which it is, whether
 # it is the first and the last of its item, and what `close` wants to know of the item.
@@ -178,9 +178,12 @@ class _Way:
 
     def _either(self, full: Function, masked: Function) -> If:
         """A function without the mask where the whole tile is seen, else one with it."""
-        unmasked = "lo + t >= fullLo" if self.c.kernel.masked else "1"
-        calls = [[Call(self.core.add(f), ARGUMENTS)] for f in (full, masked)]
-        return If(f"({unmasked}) & (lo + t < fullHi)", *calls)
+        c = self.c
+        unmasked = f"{c.tile} >= fullLo" if c.kernel.masked else "1"
+        if c.kernel.visits:
+            unmasked = f"whole == 1) & ({unmasked}"
+        calls = [[Call(self.core.add(f), arguments(c))] for f in (full, masked)]
+        return If(f"({unmasked}) & ({c.tile} < fullHi)", *calls)
 
 
 class _Loop:
@@ -249,10 +252,10 @@ class _Loop:
         """P of tile t, and the output of an earlier tile."""
         offsets: list[Node] = []
         if "offsets" in self.memory.rings:
-            opens = f"(t == 0) | (Mod(lo + t, {LEAST}) == 0)"
             load = self.core.add(self.ways[0].full.offsets())
-            offsets = [If(opens, [Call(load, ("lo + t",))])]
+            offsets = [If(self.c.opens, [Call(load, (self.c.tile,))])]
         return [
+            *self.c.this_tile(),
             CrossWait("MTE2", FLAGS["SCORES_READY"], "SCORES_READY"),
             If("t == 0", self._first()),
             *offsets,

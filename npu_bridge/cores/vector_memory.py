@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from npu_bridge.cores.context import Context
-from npu_bridge.dtypes import C_TYPES
+from npu_bridge.dtypes import BLOCK, C_TYPES
 from npu_bridge.ir import Buffer
 from npu_bridge.layout import CARRIED, ITEMS, LEAST, QUERIES
 from npu_bridge.memory import Memory
@@ -130,6 +130,11 @@ def _rings(c: Context, ub: Memory) -> tuple[dict[str, Buffer], Buffer | None]:
         note = "segments of a slab's queries"
         rings["querySegments"] = ub.stay("querySegmentsIn", "int32_t", rows, 2, note)
         rings["keySegments"] = ub.stay("keySegmentsIn", "int32_t", c.n, 2, "segments of the keys")
+    for x in c.row_data:
+        queries = x.part == "q_data"
+        count = -(-r // BLOCK) * BLOCK if queries else c.n  # whole blocks of any type
+        note = f"data of {'a slab' if queries else 'the keys'}"
+        rings[x.name] = ub.stay(f"{x.name}_in", C_TYPES[x.dtype], count, 2, note)
     return rings, minus
 
 

@@ -64,6 +64,7 @@ UNARY = {
         Operation("Ln", np.log, repeat_cycles=_SLOW),
         Operation("Abs", np.abs),
         Operation("Sqrt", np.sqrt, repeat_cycles=_TWO),
+        Operation("Not", np.bitwise_not),
     )
 }
 BINARY = {

@@ -300,13 +300,21 @@ class Brcb(VectorInstruction):
         machine.array(self.to)[: x.size] = x
 
 
+_ROUNDED = {"FLOOR": np.floor, "CEIL": np.ceil, "TRUNC": np.trunc, "RINT": np.rint}
+
+
 @dataclass(eq=False)
 class Cast(VectorInstruction):
-    """x in another type, rounded to nearest even, for i < count."""
+    """x in another type, for i < count.
+
+    Arguments:
+      rounding: to a whole number, "FLOOR", "CEIL", "TRUNC" or "RINT"; None: to nearest even.
+    """
 
     to: Slice
     x: Slice
     count: int
+    rounding: str | None = None
     sources: ClassVar[tuple[str, ...]] = ("x",)
 
     def __post_init__(self) -> None:
@@ -316,6 +324,8 @@ class Cast(VectorInstruction):
     @property
     def mode(self) -> str:
         """From a narrower type nothing is rounded."""
+        if self.rounding is not None:
+            return self.rounding
         return "NONE" if ITEMSIZE[self.x.dtype] < ITEMSIZE[self.to.dtype] else "RINT"
 
     @property
@@ -328,4 +338,10 @@ class Cast(VectorInstruction):
 
     def run(self, machine: Machine) -> None:
         x = machine.array(self.x)[: self.count]
-        machine.array(self.to)[: self.count] = x.astype(NUMPY[self.to.dtype])
+        dtype = NUMPY[self.to.dtype]
+        if self.rounding is not None:
+            x = _ROUNDED[self.rounding](x)
+        if dtype.kind == "i" and x.dtype.kind == "f":
+            limits = np.iinfo(dtype)
+            x = np.clip(np.rint(x.astype(np.float64)), limits.min, limits.max)
+        machine.array(self.to)[: self.count] = x.astype(dtype)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from npu_bridge.dtypes import ITEMSIZE, REPEAT
 from npu_bridge.expressions import Scalar
-from npu_bridge.instructions import Binary, Compare, Select
+from npu_bridge.instructions import Binary, Compare, Select, Unary
 from npu_bridge.ir import If, Slice
 from npu_bridge.lower.arithmetic import full, number
 from npu_bridge.lower.emitter import Emitter
@@ -14,6 +14,7 @@ from npu_bridge.lower.values import Bits, Margin, Value, Vector
 from pasa_jax.core.errors import LoweringError
 
 _COMPARED_AS = {"bfloat16_t": "float", "uint8_t": "half"}
+_SELECTED_AS = {"bfloat16_t": "half", "int32_t": "float"}  # by their bits
 
 
 def bits(to: Emitter, x: Value, rows: int, width: int) -> Bits:
@@ -61,10 +62,12 @@ def compared(to: Emitter, mode: str, x: Vector, y: Vector | Scalar) -> Bits:
     return Bits(place, rows, width)
 
 
-def combined(to: Emitter, name: str, a: Value, b: Value) -> Value:
+def combined(to: Emitter, name: str, a: Margin | Bits, b: Margin | Bits) -> Margin | Bits:
     """ "And" or "Or" of two conditions."""
     if isinstance(a, Margin) and isinstance(b, Margin):
         extreme = {"And": "Min", "Or": "Max"}[name]
+        if isinstance(a.value, Scalar) and isinstance(b.value, Scalar):
+            return Margin(_of_scalars(extreme, a.value, b.value))
         return Margin(number(to, extreme, a.value, b.value, "margin"))
     sides = [x.value if isinstance(x, Margin) else x for x in (a, b)]
     shapes = [(x.rows, x.width) for x in sides if not isinstance(x, Scalar)]
@@ -76,16 +79,51 @@ def combined(to: Emitter, name: str, a: Value, b: Value) -> Value:
     return Bits(out, a.rows, a.width)
 
 
+def _of_scalars(extreme: str, a: Scalar, b: Scalar) -> Scalar:
+    if a.known and b.known:
+        return Scalar({"Min": min, "Max": max}[extreme](a.value, b.value))
+    return Scalar(f"{extreme}({a.value}, {b.value})")
+
+
+def negated(to: Emitter, x: Margin | Bits) -> Margin | Bits:
+    """Where a condition is not true. Of a margin, what is below 0 is above −1 with its sign
+    changed.
+    """
+    if isinstance(x, Bits):
+        words = int(x.place.count)
+        out = to.new("bits", "uint16_t", 1, words).place
+        to.emit(Unary("Not", out, x.place, words))
+        return Bits(out, x.rows, x.width)
+    value = x.value
+    if isinstance(value, Scalar):
+        return Margin(Scalar(-value.value - 1 if value.known else f"(-({value.value}) - 1)"))
+    return Margin(number(to, "Sub", Scalar(-1.0), value, "margin"))
+
+
+def apart(to: Emitter, a: Margin | Bits, b: Margin | Bits) -> Margin | Bits:
+    """Where one of two conditions is true and the other is not."""
+    return combined(to, "And", combined(to, "Or", a, b), negated(to, combined(to, "And", a, b)))
+
+
+def chosen(
+    to: Emitter, mask: Margin | Bits, yes: Margin | Bits, no: Margin | Bits
+) -> Margin | Bits:
+    """``yes`` where the mask is true, ``no`` elsewhere, of conditions."""
+    return combined(
+        to, "Or", combined(to, "And", mask, yes), combined(to, "And", negated(to, mask), no)
+    )
+
+
 def selected(to: Emitter, mask: Bits, yes: Vector, no: Vector | Scalar, hint: str) -> Vector:
     """``yes`` where the mask is true, ``no`` elsewhere."""
     out = to.new(hint, yes.dtype, yes.rows, yes.width)
-    bits = yes.dtype == "bfloat16_t"  # which the unit does not select: its bits as float16
+    bits = _SELECTED_AS.get(yes.dtype)
     if bits and isinstance(no, Scalar) and no.value != 0:
         no = to.filled(no, yes.rows, yes.width, yes.dtype, "number")
     other = no if isinstance(no, Scalar) else no.place
     places = [out.place, yes.place, other]
     if bits:
-        places = [replace(x, read_as="half") if isinstance(x, Slice) else x for x in places]
+        places = [replace(x, read_as=bits) if isinstance(x, Slice) else x for x in places]
     to.emit(Select(places[0], mask.place, places[1], places[2], yes.size))
     return out
 

@@ -19,6 +19,7 @@ from npu_bridge.lower.values import Equation, Var
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call",
 }  # fmt: skip
+FUNCTIONS = ("mask_mod", "score_mod", "block_mask")  # as the caller's functions are called
 _JAX = os.path.dirname(jax.__file__) + os.sep
 
 
@@ -51,37 +52,53 @@ class _Flattening:
     def _value(self, x: Any) -> Any:
         return _constant(x.val) if isinstance(x, Literal) else self._names[x]
 
-    def expand(self, jaxpr: Jaxpr, inputs: Sequence[Any], caller: str) -> list[Any]:
+    def expand(
+        self, jaxpr: Jaxpr, inputs: Sequence[Any], caller: str, function: str = ""
+    ) -> list[Any]:
         """The outputs of ``jaxpr``, whose equations are added.
 
         Arguments:
           caller: the line that calls it, for equations that have none of their own.
+          function: the caller's function in which it stands.
         """
         self.name(jaxpr.invars, inputs)
         for eqn in jaxpr.eqns:
             values = [self._value(x) for x in eqn.invars]
             source = _source(eqn.source_info.traceback) or caller
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            if eqn.primitive.name in _CALLS and inner is not None:
+            called = eqn.params.get("name", "")
+            if eqn.primitive.name in _CALLS and inner is not None and not _known(called, values):
                 body = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
                 consts = inner.consts if isinstance(inner, ClosedJaxpr) else []
                 self.name(body.constvars, [_constant(c) for c in consts])
-                self.name(eqn.outvars, self.expand(body, values, source))
+                of = called if called in FUNCTIONS else function
+                self.name(eqn.outvars, self.expand(body, values, source, of))
             else:
-                self._add(eqn, values, source)
+                name = called if _known(called, values) else eqn.primitive.name
+                self._add(name, eqn, values, source, function)
         return [self._value(x) for x in jaxpr.outvars]
 
-    def _add(self, eqn: Any, values: list[Any], source: str) -> None:
+    def _add(self, name: str, eqn: Any, values: list[Any], source: str, function: str) -> None:
         """Adds an equation, unless it returns an input as it is."""
         if len(eqn.outvars) != 1:
-            raise unknown(eqn.primitive.name, source)
+            raise unknown(name, source, function)
         (out,) = eqn.outvars
-        same = _unchanged(eqn.primitive.name, values, out, eqn)
+        same = _unchanged(name, values, out, eqn)
         if same is not None:
             self._names[out] = same
             return
         var = self._names[out] = Var(out.aval)
-        self.equations.append(Equation(eqn.primitive.name, tuple(values), var, eqn.params, source))
+        self.equations.append(Equation(name, tuple(values), var, eqn.params, source, function))
+
+
+def _known(called: str, values: list[Any]) -> bool:
+    """Whether a call is a quotient or a remainder of whole numbers by one that is known: jax spells
+    them with ten primitives.
+    """
+    if called not in ("floor_divide", "remainder"):
+        return False
+    by = values[1]
+    return isinstance(by, Scalar) and isinstance(by.value, int) and by.value > 0
 
 
 def _source(traceback: Any) -> str:

@@ -8,7 +8,7 @@ from npu_bridge.expressions import Scalar
 from npu_bridge.ir import Buffer, Let, Node
 from npu_bridge.lower import conditions
 from npu_bridge.lower.emitter import Allocate, Emitter
-from npu_bridge.lower.rules import NAMES, RULES, Context, unknown
+from npu_bridge.lower.rules import NAMES, RULES, Context, origin, unknown, way_out
 from npu_bridge.lower.scalars import is_scalar, scalar
 from npu_bridge.lower.values import Equation, Margin, Value, Var, shape_of
 from pasa_jax.core.errors import LoweringError
@@ -60,14 +60,15 @@ class Lowering:
     def _lowered(self, eqn: Equation, inputs: list[Value]) -> Value:
         rule = RULES.get(eqn.primitive)
         if rule is None:
-            raise unknown(eqn.primitive, eqn.source)
+            raise unknown(eqn.primitive, eqn.source, eqn.function)
         if is_scalar(eqn, inputs):
             return self._named(scalar(eqn, inputs), eqn)  # type: ignore[arg-type]
         hint = self._names.get(eqn.output, NAMES.get(eqn.primitive, eqn.primitive))
         try:
             value = rule(Context(self.emitter, hint), eqn, inputs)
         except LoweringError as error:
-            raise LoweringError(f"{error}; it comes from {eqn.source}") from None
+            end = f". {way_out(eqn.function)}".rstrip() if eqn.function else ""
+            raise LoweringError(f"{error}; {origin(eqn.source, eqn.function)}{end}") from None
         if isinstance(value, Scalar) and not str(value.value).isidentifier():
             return self._named(value, eqn)
         return value

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from npu_bridge.dtypes import C_TYPES
 from npu_bridge.expressions import Scalar, times
-from npu_bridge.lower import conditions, reductions
+from npu_bridge.lower import conditions, reductions, whole
 from npu_bridge.lower.arithmetic import full, number
 from npu_bridge.lower.emitter import Emitter
 from npu_bridge.lower.values import (
@@ -43,10 +43,16 @@ Rule = Callable[[Context, Equation, list[Any]], Value]
 
 def _arithmetic(name: str) -> Rule:
     def rule(at: Context, eqn: Equation, x: list[Value]) -> Value:
-        a, b = (no_condition(eqn, value) for value in x)
+        a, b = _numbers(at, eqn, x)
         return number(at.to, name, a, b, at.hint)
 
     return rule
+
+
+def _numbers(at: Context, eqn: Equation, x: list[Value]) -> tuple[Vector | Scalar, ...]:
+    """The operands, of one type where they are whole numbers."""
+    values = tuple(no_condition(eqn, value) for value in x)
+    return whole.of_one_type(at.to, eqn, *values) if eqn.kind == "i" else values
 
 
 def _unary(name: str) -> Rule:
@@ -54,7 +60,7 @@ def _unary(name: str) -> Rule:
 
 
 def _neg(at: Context, eqn: Equation, x: list[Any]) -> Value:
-    value = vector(eqn, x[0])
+    value = vector(eqn, _numbers(at, eqn, x)[0])
     # The unit does not multiply bfloat16.
     wide = at.to.cast(value, "float", "wide") if value.dtype == "bfloat16_t" else value
     return at.to.cast(at.to.with_scalar("Muls", wide, Scalar(-1.0), at.hint), value.dtype, at.hint)
@@ -66,17 +72,41 @@ def _tanh(at: Context, eqn: Equation, x: list[Any]) -> Value:
 
 def _convert(at: Context, eqn: Equation, x: list[Value]) -> Value:
     value, to = x[0], str(eqn.output.aval.dtype)
+    if to not in ("float32", "float16", "bfloat16", "int32", "bool"):
+        raise LoweringError(f"numbers of type {to} have no instructions here")
+    if to == "bool":
+        return _truth(at, eqn, value)
     if isinstance(value, Scalar):
         if value.known:
             return Scalar(float(value.value) if "float" in to else int(value.value))
         return Scalar(f"static_cast<float>({value.value})") if "float" in to else value
     if isinstance(value, Vector):
-        if to == "int32":  # whole numbers stay float32
-            if not eqn.of_whole_numbers:
-                raise LoweringError("numbers are not cut to whole ones")
+        if to != "int32":
+            return at.to.cast(value, C_TYPES[to], at.hint)
+        if eqn.of_whole_numbers:  # they stay what they are
             return value
-        return at.to.cast(value, C_TYPES[to], at.hint)
-    raise LoweringError("a condition is not converted to a number")
+        return whole.rounded(at.to, value, "TRUNC", at.hint, "int32_t")
+    return _one_or_zero(at, eqn, value, "float" if to == "int32" else C_TYPES[to])
+
+
+def _truth(at: Context, eqn: Equation, value: Value) -> Value:
+    """Whether a number is not 0."""
+    if not isinstance(value, (Scalar, Vector)):
+        return value
+    if isinstance(value, Scalar):
+        return Scalar(value.value != 0 if value.known else f"({value.value} != 0)")
+    if eqn.of_whole_numbers:
+        return whole.compared(at.to, "NE", value, Scalar(0))
+    return conditions.compared(at.to, "NE", value, Scalar(0.0))
+
+
+def _one_or_zero(at: Context, eqn: Equation, value: Margin | Bits, dtype: str) -> Vector:
+    shape = shape_of(eqn.output)
+    bits = conditions.bits(at.to, value, *shape)
+    wide = "float" if dtype == "bfloat16_t" else dtype
+    ones = at.to.filled(Scalar(1.0), *shape, wide, "one")
+    found = conditions.selected(at.to, bits, ones, Scalar(0.0), at.hint)
+    return at.to.cast(found, dtype, at.hint)
 
 
 _SWAPPED = {"GE": "LE", "LE": "GE", "GT": "LT", "LT": "GT"}
@@ -84,45 +114,75 @@ _SWAPPED = {"GE": "LE", "LE": "GE", "GT": "LT", "LT": "GT"}
 
 def _compare(mode: str) -> Rule:
     def rule(at: Context, eqn: Equation, x: list[Value]) -> Value:
+        if _of_conditions(eqn, x):
+            if mode not in ("EQ", "NE"):
+                raise LoweringError(f"{eqn.primitive} of conditions")
+            apart = conditions.apart(at.to, *map(_condition, x))
+            return apart if mode == "NE" else conditions.negated(at.to, apart)
         a, b = (no_condition(eqn, value) for value in x)
-        if eqn.of_whole_numbers and mode in _SWAPPED:
-            if mode in ("LE", "LT"):
-                a, b = b, a
-            margin = number(at.to, "Sub", a, b, "margin")
-            if mode in ("GT", "LT"):
-                margin = number(at.to, "Sub", margin, Scalar(1), "margin")
-            return Margin(margin)
+        if eqn.of_whole_numbers:
+            return whole.compared(at.to, mode, a, b)
         if isinstance(a, Scalar):
             assert isinstance(b, Vector)
             return conditions.compared(at.to, _SWAPPED.get(mode, mode), b, a)
-        if isinstance(b, Vector) and "int32_t" in (a.dtype, b.dtype):
-            # A difference of 32 bits is 0 in float32 only if it is 0.
-            apart = at.to.cast(number(at.to, "Sub", a, b, "apart"), "float", "apart")
-            return conditions.compared(at.to, mode, apart, Scalar(0.0))
         return conditions.compared(at.to, mode, a, b)
 
     return rule
 
 
+def _of_conditions(eqn: Equation, x: list[Value]) -> bool:
+    return any(isinstance(value, (Margin, Bits)) for value in x)
+
+
+def _condition(x: Value) -> Margin | Bits:
+    """A condition; one of the whole tile as a margin."""
+    if not isinstance(x, Scalar):
+        assert isinstance(x, (Margin, Bits))
+        return x
+    if x.known:
+        return Margin(Scalar(0 if x.value else -1))
+    return Margin(Scalar(f"Pick({x.value}, 0, -1)"))
+
+
 def _logical(name: str) -> Rule:
     def rule(at: Context, eqn: Equation, x: list[Value]) -> Value:
         for a, b in (x, x[::-1]):
-            if isinstance(a, Scalar) and a.known:
+            if isinstance(a, Scalar) and a.known and eqn.kind == "b":
                 neutral = (name == "And") == bool(a.value)
                 return b if neutral else a
-        a, b = (
-            Margin(Scalar(f"Pick({v.value}, 0, -1)")) if isinstance(v, Scalar) else v for v in x
-        )
-        return conditions.combined(at.to, name, a, b)
+        if eqn.kind != "b":
+            if name == "And":
+                return _of_known(at, eqn, x)
+            raise LoweringError(f"the bits of whole numbers have no {eqn.primitive} here")
+        return conditions.combined(at.to, name, *map(_condition, x))
 
     return rule
 
 
+def _not(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    if eqn.kind != "b":
+        raise LoweringError("the bits of whole numbers have no not here")
+    return conditions.negated(at.to, _condition(x[0]))
+
+
+def _xor(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    if eqn.kind != "b":
+        raise LoweringError("the bits of whole numbers have no xor here")
+    return conditions.apart(at.to, *map(_condition, x))
+
+
 def _select(at: Context, eqn: Equation, x: list[Value]) -> Value:
-    mask, no, yes = x[0], *(no_condition(eqn, value) for value in x[1:])
+    mask = x[0]
+    if isinstance(mask, Scalar) and mask.known:
+        return x[2] if mask.value else x[1]
+    if len(x) != 3 or eqn.inputs[0].aval.dtype != bool:
+        raise LoweringError("one of two is selected by a condition only")
+    if eqn.kind == "b":
+        return conditions.chosen(at.to, *map(_condition, (mask, x[2], x[1])))
+    no, yes = (no_condition(eqn, value) for value in x[1:])
+    if eqn.kind == "i":
+        no, yes = whole.of_one_type(at.to, eqn, no, yes)
     if isinstance(mask, Scalar):
-        if mask.known:
-            return yes if mask.value else no
         shapes = [(v.rows, v.width) for v in (no, yes) if isinstance(v, Vector)]
         shape = max(rows for rows, _ in shapes), max(width for _, width in shapes)
         whole_no = full(at.to, no, *shape, _type(eqn, yes))
@@ -138,7 +198,9 @@ def _select(at: Context, eqn: Equation, x: list[Value]) -> Value:
 
 def _type(eqn: Equation, other: Value) -> str:
     """The C++ type of a number beside ``other``; whole numbers are float32."""
-    return other.dtype if isinstance(other, Vector) else C_TYPES[str(eqn.output.aval.dtype)]
+    if isinstance(other, Vector):
+        return other.dtype
+    return "float" if eqn.kind == "i" else C_TYPES[str(eqn.output.aval.dtype)]
 
 
 def _broadcast(at: Context, eqn: Equation, x: list[Value]) -> Value:
@@ -162,6 +224,9 @@ def _reshape(at: Context, eqn: Equation, x: list[Value]) -> Value:
     rows, width = shape_of(eqn.output)
     if (value.rows, value.width) == (rows, width) or rows * width == value.rows * value.width == 1:
         return value
+    lines = 1 in (rows, width) and 1 in (value.rows, value.width)
+    if lines and rows * width == value.rows * value.width:  # rows and columns lie alike
+        return type(value)(value.place, rows, width)
     raise LoweringError(f"{value.rows} × {value.width} numbers as {rows} × {width}")
 
 
@@ -226,7 +291,17 @@ def _shift(at: Context, eqn: Equation, x: list[Value]) -> Value:
         if a.known:
             return Scalar(a.value >> b.value)
         return Scalar(f"Div({a.value}, {1 << b.value})")
-    raise LoweringError("only indices are shifted")
+    return _of_known(at, eqn, x)
+
+
+def _shift_left(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    a, b = x
+    if not isinstance(b, Scalar) or not b.known:
+        raise LoweringError("whole numbers are shifted by a known number only")
+    if isinstance(a, Scalar):
+        return Scalar(a.value << b.value if a.known else f"({a.value} * {1 << b.value})")
+    value = vector(eqn, whole.of_one_type(at.to, eqn, no_condition(eqn, a))[0])
+    return at.to.with_scalar("Muls", value, Scalar(1 << b.value), at.hint)
 
 
 def _divide(at: Context, eqn: Equation, x: list[Value]) -> Value:
@@ -236,50 +311,174 @@ def _divide(at: Context, eqn: Equation, x: list[Value]) -> Value:
             return Scalar(f"({a.text('float')} / {b.text('float')})")
         return Scalar(f"Div({a.value}, {b.value})")
     if eqn.of_whole_numbers:
-        raise LoweringError("whole numbers are divided only if the tile shares them")
+        return _of_known(at, eqn, x)
     return _arithmetic("Div")(at, eqn, x)
 
 
+def _of_known(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    """A quotient of whole numbers by a known one, or what is left."""
+    if isinstance(x[0], Scalar) and eqn.primitive == "and" and isinstance(x[1], Vector):
+        x, eqn = x[::-1], replace(eqn, inputs=eqn.inputs[::-1], spans=_turned(eqn.spans))
+    a = no_condition(eqn, x[0])
+    if isinstance(a, Scalar):
+        return _of_scalars(eqn, a, no_condition(eqn, x[1]))
+    return whole.divided(at.to, eqn, a, at.hint)
+
+
+def _turned(spans: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*spans[1::-1], *spans[2:])
+
+
+def _of_scalars(eqn: Equation, a: Scalar, b: Vector | Scalar) -> Scalar:
+    """The same of numbers that the whole tile shares."""
+    if not isinstance(b, Scalar):
+        raise LoweringError(f"{eqn.primitive} of whole numbers by others than a known one")
+    if eqn.primitive == "rem":
+        return Scalar(f"Mod({a.value}, {b.value})")
+    if eqn.primitive == "and":
+        return Scalar(f"({a.value} & {b.value})")
+    # Below 0 too: of C++, the remainder has the sign of what is divided.
+    rest = f"Mod(Mod({a.value}, {b.value}) + {b.value}, {b.value})"
+    return Scalar(rest if eqn.primitive == "remainder" else f"Div({a.value} - {rest}, {b.value})")
+
+
+def _sign(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    value = vector(eqn, x[0])
+    if eqn.kind == "i":
+        above = at.to.with_scalar("Maxs", value, Scalar(-1), "above")
+        return at.to.with_scalar("Mins", above, Scalar(1), at.hint)
+    shape, dtype = (value.rows, value.width), value.dtype
+    wide = at.to.cast(value, "float", "wide") if dtype == "bfloat16_t" else value
+    for mode, one in (("GT", 1.0), ("LT", -1.0)):  # 0 and NaN stay
+        bits = conditions.compared(at.to, mode, value, Scalar(0.0))
+        ones = at.to.filled(Scalar(one), *shape, wide.dtype, "one")
+        wide = conditions.selected(at.to, bits, ones, wide, at.hint)
+    return at.to.cast(wide, dtype, at.hint)
+
+
+def _rounded(mode: str) -> Rule:
+    def rule(at: Context, eqn: Equation, x: list[Value]) -> Value:
+        method = eqn.params.get("rounding_method")
+        if method is not None and int(method) != 1:
+            raise LoweringError("numbers are rounded to even only: use jnp.round")
+        return whole.rounded(at.to, vector(eqn, x[0]), mode, at.hint)
+
+    return rule
+
+
+def _exp2(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    value = vector(eqn, x[0])
+    scaled = at.to.with_scalar("Muls", value, Scalar(math.log(2)), "natural")
+    return at.to.unary("Exp", scaled, at.hint)
+
+
+def _logistic(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    value = vector(eqn, x[0])
+    power = at.to.unary("Exp", at.to.with_scalar("Muls", value, Scalar(-1.0), "less"), "power")
+    under = at.to.with_scalar("Adds", power, Scalar(1.0), "under")
+    return number(at.to, "Div", Scalar(1.0), under, at.hint)
+
+
+def _rsqrt(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    root = at.to.unary("Sqrt", vector(eqn, x[0]), "root")
+    return number(at.to, "Div", Scalar(1.0), root, at.hint)
+
+
+def _square(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    value = _numbers(at, eqn, x)[0]
+    return number(at.to, "Mul", value, value, at.hint)
+
+
+def _power(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    """x to a whole number, by products."""
+    times = int(eqn.params["y"])
+    value = _numbers(at, eqn, x)[0]
+    if isinstance(value, Scalar):
+        raise LoweringError("a power of a number that only the kernel knows")
+    if times == 0:
+        return Scalar(1.0 if eqn.kind == "f" else 1)
+    found, square, left = None, value, abs(times)
+    while left:
+        if left & 1:
+            found = square if found is None else number(at.to, "Mul", found, square, at.hint)
+        left >>= 1
+        square = number(at.to, "Mul", square, square, "square") if left else square
+    assert found is not None
+    return found if times > 0 else number(at.to, "Div", Scalar(1.0), found, at.hint)
+
+
+def _root(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    value, by = x
+    if not (isinstance(by, Scalar) and by.known and float(by.value) in (0.5, 1.0, 2.0)):
+        raise LoweringError("a power is a whole number that Python knows, or 0.5")
+    if by.value == 0.5:
+        return at.to.unary("Sqrt", vector(eqn, value), at.hint)
+    return value if by.value == 1 else number(at.to, "Mul", value, value, at.hint)
+
+
+def _is_finite(at: Context, eqn: Equation, x: list[Value]) -> Value:
+    value = at.to.cast(vector(eqn, x[0]), "float", "wide")
+    infinite = 2.0**16 if eqn.inputs[0].aval.dtype == "float16" else math.inf
+    size = at.to.unary("Abs", value, "size")  # NaN is not below anything
+    return conditions.compared(at.to, "LT", size, Scalar(infinite))
+
+
 def _clamp(at: Context, eqn: Equation, x: list[Value]) -> Value:
-    lo, value, hi = x
+    lo, value, hi = _numbers(at, eqn, x)
     return number(at.to, "Min", number(at.to, "Max", value, lo, "clamped"), hi, at.hint)
 
 
 RULES: dict[str, Rule] = {
-    "abs": _unary("Abs"),
+    "abs": lambda at, eqn, x: whole.absolute(at.to, vector(eqn, _numbers(at, eqn, x)[0]), at.hint),
     "add": _arithmetic("Add"),
     "and": _logical("And"),
     "broadcast_in_dim": _broadcast,
+    "ceil": _rounded("CEIL"),
     "clamp": _clamp,
     "convert_element_type": _convert,
     "div": _divide,
     "dot_general": _dot,
     "eq": _compare("EQ"),
     "exp": _unary("Exp"),
+    "exp2": _exp2,
+    "floor": _rounded("FLOOR"),
+    "floor_divide": _of_known,
     "ge": _compare("GE"),
     "gt": _compare("GT"),
+    "integer_pow": _power,
     "iota": _iota,
+    "is_finite": _is_finite,
     "le": _compare("LE"),
     "log": _unary("Ln"),
+    "logistic": _logistic,
     "lt": _compare("LT"),
     "max": _arithmetic("Max"),
     "min": _arithmetic("Min"),
     "mul": _arithmetic("Mul"),
     "ne": _compare("NE"),
     "neg": _neg,
+    "not": _not,
     "or": _logical("Or"),
+    "pow": _root,
     "reduce_max": _reduce("Max"),
     "reduce_sum": _reduce("Add"),
+    "rem": _of_known,
+    "remainder": _of_known,
     "reshape": _reshape,
+    "round": _rounded("RINT"),
+    "rsqrt": _rsqrt,
     "select_n": _select,
+    "shift_left": _shift_left,
     "shift_right_arithmetic": _shift,
+    "sign": _sign,
     "slice": _slice,
     "sqrt": _unary("Sqrt"),
-    "square": lambda at, eqn, x: number(at.to, "Mul", x[0], x[0], at.hint),
+    "square": _square,
     "squeeze": _reshape,
     "sub": _arithmetic("Sub"),
     "tanh": _tanh,
     "transpose": _transpose,
+    "xor": _xor,
 }
 # How values are called in the emitted source, by the primitive that makes them.
 NAMES = {
@@ -293,12 +492,37 @@ NAMES = {
     "max": "larger",
     "min": "smaller",
     "div": "quotient",
+    "floor_divide": "quotient",
+    "rem": "rest",
+    "remainder": "rest",
+    # Words that mean something else to C++.
+    "and": "rest",
+    "or": "any",
+    "xor": "either",
+    "not": "negation",
 }
 
 
-def unknown(primitive: str, source: str) -> LoweringError:
+def unknown(primitive: str, source: str, function: str = "") -> LoweringError:
     """What is raised for a primitive without a rule."""
     return LoweringError(
-        f"the primitive {primitive!r} has no instruction; it comes from {source}. "
-        f"Known are {', '.join(sorted(RULES))}."
+        f"the primitive {primitive!r} has no instruction; {origin(source, function)}. "
+        f"{way_out(function)}Known are {', '.join(sorted(RULES))}."
+    )
+
+
+def origin(source: str, function: str) -> str:
+    """Where an equation comes from, as a clause."""
+    where = f"`{function}`, {source}" if function else source
+    return f"it comes from {where}"
+
+
+def way_out(function: str) -> str:
+    """What to do about a function that has no instructions, as a sentence; of others, nothing."""
+    if not function:
+        return ""
+    dense = "a bias (bias='BNTS')" if function == "score_mod" else "a mask (mask='BNTS')"
+    return (
+        "Compute that before the call and give it as q_data, kv_data or head_data, or give the "
+        f"whole as {dense}. "
     )

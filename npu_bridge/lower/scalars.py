@@ -33,12 +33,17 @@ SCALAR_RULES: dict[str, Callable[..., str]] = {
     "neg": lambda x: f"(-({x}))",
     "and": _infix("&"),
     "or": _infix("|"),
+    "abs": lambda x: f"Max({x}, -({x}))",
+    "square": lambda x: f"(({x}) * ({x}))",
+    "xor": _infix("!="),
+    "not": lambda x: f"(({x}) == 0)",
     "select_n": lambda c, no, yes: f"Pick({c}, {yes}, {no})",
 }
 # Of numbers that are not whole, where they differ.
 _FLOAT_RULES: dict[str, Callable[..., str]] = {
     "max": _call("MaxFloat"),
     "min": _call("MinFloat"),
+    "abs": lambda x: f"MaxFloat({x}, -({x}))",
     "select_n": lambda c, no, yes: f"PickFloat({c}, {yes}, {no})",
 }
 # Of numbers that are known when the kernel is emitted.
@@ -58,15 +63,33 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
     "neg": lambda a: -a,
+    "abs": abs,
+    "square": lambda a: a * a,
+    "sign": lambda a: (a > 0) - (a < 0),
+    "xor": lambda a, b: bool(a) != bool(b),
+    "not": lambda a: not a,
+    "floor_divide": lambda a, b: a // b,
+    "remainder": lambda a, b: a % b,
+    "rem": lambda a, b: math.fmod(a, b) if isinstance(a, float) else _left(a, b),
+    "exp2": lambda a: 2.0**a,
+    "sqrt": math.sqrt,
+    "pow": lambda a, b: a**b,
     "tanh": math.tanh,
     "exp": math.exp,
     "log": math.log,
 }
 
 
+def _left(a: int, b: int) -> int:
+    """What C++ calls a % b."""
+    return abs(a) % abs(b) * (1 if a >= 0 else -1)
+
+
 def is_scalar(eqn: Equation, inputs: list[Any]) -> bool:
     """Whether an equation is one of numbers that the whole tile shares."""
     if not inputs or not all(isinstance(x, Scalar) for x in inputs):
+        return False
+    if eqn.primitive in ("xor", "not") and eqn.kind != "b":
         return False
     return eqn.primitive in SCALAR_RULES or (
         eqn.primitive in _KNOWN and eqn.primitive != "div" and all(x.known for x in inputs)

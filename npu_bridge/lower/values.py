@@ -46,6 +46,7 @@ class Bits:
 
 
 Value = Scalar | Vector | Margin | Bits
+Span = tuple[int, int] | None
 
 
 @dataclass(eq=False, frozen=True)
@@ -62,6 +63,9 @@ class Equation:
     Arguments:
       inputs: `Var` or `Scalar`.
       source: the line that it comes from.
+      function: "mask_mod", "score_mod" or "block_mask" where it is of the caller's.
+      spans: of a function's whole numbers: the least and the largest of each input and of the
+        output, None where float32 may not hold them. See `npu_bridge.lower.ranges`.
     """
 
     primitive: str
@@ -69,6 +73,8 @@ class Equation:
     output: Var
     params: dict[str, Any]
     source: str
+    function: str = ""
+    spans: tuple[Span, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -77,7 +83,7 @@ class Equation:
 
     @property
     def of_whole_numbers(self) -> bool:
-        """Whether an operand is of whole numbers, which are held as float32."""
+        """Whether an operand is of whole numbers, which are held as float32 or as int32_t."""
         return any(
             np.dtype(getattr(getattr(x, "aval", None), "dtype", "f4")).kind in "iu"
             for x in self.inputs

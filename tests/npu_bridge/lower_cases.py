@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -275,3 +276,86 @@ def _(x: Any, column: Any) -> dict[str, Any]:
         "together": lax.slice_in_dim(x, 0, 8) + lax.slice_in_dim(x, 8, 16),
         "of a column": lax.slice_in_dim(column, 8, 16) * lax.slice_in_dim(x, 8, 16),
     }
+
+
+def of_caller(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A function whose equations are a caller's: their whole numbers have spans."""
+    function.__name__ = "score_mod"
+    return jax.jit(function)
+
+
+@case("fractions of functions", drawn(R, W), drawn(R, W, np.float32, 0.1, 4), 2, error=6)
+@of_caller
+def _(x: Any, y: Any, index: Any) -> dict[str, Any]:
+    beyond = jnp.where(y > 2, jnp.inf, x)
+    return {
+        "exp2": jnp.exp2(x), "logistic": jax.nn.sigmoid(x), "rsqrt": lax.rsqrt(y),
+        "third power": x**3, "inverse": 1 / y**2, "root": y**0.5, "sign": jnp.sign(x),
+        "floor": jnp.floor(x), "ceil": jnp.ceil(x), "round": jnp.round(x * 4),
+        "finite": jnp.where(jnp.isfinite(beyond), x, 7.0), "one": x**0 + y**1,
+        "cut": (x * 3).astype(jnp.int32).astype(jnp.float32),
+        "true": (x > 0).astype(x.dtype) + (x * 2 > y).astype(jnp.int32).astype(x.dtype),
+        "not zero": jnp.where((jnp.floor(x)).astype(bool), x, y),
+        "number": x * jnp.square(index.astype(jnp.float32)) + jnp.abs(1.5 - index.astype(x.dtype)),
+    }  # fmt: skip
+
+
+@case("conditions of functions", drawn(R, W), drawn(R, W), 3, error=0.25)
+@of_caller
+def _(x: Any, y: Any, index: Any) -> dict[str, Any]:
+    rows = lax.broadcasted_iota(jnp.int32, (R, 1), 0)
+    columns = lax.broadcasted_iota(jnp.int32, (1, W), 1)
+    bits, margin, number = x > y, columns <= rows, index == 3
+    conditions = {
+        "not bits": ~bits,
+        "not margin": ~margin,
+        "not number": ~number | margin,
+        "xor": bits ^ margin,
+        "xor of numbers": (number ^ (index > 7)) & bits,
+        "equal": bits == (x > 0),
+        "not equal": margin != (columns > 20),
+        "chosen": jnp.where(bits, margin, x > 0),
+        "chosen by a number": jnp.where(number, margin, bits),
+        "chosen by margins": jnp.where(margin, columns > rows - 3, number),
+        "a constant chosen": jnp.where(bits, True, margin),
+    }
+    return {name: jnp.where(mask, x, -y) for name, mask in conditions.items()}
+
+
+LARGE = RANDOM.integers(-(2**30), 2**30, (R, 1)).astype(np.int32)
+NEAR = (LARGE + RANDOM.integers(-2, 3, (R, 1))).astype(np.int32)
+ROW = RANDOM.integers(-(2**30), 2**30, (1, W)).astype(np.int32)
+
+
+@case("whole numbers of functions", drawn(R, W), LARGE, NEAR, ROW, 2**30 + 1, error=0.25)
+@of_caller
+def _(x: Any, large: Any, near: Any, row: Any, number: Any) -> dict[str, Any]:
+    rows = lax.broadcasted_iota(jnp.int32, (R, 1), 0)
+    columns = lax.broadcasted_iota(jnp.int32, (1, W), 1)
+    apart = rows - columns
+    whole = {
+        "quotient": columns // 7 - rows // 5,
+        "below zero": apart // 3,
+        "remainder": apart % 3 + columns % 16,
+        "cut": lax.div(apart, 3) + lax.div(apart, 4),
+        "left": lax.rem(apart, 5) + lax.rem(columns, 7),
+        "bits": (columns >> 3) + (columns & 7) + (7 & rows) + (apart >> 1),
+        "times": (rows << 2) + rows**2 + jnp.sign(apart) + lax.clamp(2, columns, 9),
+        "of data": jnp.abs(large - near) + jnp.sign(near - large) + jnp.clip(row, -3, 5),
+        "of numbers": jnp.maximum(number - large - number + near, -5) + (number + rows - number),
+        "scalars": columns * ((number >> 29) + (number & 1) + ((number >> 2) << 1) // 2**20)
+        + (number % 7) + (1 - number) % 7 + (1 - number) // 2**28 + lax.rem(number, 5),
+        "chosen": jnp.where(large > near, large, near) - near + jnp.where(rows > 3, rows, 7),
+        "squares beyond float32": (rows + 5000) ** 2 - (rows + 4999) * (rows + 5001),
+    }  # fmt: skip
+    conditions = {
+        "in order": large < near,
+        "at most": large <= near,
+        "at least": near >= large,
+        "the same": (near == large) | (near != row),
+        "beside an index": (near > columns) & (large != columns) & (columns >= row),
+        "beside a number": (near < number) | (row == number) | (number > large),
+        "beside a large one": near >= 2**29 + 1,
+    }
+    found = {name: x * v.astype(jnp.float32) for name, v in whole.items()}
+    return found | {name: jnp.where(mask, x, -x) for name, mask in conditions.items()}

@@ -21,6 +21,7 @@ from npu_bridge.expressions import Scalar
 from npu_bridge.instructions import RowsIn, RowsOut
 from npu_bridge.ir import Buffer, SetFlag, WaitFlag
 from npu_bridge.lower import RULES, Lowering, Vector, flatten
+from npu_bridge.lower.ranges import marked
 from npu_bridge.lower.scalars import SCALAR_RULES
 from npu_bridge.memory import Memory
 from pasa_jax.core.errors import LoweringError
@@ -51,6 +52,7 @@ def lowered_case(it: Case) -> Lowered:
     """Loads, the lowered equations, stores; the results are called out0, out1, …"""
     shapes = [_shaped(x) for x in it.inputs]
     variables, equations, outputs = flatten(jax.make_jaxpr(it.function)(*shapes))
+    equations = marked(equations, {})
     names = sorted(jax.eval_shape(it.function, *shapes))  # as jax orders a dict
     ub = Memory.of("ascend_910b", "UB")
     part = Part([], [], {}, {}, {})
@@ -250,25 +252,30 @@ REFUSED = {
     "every other row": (lambda x: x[::2], [(R, W)], r"has no instruction|strides \(2, 1\)"),
     "some columns": (lambda x: lax.slice_in_dim(x, 0, 8, axis=1), [(R, W)], "only whole rows"),
     "a matrix": (lambda x, y: x @ y, [(R, W), (W, W)], "a tile by one column only"),
-    "a fraction cut": (lambda x: x.astype(jnp.int32), [(R, W)], "not cut to whole ones"),
-    "a condition as a number": (lambda x: (x > 0).astype(jnp.float32), [(R, W)], "not converted"),
-    "conditions compared": (lambda x, y: (x > 0) == (y > 0), [(R, W)] * 2, "eq of conditions"),
-    "a choice of conditions": (
-        lambda x, y: jnp.where(jnp.where(x > y, x > 0, y > 0), x, y),
-        [(R, W)] * 2,
-        "select_n of conditions",
+    "conditions in order": (lambda x, y: (x > 0) < (y > 0), [(R, W)] * 2, "lt of conditions"),
+    "a third power": (lambda x: x**0.3, [(R, W)], "a power is a whole number that Python knows"),
+    "rounded away from 0": (lambda x: lax.round(x), [(R, W)], "rounded to even only"),
+    "bits of numbers": (
+        lambda x: x * (lax.iota(jnp.int32, W)[None, :] ^ 5).astype(jnp.float32),
+        [(R, W)],
+        "the bits of whole numbers have no xor",
+    ),
+    "a type without instructions": (
+        lambda x: x.astype(jnp.int8),
+        [(R, W)],
+        "numbers of type int8 have no instructions",
     ),
     "exp of a number": (lambda x, s: x * jnp.exp(s), [(R, W), NUMBER], "exp of a number"),
     "tanh of a number": (lambda x, s: x * jnp.tanh(s), [(R, W), NUMBER], "tanh of a number"),
     "indices shifted": (
         lambda x: x * (lax.iota(jnp.int32, W)[None, :] >> 1).astype(jnp.float32),
         [(R, W)],
-        "only indices are shifted",
+        "shift_right_arithmetic of whole numbers: they are exact",
     ),
     "indices divided": (
         lambda x: x * lax.div(lax.iota(jnp.int32, W)[None, :], 3).astype(jnp.float32),
         [(R, W)],
-        "whole numbers are divided only",
+        "div of whole numbers: they are exact",
     ),
     "a tile of indices": (
         lambda x: x + lax.broadcasted_iota(jnp.float32, (R, W), 1),

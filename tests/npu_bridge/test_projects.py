@@ -14,12 +14,15 @@ import pytest
 
 from npu_bridge import interface
 from npu_bridge.emulation import EMULATOR, constants, expected, problem
+from npu_bridge.functions import functions_of, shaped
 from npu_bridge.program import build
 from npu_bridge.project import files, write
 from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import PlanError
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
+from tests import gallery
+from tests.npu_bridge.functions_cases import positions_mod
 
 STUBS = Path(__file__).parent / "stubs"
 COMPILER = shutil.which("g++")
@@ -34,6 +37,13 @@ PLAIN = Kernel(
     precision=Precision.named("bfloat16"),
     schedule=Schedule(block_q=128, block_kv=128, target="ascend_910b"),
 )
+FUNCTIONS = functions_of(
+    positions_mod,
+    gallery.alibi_mod,
+    shaped("int32:BT"),
+    (shaped("int32:BS"), shaped("bool:S")),
+    {"slope": shaped("float32:N")},
+)
 # Every argument that a kernel can have.
 FULL = replace(
     PLAIN,
@@ -46,10 +56,12 @@ FULL = replace(
     sinks=True,
     lengths=True,
     return_lse=True,
+    functions=FUNCTIONS,
 )
 PACKED = replace(PLAIN, packed=True, sinks=True, return_lse=True, dtype="float16", repair=False)
 PACKED = replace(PACKED, precision=Precision.named("float16"))
-KERNELS = {"plain": PLAIN, "full": FULL, "packed": PACKED}
+LISTED = replace(PLAIN, functions=FUNCTIONS, visits="1N", repair=False)
+KERNELS = {"plain": PLAIN, "full": FULL, "packed": PACKED, "lists of tiles": LISTED}
 # What is run: the inputs of a file each and those that the host fills itself.
 RUN = replace(FULL, bias=None)
 SIZES = {"batch": 1, "heads": 2, "kv_heads": 1, "queries": 20, "keys": 200}
@@ -63,6 +75,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed_folder(tmp_path_factory):
     return written(PACKED, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def listed_folder(tmp_path_factory):
+    return written(LISTED, tmp_path_factory)
 
 
 def written(kernel, tmp_path_factory):
@@ -297,6 +314,27 @@ def test_the_host_program_of_packed_sequences(packed_program, tmp_path):
 
 
 @needs_compiler
+def test_a_missing_list_visits_all_tiles(tmp_path):
+    write(build(LISTED), tmp_path)
+    (tmp_path / "lists.cpp").write_text("""
+        #include "host.h"
+        int main() {
+            const PasaRun run{1, 2, 1, 300, 280, 1.0f, 0};
+            std::vector<PasaArray> arrays = PasaArrays(run);
+            PasaFillInputs(arrays, run);
+            for (const PasaArray& a : arrays) {
+                if (std::strcmp(a.name, "visits") != 0) continue;
+                std::fwrite(a.bytes.data(), 1, a.bytes.size(), stderr);
+            }
+        }
+    """)
+    compile_cpp(tmp_path / "lists.cpp", "-o", tmp_path / "lists")
+    said = subprocess.run([tmp_path / "lists"], cwd=tmp_path, capture_output=True, check=True)
+    visits = np.frombuffer(said.stderr, np.int32).reshape(1, 2, 3, 4)
+    np.testing.assert_array_equal(visits, np.broadcast_to([3, 0, 2, 4], visits.shape))
+
+
+@needs_compiler
 def test_the_host_program_draws_sequences(packed_program, tmp_path):
     said = launch(packed_program, tmp_path, given=TOTALS)
     assert said.returncode == 0, said.stderr
@@ -308,7 +346,10 @@ def test_the_host_program_draws_sequences(packed_program, tmp_path):
 
 # What can only be compiled.
 
-both = pytest.mark.parametrize("which", ["folder", "packed_folder"])
+both = pytest.mark.parametrize(
+    "which",
+    ["folder", "packed_folder", pytest.param("listed_folder", marks=pytest.mark.full)],
+)
 
 
 @needs_compiler

@@ -14,11 +14,13 @@ import pytest
 
 import npu_bridge
 from npu_bridge import emulation, project
+from npu_bridge.functions import shaped
 from npu_bridge.program import build
 from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import EmulationError, PlanError
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
+from tests import gallery
 
 main = pytest.importorskip("npu_bridge.__main__", reason="the command line needs typer").main
 
@@ -358,6 +360,21 @@ EMITTED = {
         {"packed": True, "sinks": True, "return_lse": True, "local_window_size": (90, 20)},
     ),
     "auto": (("--shift", "auto", "--lengths"), {"shift": "auto", "lengths": True}),
+    "functions": (
+        (
+            *("--mask-mod", "tests.gallery:document_mod"),
+            *("--score-mod", "tests.gallery:alibi_mod"),
+            *("--q-data", "document:int32:BT", "--kv-data", "document:int32:1S"),
+            *("--head-data", "slope:float32:N"),
+        ),
+        {
+            "mask_mod": gallery.document_mod,
+            "score_mod": gallery.alibi_mod,
+            "q_data": {"document": shaped("int32:BT")},
+            "kv_data": {"document": shaped("int32:1S")},
+            "head_data": {"slope": shaped("float32:N")},
+        },
+    ),
 }
 
 
@@ -420,6 +437,12 @@ def test_cost(command):
         (["emit", "--out", "/dev/null/x", *SMALL], "Not a directory: '/dev/null/x'"),
         (["plan", "--shift", "sage"], "`shift` must be one of 'none', 'paper', 'mean',"),
         (["plan", "--block-kv", "200"], "`schedule.block_kv` must be a multiple of 128; got 200"),
+        (["emit", "--out", "x", "--mask-mod", "tests.gallery:no"], "`mask_mod` must be a functio"),
+        (["emit", "--out", "x", "--score-mod", "sine"], "module:name; got 'sine'"),
+        (
+            ["emit", "--out", "x", "--q-data", "id:int8:T"],
+            "`data` must be dtype:axes, as in int32:BT, with float32, int32 or bool; got 'int8:T'",
+        ),
         (["run", "nowhere"], "No such file or directory: 'nowhere/kernel.json'"),
         (["cost", "--queries", "0"], "Invalid value for '--queries'"),
     ],
