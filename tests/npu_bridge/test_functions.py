@@ -193,7 +193,9 @@ def executed(
     found = npu_bridge.run(place, inputs, kernel=kernel, program=program, policies=policies)
     assert found.complaints == []
     assert found.error <= found.tolerance
-    assert found.lse_error <= {"float16": 1e-3, "bfloat16": 2**-9}[kernel.dtype]
+    # The paper's row means are rounded, and multiplied by Inva (eq. 5) before they are given back.
+    times = 4 if kernel.shift == "paper" else 1
+    assert found.lse_error <= times * {"float16": 1e-3, "bfloat16": 2**-9}[kernel.dtype]
     assert error(case, inputs, found.output) < BOUNDS[kernel.dtype]
 
 
