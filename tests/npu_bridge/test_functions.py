@@ -193,9 +193,11 @@ def executed(
     found = npu_bridge.run(place, inputs, kernel=kernel, program=program, policies=policies)
     assert found.complaints == []
     assert found.error <= found.tolerance
-    # The paper's row means are rounded, and multiplied by Inva (eq. 5) before they are given back.
+    # Rows of one key show a rounding of their score: in bfloat16 ours are within 2.5e-3 of the
+    # formula, lax's within 3.2e-3. The paper's row means are multiplied by Inva (eq. 5) before they
+    # are given back: 1.9e-3 and 1.5e-3.
     times = 4 if kernel.shift == "paper" else 1
-    assert found.lse_error <= times * {"float16": 1e-3, "bfloat16": 2**-9}[kernel.dtype]
+    assert found.lse_error <= times * {"float16": 1e-3, "bfloat16": 2**-8}[kernel.dtype]
     assert error(case, inputs, found.output) < BOUNDS[kernel.dtype]
 
 
