@@ -7,6 +7,7 @@ Schedule: 128 queries x 1024 keys a tile, 8 rows a slab of a vector core.
 """
 
 from npu_bridge._api import check, cost, emit, kernel, plan, run, visits
+from npu_bridge.functions import inputs_of
 from npu_bridge.specification import Kernel
 from pasa_jax.core.errors import EmulationError, LoweringError, PlanError
 
@@ -18,6 +19,7 @@ __all__ = [
     "check",
     "cost",
     "emit",
+    "inputs_of",
     "kernel",
     "plan",
     "run",

@@ -205,10 +205,13 @@ def _check_functions(functions: Functions, shift: str, *, packed: bool, decode: 
     if shift == "bound" and functions.score_mod is not None:
         way = "A function may return anything, so nothing bounds its scores. Use 'auto'."
         raise wrong("shift", "be another than 'bound' beside a score_mod", "'bound'", way)
-    for name, given in (("packed", packed), ("decode", decode)):
-        if given:
-            way = "Their rows are not those of one head's queries. Use a kernel without it."
-            raise wrong(name, "be False beside a mask_mod or a score_mod", "True", way)
+    allowed = "be False beside a mask_mod or a score_mod"
+    if packed:
+        way = "Give sequences as ids in q_data and kv_data: mask_mod can compare them."
+        raise wrong("packed", allowed, "True", way)
+    if decode:
+        way = "The rows of its tiles are query heads, not queries. Use decode=False."
+        raise wrong("decode", allowed, "True", way)
 
 
 def _visited(block_mask: BlockMask, given: dict[str, bool], schedule: Schedule) -> str:

@@ -113,12 +113,19 @@ class Functions:
         return keywords
 
 
-def inputs_of(**data: Any) -> dict[str, Array]:
-    """``q_data``, ``kv_data`` and ``head_data`` as the kernel's inputs by name."""
+def inputs_of(
+    *, q_data: Any = None, kv_data: Any = None, head_data: Any = None
+) -> dict[str, Array]:
+    """Data of functions as a kernel's inputs by name: ``q_data_0`` and so on.
+
+    Arguments:
+      q_data, kv_data, head_data: pytrees of arrays as `pasa_jax.dot_product_attention` takes them.
+    """
+    data = zip(PARTS, (q_data, kv_data, head_data), strict=True)
     return {
         f"{part}_{i}": jnp.asarray(x)
-        for part in PARTS
-        for i, x in enumerate(jax.tree.leaves(data.get(part)))
+        for part, tree in data
+        for i, x in enumerate(jax.tree.leaves(tree))
     }
 
 
@@ -255,7 +262,7 @@ def found(argument: str, name: str) -> Callable[..., Any]:
 def shaped(text: str) -> jax.ShapeDtypeStruct:
     """An array of "dtype:axes", whose sizes stand for those of a call."""
     dtype, _, axes = text.partition(":")
-    if dtype not in _DTYPES or not axes:
+    if dtype not in _DTYPES or not axes or not set(axes) <= set("BNTS1"):
         allowed = "be dtype:axes, as in int32:BT, with float32, int32 or bool"
         raise wrong("data", allowed, repr(text))
     return jax.ShapeDtypeStruct(tuple(1 if x == "1" else 2 for x in axes), jnp.dtype(dtype))

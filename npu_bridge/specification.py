@@ -191,6 +191,7 @@ class Kernel:
             block_q=1 if self.decode else rows,
             value_size=self.value_head_dim,
             functions=self.functions,
+            damages=self.repaired,
             parts=parts,
         )
 
@@ -200,6 +201,7 @@ class TracedWalk(Walk):
     """One slab of rows of the kernel, made of tracers."""
 
     functions: Functions | None = None
+    damages: bool = False  # whether a score that is not finite must damage its row
     parts: dict[str, Any] = field(default_factory=dict)
 
     def guard(self) -> tile.Guard | None:
@@ -260,7 +262,15 @@ class TracedWalk(Walk):
         if self.functions is None or self.functions.score_mod is None:
             return None
         mods, place, data = self._asked(start, j)
-        return functools.partial(mods.scored, place=place, data=data)
+        if not self.damages:
+            return functools.partial(mods.scored, place=place, data=data)
+
+        def scored(score: Array) -> Array:
+            # The tile functions cut what is beyond float32. The scores here have no guard: what was
+            # infinite has left float16, and must be seen as damage. The sum is with 0, or NaN.
+            return mods.scored(score, place, data) + (score * 8.0) * 0.0
+
+        return scored
 
     def _asked(self, start: Index, j: Index) -> tuple[Mods, Place, Data]:
         """The caller's functions, and what they are asked about this tile."""

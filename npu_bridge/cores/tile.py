@@ -39,15 +39,14 @@ _SHARED = {"float32": "float", "int32": "int32_t", "bool": "int32_t"}
 
 def _place_of(x: Leaf, n: int = 0) -> str:
     """Where data of the caller's functions lie for the head and the slab or the block of n keys."""
-    place = {"1": "0", "B": "int64_t(entry)"}.get(x.axes[:-1][:1], "0")
-    heads = x.axes[-1:] if x.part == "head_data" else x.axes[1:-1]
-    if heads == "N":
+    of_head = x.part == "head_data"
+    entry, head = x.axes.rjust(2, "1") if of_head else x.axes[:-1].ljust(2, "1")
+    place = "int64_t(entry)" if entry == "B" else "0"
+    if head == "N":
         place = f"({place}) * heads + head"
-    elif heads == "1" and x.part == "head_data" and len(x.axes) == 1:
-        place = "0"
     if x.part == "q_data":
         return f"({place}) * queryLength + first"
-    return f"({place}) * keyLength + j * {n}" if x.part == "kv_data" else place
+    return place if of_head else f"({place}) * keyLength + j * {n}"
 
 
 class Tile:

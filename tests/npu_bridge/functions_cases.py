@@ -61,10 +61,10 @@ class Case:
         return drawn | inputs_of(**self.data(self.sizes))
 
 
-def plain(case: Case, inputs: dict[str, Any]) -> np.ndarray:
-    """[B, T, N, E] by the formula of attention, in float64."""
-    q, k, v = (np.asarray(inputs[n]).astype(np.float64) for n in ("query", "key", "value"))
-    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+def scores(case: Case, inputs: dict[str, Any]) -> np.ndarray:
+    """[B, N, T, S] the scores of the plain formula, −∞ where a key is hidden, in float64."""
+    q, k = (np.asarray(inputs[n]).astype(np.float64) for n in ("query", "key"))
+    k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
     s = np.einsum("btnd,bsnd->bnts", q, k) * q.shape[3] ** -0.5
     if case.cap is not None:
         s = case.cap * np.tanh(s / case.cap)
@@ -72,7 +72,13 @@ def plain(case: Case, inputs: dict[str, Any]) -> np.ndarray:
     if case.bias is not None:
         s = s + case.bias(*place, data)
     seen = True if case.seen is None else case.seen(*place, data)
-    s = np.where(seen, s, -np.inf)
+    return np.where(seen, s, -np.inf)
+
+
+def plain(case: Case, inputs: dict[str, Any]) -> np.ndarray:
+    """[B, T, N, E] by the formula of attention, in float64."""
+    s, v = scores(case, inputs), np.asarray(inputs["value"]).astype(np.float64)
+    v = np.repeat(v, s.shape[1] // v.shape[2], axis=2)
     top = np.max(s, axis=-1, keepdims=True)
     p = np.exp(s - np.where(np.isfinite(top), top, 0))
     total = p.sum(-1, keepdims=True)

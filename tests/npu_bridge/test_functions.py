@@ -26,7 +26,8 @@ from pasa_jax.core.errors import LoweringError
 from pasa_jax.core.mods import Mods
 from pasa_jax.core.tile import Numerics
 from tests import gallery
-from tests.npu_bridge.functions_cases import CASES, Case, Sizes, plain
+from tests.npu_bridge.functions_cases import CASES, Case, Sizes, plain, scores
+from tests.thin import only
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="g++ is not installed: apt install g++"
@@ -46,7 +47,10 @@ def error(case: Case, inputs: dict[str, Any], output: np.ndarray) -> float:
     return float(np.abs(output - plain(case, inputs)).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+_OFTEN = ("causal", "window", "prefix", "documents", "dilated", "positions", "ALiBi", "soft cap")
+
+
+@pytest.mark.parametrize("name", only(_OFTEN, CASES))
 def test_output_is_that_of_the_plain_formula(name: str) -> None:
     case = CASES[name]
     dtype = "bfloat16" if list(CASES).index(name) % 4 == 1 else "float16"
@@ -143,7 +147,16 @@ FAULTS: dict[str, tuple[Any, str, float]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+_OFTEN_FAULTS = (
+    "data of the first head",
+    "positions one late",
+    "a slope dropped",
+    "a mask inverted",
+    "int32 in float32",
+)
+
+
+@pytest.mark.parametrize("name", only(_OFTEN_FAULTS, FAULTS))
 def test_a_fault_is_shown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault, shown_by, mean = FAULTS[name]
     case = fresh(CASES[shown_by])
@@ -180,13 +193,17 @@ def executed(
     found = npu_bridge.run(place, inputs, kernel=kernel, program=program, policies=policies)
     assert found.complaints == []
     assert found.error <= found.tolerance
-    assert found.lse_error <= {"float16": 1e-3, "bfloat16": 2**-9}[kernel.dtype]
+    # Rows of one key show a rounding of their score: in bfloat16 ours are within 2.5e-3 of the
+    # formula, lax's within 3.2e-3. The paper's row means are multiplied by Inva (eq. 5) before they
+    # are given back: 1.9e-3 and 1.5e-3.
+    times = 4 if kernel.shift == "paper" else 1
+    assert found.lse_error <= times * {"float16": 1e-3, "bfloat16": 2**-8}[kernel.dtype]
     assert error(case, inputs, found.output) < BOUNDS[kernel.dtype]
 
 
 @needs_compiler
 def test_executed_on_the_emulator(tmp_path: Path) -> None:
-    sizes = Sizes(batch=2, heads=2, queries=40, keys=150)
+    sizes = Sizes(batch=2, heads=2, queries=20, keys=150)
     case = replace(CASES["ALiBi in documents"], sizes=sizes)
     kernel = case.kernel(head_dim=64)
     executed(case, kernel, case.inputs(kernel), tmp_path, ("-O0",), ("round_robin",))
@@ -225,26 +242,61 @@ def test_every_shift_on_the_emulator(name: str, shift: str, tmp_path: Path) -> N
     executed(case, kernel, case.inputs(kernel), tmp_path)
 
 
-@pytest.mark.npu_full
-@needs_compiler
-@pytest.mark.parametrize("name", ["ALiBi in documents", "soft cap", "prefix"])
-def test_what_is_not_right_is_computed_again(name: str, tmp_path: Path) -> None:
-    """Scores beyond float16, and a key and a value that are not finite where no row sees them."""
-    case = CASES[name]
-    kernel = case.kernel(repair=True, shift="none" if name == "prefix" else "mean")
-    inputs = case.inputs(kernel, amplitude=600.0)
-    hidden = {"ALiBi in documents": 200, "prefix": 190}.get(name)
+# Cases whose scores leave float16, or whose key and value at a place that no row sees are not
+# finite.
+DAMAGED = {
+    "ALiBi in documents": ({"amplitude": 600.0}, 200),
+    "soft cap": ({"amplitude": 600.0}, None),
+    "prefix": ({}, 190),
+}
+
+
+def damaged(name: str, **options: Any) -> tuple[Case, npu_bridge.Kernel, dict[str, Any]]:
+    """A kernel with repair and inputs that need it."""
+    case, (drawn, hidden) = CASES[name], DAMAGED[name]
+    kernel = case.kernel(repair=True, **options)
+    inputs = case.inputs(kernel, **drawn)
     if hidden is not None:
         for n, x in (("key", np.nan), ("value", np.inf)):
             inputs[n] = inputs[n].at[:, hidden].set(x)
+    return case, kernel, inputs
+
+
+def apart(lse: Any, name: str, inputs: dict[str, Any]) -> float:
+    """How far the log-sum-exps are from the formula's, relative to the largest score: the scores
+    are so large that a row has one weight, and are rounded to 11 bits.
+    """
+    case = CASES[name]
+    finite = inputs | {n: jnp.nan_to_num(inputs[n]) for n in ("key",)}
+    exact = scores(case, finite).max(-1).swapaxes(1, 2)
+    return float(np.abs(np.asarray(lse) - exact).max() / np.abs(exact).max())
+
+
+@pytest.mark.full
+def test_what_is_not_right_is_computed_again() -> None:
+    name = "ALiBi in documents"
+    _, kernel, inputs = damaged(name, head_dim=64)
+    arrays = {n: np.asarray(x) for n, x in inputs.items()}
+    found = interpreter.run(build(kernel), arrays, cores=3)
+    assert np.isfinite(found["output"]).all()
+    assert apart(found["lse"], name, inputs) < 2**-10
+    found = interpreter.run(build(replace(kernel, repair=False)), arrays, cores=3)
+    assert not apart(found["lse"], name, inputs) < 1
+
+
+@pytest.mark.npu_full
+@needs_compiler
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_not_right_on_the_emulator(name: str, tmp_path: Path) -> None:
+    _, kernel, inputs = damaged(name)
     npu_bridge.emit(kernel, tmp_path)
     found = npu_bridge.run(tmp_path, inputs, kernel=kernel, policies=("round_robin",))
-    assert found.ok, found.complaints
+    assert found.complaints == []
     assert np.isfinite(found.output).all()
-    npu_bridge.emit(replace(kernel, repair=False), tmp_path / "plain")
-    plainly = replace(kernel, repair=False)
-    spoiled = npu_bridge.run(tmp_path / "plain", inputs, kernel=plainly, policies=("round_robin",))
-    assert not np.isfinite(spoiled.output).all()
+    if found.lse is None:
+        assert found.error <= found.tolerance
+    else:
+        assert apart(found.lse, name, inputs) < 2**-10
 
 
 @pytest.mark.npu_full
@@ -383,7 +435,8 @@ SAME = {"score_mod": gallery.same}
 WRONG: list[tuple[dict[str, Any], str]] = [
     (
         {"q_data": INT},
-        "`q_data` must be None without a mask_mod or a score_mod; got something else.",
+        "`q_data` must be None without a mask_mod, a score_mod or a block mask that has one; got "
+        "something else.",
     ),
     (
         {"mask_mod": 3},
@@ -411,10 +464,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {**SAME, name: True},
-            f"`{name}` must be False beside a mask_mod or a score_mod; got True. Their rows are "
-            "not those of one head's queries. Use a kernel without it.",
+            f"`{name}` must be False beside a mask_mod or a score_mod; got True. {way}",
         )
-        for name in ("packed", "decode")
+        for name, way in (
+            ("packed", "Give sequences as ids in q_data and kv_data: mask_mod can compare them."),
+            ("decode", "The rows of its tiles are query heads, not queries. Use decode=False."),
+        )
     ),
 ]
 
