@@ -221,9 +221,9 @@ def _key_kernel(
             found, shared = walk.reverse(walk.rows(start), key, start, j, seen, outs)
             return carry[0] + found.k, carry[1] + found.v, _sum(carry[2], shared.of_keys)
 
-        *carry, shared = walk.over_rows(j, step, (*carry, walk.zeros(outs)))
+        d_k, d_v, shared = walk.over_rows(j, step, (*carry, walk.zeros(outs)))
         walk.store_shared(of_head, shared, walk.keys_at(j))
-        return tuple(carry)
+        return d_k, d_v
 
     groups = refs.query.shape[1]
     carry = (jnp.zeros(key.k.shape, jnp.float32), jnp.zeros(key.v.shape, jnp.float32))

@@ -182,8 +182,8 @@ class TileWalk(Walk):
     def outer(self, q: list[Array], k: list[Array], g: int) -> Array:
         """[block_q, n], or [n, block_q], the product of the factors of query head g."""
         of_q, of_k = (x[min(g, len(x) - 1)] for x in (q, k))
-        rows = ([x[r : r + 1] for r in range(len(x))] for x in (of_q, of_k))
-        return tile.outer(*rows, self.numerics)
+        rows, keys = ([x[r : r + 1] for r in range(len(x))] for x in (of_q, of_k))
+        return tile.outer(rows, keys, self.numerics)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
