@@ -94,7 +94,7 @@ def _backward(
     operands, mask, result = residuals
     with jax.disable_jit(False):  # as in `run`
         gradients = _compiled_backward(core, operands, mask, result, *cotangents)
-    return jax.tree.map(_reduced, gradients, operands), None
+    return jax.tree.map(reduced, gradients, operands), None
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -102,7 +102,7 @@ def _compiled_backward(core: Core, operands: Operands, mask: Mask, *rest: Any) -
     return core.backward(operands, mask, core.plan, *rest)
 
 
-def _reduced(cotangent: Array, operand: Array) -> Array:
+def reduced(cotangent: Array, operand: Array) -> Array:
     """Summed over the manual mesh axes (`shard_map`) over which the operand is replicated."""
     varying, own = (jax.typeof(x).manual_axis_type.varying for x in (cotangent, operand))
     axes = tuple(varying - own)

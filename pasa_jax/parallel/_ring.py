@@ -1,0 +1,268 @@
+"""The ring: keys and values travel from device to device, the results of the parts are merged.
+
+At hop h a device has the keys of the device h places before it. They are sent on before they are
+used. The backward pass sends them round again, and their gradients with them, in float32; queries,
+outputs and the queries' gradients stay. Nothing but a device's own parts is kept in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax.call.backends import BACKENDS
+from pasa_jax.call.differentiation import reduced
+from pasa_jax.call.partial import Partial, merge
+from pasa_jax.core import tile
+from pasa_jax.core.heads import varying
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Operands, Result
+from pasa_jax.core.plan import Plan
+from pasa_jax.parallel import _part
+from pasa_jax.parallel._line import Line
+from pasa_jax.parallel._part import Moving, Told, Where
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The static part of a ring.
+
+    Arguments:
+      backend: the implementation's name.
+      plan: adapted to it.
+      anywhere: as in `Backend.passes`.
+    """
+
+    line: Line
+    backend: str
+    plan: Plan
+    anywhere: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def ring_attention(ring: Ring, operands: Operands, mask: Mask) -> tuple[Array, Array]:
+    """The output in the inputs' type, and the log-sum-exp, of a call in the local form."""
+    return _forward(ring, operands, mask)[0]
+
+
+def _forward(ring: Ring, operands: Operands, mask: Mask) -> tuple[tuple[Array, Array], Any]:
+    moving, told = _part.of_keys(operands, mask)
+    total: Partial | None = None
+    for hop in range(ring.line.size):
+        following = (moving, told)
+        if hop + 1 < ring.line.size:  # sent before the work
+            following = ring.line.rotate(following)
+        out, lse = _hop(ring, hop, operands, mask, moving, told)
+        part = Partial.of(out, lse, None)
+        total = part if total is None else merge(total, part)
+        # One after another: else all keys could be here at once.
+        (moving, told), total = lax.optimization_barrier((following, total))
+    assert total is not None
+    out, lse = total.output(operands.sinks)
+    valid = _valid(ring, mask)
+    if valid is not None:  # a sink gives padding weight
+        out = jnp.where(valid[..., None, None], out, jnp.zeros_like(out))
+        lse = jnp.where(valid[..., None], lse, tile.lowest(lse.dtype))
+    promises = ring.plan.promises_finite
+    out, rest = tile.rounded(out, operands.query.dtype, clip=promises)
+    return (out, lse), (operands, mask, out, rest, lse)
+
+
+def _hop(
+    ring: Ring, hop: int, operands: Operands, mask: Mask, moving: Moving, told: Told
+) -> tuple[Array, Array]:
+    """The output in float32 and the log-sum-exp of one part."""
+    plan = replace(ring.plan, wide_output=True)
+
+    def attend(apart: int | None) -> tuple[Array, Array]:
+        where = _where(ring, hop, mask, moving, apart)
+        given = _part.columns(_part.with_moving(operands, moving), moving.key.shape[1], where)
+        given, seen = _part.seen_by_part(
+            given._replace(sinks=None), _part.with_told(mask, told, moving.key.shape[1]), where
+        )
+        forward, _ = BACKENDS[ring.backend].passes(given, seen, plan, anywhere=ring.anywhere)
+        result = forward(given, seen, plan, wanted="lse")
+        return varying((result.out, result.lse), like)
+
+    def nothing() -> tuple[Array, Array]:
+        wide = tile.wide_type(operands.query.dtype)
+        rows = operands.query.shape[:3]
+        empty = (
+            jnp.zeros((*rows, operands.value.shape[3]), wide),
+            jnp.full(rows, tile.lowest(wide), wide),
+        )
+        return varying(empty, like)
+
+    like = (operands, mask, moving, told, ring.line.index())
+    return _either(ring, hop, mask, attend, nothing)
+
+
+def _either(ring: Ring, hop: int, mask: Mask, work: Any, nothing: Any) -> Any:
+    """``work`` at the distance at which queries and keys stand in this hop, or ``nothing`` where
+    none sees another. Two distances occur: the ring has an end.
+    """
+    distances = apart(mask, ring.line.size, hop)
+    branches = []
+    for distance in distances:
+        sees = distance is None or sees_any(mask, distance)
+        branches.append(partial(work, distance) if sees else nothing)
+    if len(branches) == 1:
+        return branches[0]()
+    before, beyond = branches
+    return lax.cond(ring.line.index() >= hop, before, beyond)
+
+
+def apart(mask: Mask, devices: int, hop: int) -> tuple[int | None, ...]:
+    """How far the queries stand from the keys of a hop: on the devices from ``hop`` on, and on the
+    others, if that matters. None: it is known on the device alone.
+    """
+    length = mask.query_length
+    if not (mask.is_causal or mask.window is not None):
+        return (0,)
+    if mask.query_positions is not None or mask.key_length != length:
+        return (None,)
+    return (hop * length,) if hop == 0 else (hop * length, (hop - devices) * length)
+
+
+def sees_any(mask: Mask, distance: int) -> bool:
+    """Whether a query may see a key of a part, by causality and window."""
+    left, right = mask.reach()
+    last = mask.query_length - 1 + distance
+    ahead = right is None or last + right >= 0
+    return ahead and (left is None or distance - left <= mask.key_length - 1)
+
+
+def _where(ring: Ring, hop: int, mask: Mask, moving: Moving, distance: int | None) -> Where:
+    """Where queries and keys of a hop stand."""
+    index, keys = ring.line.index(), moving.key.shape[1]
+    source = (index - hop) % ring.line.size
+    return Where(index * mask.query_length, source * keys, distance, keys * ring.line.size)
+
+
+def _valid(ring: Ring, mask: Mask) -> Array | None:
+    """[B, T] bool of this device's queries, or None: all are."""
+    if mask.query_lengths is None:
+        return None
+    places = ring.line.index() * mask.query_length + jnp.arange(mask.query_length, dtype=jnp.int32)
+    return places < mask.query_lengths[:, None]
+
+
+def _backward(ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Operands, None]:
+    operands, mask, out, rest, lse = residuals
+    d_out, d_lse = cotangents
+    wide = lse.dtype
+    live = lse != tile.lowest(wide)
+    unit = ring.plan.numerics(operands.key.shape[1]).unit
+    result = Result(
+        out=out,
+        lse=lse,
+        m=lse * wide.type(unit),
+        l=live.astype(wide),
+        remainder=rest,
+        whole=lse,
+    )
+    moving, told = _part.of_keys(operands, mask)
+    of_moving = None
+    of_fixed = None
+    for hop in range(ring.line.size):
+        following = (moving, told)
+        if hop + 1 < ring.line.size:
+            following = ring.line.rotate(following)
+        if of_moving is not None:
+            of_moving = ring.line.rotate(of_moving)
+        fixed, moved = _hop_backward(ring, hop, operands, mask, moving, told, result, d_out, d_lse)
+        of_fixed, of_moving = _sum(of_fixed, fixed), _sum(of_moving, moved)
+        (moving, told), of_fixed, of_moving = lax.optimization_barrier(
+            (following, of_fixed, of_moving)
+        )
+    if ring.line.size > 1:
+        of_moving = ring.line.rotate(of_moving)  # home
+    total = _part.with_moving(of_fixed, of_moving)
+    if operands.sinks is not None:
+        total = total._replace(sinks=_of_sinks(operands.sinks, result, live, d_out, d_lse))
+    total = jax.tree.map(lambda x, like: x.astype(like.dtype), total, operands)
+    return jax.tree.map(reduced, total, operands), None
+
+
+def _hop_backward(
+    ring: Ring,
+    hop: int,
+    operands: Operands,
+    mask: Mask,
+    moving: Moving,
+    told: Told,
+    result: Result,
+    d_out: Array,
+    d_lse: Array,
+) -> tuple[Operands, Moving]:
+    """The cotangents of what stays and of what moves, in float32, from one part."""
+    fixed = operands._replace(sinks=None)
+    wide = tile.wide_type(operands.query.dtype)
+
+    def zeros(x: Array) -> Array:
+        return jnp.zeros(x.shape, wide)
+
+    def nothing() -> Any:
+        return varying(jax.tree.map(zeros, (_without_keys(fixed), moving)), like)
+
+    def gradients(distance: int | None) -> Any:
+        where = _where(ring, hop, mask, moving, distance)
+        keys = moving.key.shape[1]
+
+        given = _part.columns(_part.with_moving(fixed, moving), keys, where)
+        given, seen = _part.seen_by_part(given, _part.with_told(mask, told, keys), where)
+        _, backward = BACKENDS[ring.backend].passes(given, seen, ring.plan, anywhere=ring.anywhere)
+        found = backward(given, seen, ring.plan, _marked(ring, result, like), d_out, d_lse)
+        if mask.mods is not None:  # without the places
+            data = found.data._replace(query=found.data.query[:-1], key=found.data.key[:-1])
+            found = found._replace(data=data)
+        found = jax.tree.map(lambda x: x.astype(wide), found)
+        if found.bias is not None:
+            found = found._replace(bias=_part.spread(found.bias, fixed.bias, where))
+        of_moving, _ = _part.of_keys(found, mask)
+        return varying((_without_keys(found), of_moving), like)
+
+    like = (operands, mask, moving, told, d_out, d_lse, ring.line.index())
+    return _either(ring, hop, mask, gradients, nothing)
+
+
+def _marked(ring: Ring, result: Result, like: Any) -> Result:
+    """The result as a kernel's backward pass takes it: its lax walk is asked where there is a guard
+    in the kernel's own arithmetic.
+    """
+    if not BACKENDS[ring.backend].is_kernel:
+        return result
+    guarded = jnp.bool_(ring.plan.precision.products == "float16")
+    return result._replace(by_lax=varying(guarded, like))
+
+
+def _without_keys(operands: Operands) -> Operands:
+    """What stays on the device."""
+    factors = operands.factors
+    if factors is not None:
+        factors = factors._replace(k=None)
+    data = operands.data._replace(key=())
+    return operands._replace(key=None, value=None, factors=factors, data=data)
+
+
+def _sum(total: Any, part: Any) -> Any:
+    return part if total is None else jax.tree.map(jnp.add, total, part)
+
+
+def _of_sinks(sinks: Array, result: Result, live: Array, d_out: Array, d_lse: Array) -> Array:
+    """[N] the cotangent of the sinks, which have no value."""
+    wide = result.lse.dtype
+    gap = jnp.where(live, sinks.astype(wide) - result.lse, tile.lowest(wide))
+    out = result.out.astype(wide) + result.remainder.astype(wide)
+    delta = jnp.sum(d_out.astype(wide) * out, axis=-1) - d_lse
+    return -jnp.sum(jnp.exp(gap) * jnp.where(live, delta, 0), axis=(0, 1))
+
+
+ring_attention.defvjp(_forward, _backward)
