@@ -10,15 +10,17 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from pasa_jax.call.arguments import Call
+from pasa_jax.call.arguments import ARRAYS, Arguments, Call
 from pasa_jax.call.backends import choose
 from pasa_jax.call.compute import compute
+from pasa_jax.call.explanation import Explanation, explained
 from pasa_jax.call.observe import announce
 from pasa_jax.core.errors import check_choice, wrong
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.mods import Data
 from pasa_jax.core.operands import Factors, Operands
 from pasa_jax.parallel import _local, _schemes
+from pasa_jax.parallel._cost import Cost, Plan, plan
 from pasa_jax.parallel._line import Line
 from pasa_jax.parallel._padding import padded
 from pasa_jax.parallel._schemes import SCHEMES, Job
@@ -159,6 +161,53 @@ def _axes(operands: Operands, mask: Mask) -> tuple[Operands, Mask]:
 
 
 @dataclass(frozen=True)
+class ParallelExplanation:
+    """What a call over a mesh would do, and what other schemes would cost.
+
+    Arguments:
+      reason: why this scheme.
+      costs: of every scheme, on paper.
+      blocks: whether blocks of keys, and so their means κ, are those of one device.
+      device: what `dot_product_attention` says of the whole call; a device computes parts of it.
+    """
+
+    scheme: str
+    ulysses_devices: int | None
+    reason: str
+    costs: tuple[Cost, ...]
+    blocks: str
+    device: Explanation
+
+    def __str__(self) -> str:
+        name = (
+            self.scheme
+            if self.ulysses_devices is None
+            else (f"{self.scheme} ({self.ulysses_devices})")
+        )
+        lines = [
+            f"scheme          {name}: {self.reason}",
+            f"blocks of keys  {self.blocks}",
+            *(f"on paper        {cost}" for cost in self.costs),
+            str(self.device),
+        ]
+        return "\n".join(lines)
+
+
+def _blocks(layout: Layout, call: Call) -> str:
+    """Whether blocks of keys are cut as on one device."""
+    as_on_one = "as on one device"
+    if layout.scheme in ("all_gather", "ulysses"):
+        return as_on_one
+    groups = layout.devices(layout.sequence)
+    if layout.scheme == "ring_ulysses":
+        groups //= layout.sharing
+    part, block = -(-call.operands.key.shape[1] // groups), call.plan.schedule.block_kv
+    if part % block == 0 or groups == 1:
+        return as_on_one
+    return f"a device's {part} keys are no multiple of block_kv={block}: other means than on one"
+
+
+@dataclass(frozen=True)
 class ParallelAttention:
     """What `attention_fn` returns: a function like `dot_product_attention`.
 
@@ -170,7 +219,7 @@ class ParallelAttention:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Attention of whole arrays; see `attention_fn`."""
-        given = _local.bound(*args, **{**dict(self.defaults), **kwargs})
+        given = self._given(args, kwargs)
         call = Call.of(given)
         if call.empty:
             return compute(given)
@@ -178,18 +227,61 @@ class ParallelAttention:
         chosen = choose(given.implementation, call.operands, call.mask, call.plan)
         announce(call.operands, call.mask, chosen.plan)
         job = Job(given.implementation, call.plan, lse=given.return_residual)
-        layout = self._for(call)
-        program = _Program(layout, job, given.return_statistics)
+        program = _Program(self._for(call)[0], job, given.return_statistics)
         with jax.disable_jit(False):
             results = _computed(program, call.operands, call.mask)
         parts = [jax.tree.map(call.unbatch, x) for x in results if x is not None]
         return parts[0] if len(parts) == 1 else tuple(parts)
 
-    def _for(self, call: Call) -> Layout:
-        """The layout with a scheme chosen."""
-        if self.layout.scheme != "auto":
-            return self.layout
-        return replace(self.layout, scheme="all_gather")
+    def explain(self, *args: Any, **kwargs: Any) -> ParallelExplanation:
+        """What a call would do: the scheme, every scheme's cost on paper, and what a device runs.
+
+        Arguments: as of the call; arrays may be `jax.ShapeDtypeStruct`.
+        """
+        given = self._given(args, kwargs)
+        call: list[Call] = []
+
+        def trace(arrays: dict[str, Any]) -> None:
+            call.append(Call.of(replace(given, **arrays)))
+
+        arrays = {name: getattr(given, name) for name in ARRAYS}
+        jax.eval_shape(trace, {name: x for name, x in arrays.items() if x is not None})
+        self._check(call[0].operands)
+        layout, costs = self._for(call[0])
+        return ParallelExplanation(
+            scheme=layout.scheme,
+            ulysses_devices=layout.sharing if layout.scheme == "ring_ulysses" else None,
+            reason=costs.reason if self.layout.scheme == "auto" else "it was asked for",
+            costs=costs.costs,
+            blocks=_blocks(layout, call[0]),
+            device=explained(given),
+        )
+
+    def _given(self, args: Any, kwargs: Any) -> Arguments:
+        return _local.bound(*args, **{**dict(self.defaults), **kwargs})
+
+    def _for(self, call: Call) -> tuple[Layout, Plan]:
+        """The layout with a scheme chosen, and what every scheme costs."""
+        layout, o = self.layout, call.operands
+        costs = plan(
+            layout.mesh,
+            *o.query.shape[:2],
+            o.key.shape[1],
+            o.query.shape[2],
+            *o.key.shape[2:],
+            o.query.dtype,
+            call.mask.is_causal,
+            E=max(1, o.value.shape[3]),
+            batch=layout.batch,
+            heads=layout.heads,
+            sequence=layout.sequence,
+            ulysses_devices=layout.ulysses_devices,
+            balanced=call.mask.query_positions is not None,
+        )
+        if layout.scheme != "auto":
+            return layout, costs
+        chosen = costs.chosen
+        return replace(layout, scheme=chosen.scheme, ulysses_devices=chosen.ulysses_devices), costs
 
     def _check(self, operands: Operands) -> None:
         """Raises unless the mesh divides batch and heads."""
@@ -215,7 +307,34 @@ def attention_fn(
     ulysses_devices: int | None = None,
     **defaults: Any,
 ) -> ParallelAttention:
-    """`dot_product_attention` over a mesh of devices."""
+    """`dot_product_attention` over a mesh of devices: the same arguments, whole arrays in and out.
+
+    For use under `jax.jit`, and as the option ``attention`` of `pasa_jax.plugins`. It is one
+    `jax.shard_map` over the mesh. Sequences that the devices do not divide are padded inside.
+
+    Arguments:
+      mesh: a `jax.sharding.Mesh` or `AbstractMesh`, with axes of type Auto or Explicit.
+      batch, heads, sequence: the names of the axes, each a name, a tuple of names (the outermost
+        first), or None, over which batch entries, heads and tokens are cut. The devices of
+        ``batch`` must divide B, those of ``heads`` N; key heads are repeated where they do not
+        divide K.
+      scheme: ``"all_gather"``: every device has all keys and values of its heads. ``"ulysses"``:
+        devices exchange tokens for heads, and back; they must divide N. ``"ring"``: keys and values
+        travel, and no device has more than two parts of them. ``"ring_ulysses"``: neighbours share
+        heads, and keys travel between such groups. ``"auto"``: the fastest on paper (`plan`).
+      ulysses_devices: how many devices share heads in ``"ring_ulysses"``; by default those of the
+        second axis, where ``sequence`` names two.
+      defaults: arguments of `dot_product_attention` for calls that do not give them.
+
+    Returns:
+      A `ParallelAttention`; its method ``explain`` says what a call would do. Where tokens stand
+      in the arrays is what causality, windows, functions and dropout count by, as on one device;
+      with ``q_positions`` and ``kv_positions`` causality and windows go by these.
+
+    Raises:
+      ValueError: an unknown scheme or axis, an axis used twice; when called, a wrong argument, or
+        heads or batch entries that the mesh does not divide.
+    """
     check_choice("scheme", scheme, ("auto", *SCHEMES))
     places = {"batch": batch, "heads": heads, "sequence": sequence}
     named = {name: _names(name, axes, mesh) for name, axes in places.items()}
@@ -223,7 +342,13 @@ def attention_fn(
     for axis in every:
         if every.count(axis) > 1:
             raise wrong("mesh", "give each of its axes to one of batch, heads and sequence", axis)
+    if scheme == "ring_ulysses" and ulysses_devices is None and len(named["sequence"]) != 2:
+        allowed = "be given for 'ring_ulysses', unless `sequence` names two axes"
+        raise wrong("ulysses_devices", allowed, None)
     layout = Layout(mesh, **named, scheme=scheme, ulysses_devices=ulysses_devices)
+    if ulysses_devices is not None and layout.devices(layout.sequence) % ulysses_devices:
+        allowed = f"divide the {layout.devices(layout.sequence)} devices of the sequence"
+        raise wrong("ulysses_devices", allowed, ulysses_devices)
     return ParallelAttention(layout, tuple(sorted(defaults.items())))
 
 

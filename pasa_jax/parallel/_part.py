@@ -104,12 +104,12 @@ def columns(operands: Operands, keys: int, where: Where) -> Operands:
     return operands._replace(bias=lax.dynamic_slice_in_dim(operands.bias, where.key, keys, 3))
 
 
-def spread(part: Array, bias: Array, where: Where) -> Array:
+def spread(part: Array, bias: Array, key: Index) -> Array:
     """The gradient of the whole ``bias`` from that of its `columns`."""
     if part.shape == bias.shape:
         return part
-    whole = varying(jnp.zeros(bias.shape, part.dtype), (part, where.key))
-    return lax.dynamic_update_slice_in_dim(whole, part, where.key, 3)
+    whole = varying(jnp.zeros(bias.shape, part.dtype), (part, key))
+    return lax.dynamic_update_slice_in_dim(whole, part, key, 3)
 
 
 def seen_by_part(operands: Operands, mask: Mask, where: Where) -> tuple[Operands, Mask]:
@@ -130,17 +130,13 @@ def seen_by_part(operands: Operands, mask: Mask, where: Where) -> tuple[Operands
             )
         else:
             mask = replace(mask, place=where.apart)
-
-    def within(lengths: Array | None, at: Array, most: int) -> Array | None:
-        return None if lengths is None else jnp.clip(lengths - at, 0, most)
-
     array = mask.array
     if array is not None and array.shape[3] > 1 and keys != where.whole:
         array = lax.dynamic_slice_in_dim(array, k_at, keys, 3)
     mask = replace(
         mask,
-        query_lengths=within(mask.query_lengths, q_at, rows),
-        key_lengths=within(mask.key_lengths, k_at, keys),
+        query_lengths=_within(mask.query_lengths, q_at, rows),
+        key_lengths=_within(mask.key_lengths, k_at, keys),
         array=array,
         kinds=None if mask.kinds is None else _blocks(mask, q_at, k_at),
         dropout_origin=None if mask.dropout is None else jnp.stack([q_at, k_at]),
@@ -152,6 +148,11 @@ def seen_by_part(operands: Operands, mask: Mask, where: Where) -> tuple[Operands
     )
     places = (q_at + jnp.arange(rows, dtype=jnp.int32), k_at + jnp.arange(keys, dtype=jnp.int32))
     return operands._replace(data=data), replace(mask, mods=by_place(mask.mods, *places))
+
+
+def _within(lengths: Array | None, at: Array, most: int) -> Array | None:
+    """How many of the ``most`` tokens from ``at`` on are within lengths of the whole."""
+    return None if lengths is None else jnp.clip(lengths - at, 0, most)
 
 
 def _blocks(mask: Mask, q_at: Array, k_at: Array) -> Array:

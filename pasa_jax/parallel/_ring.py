@@ -79,44 +79,77 @@ def _hop(
     ring: Ring, hop: int, operands: Operands, mask: Mask, moving: Moving, told: Told
 ) -> tuple[Array, Array]:
     """The output in float32 and the log-sum-exp of one part."""
-    plan = replace(ring.plan, wide_output=True)
+    fixed = operands._replace(sinks=None)
+    like = (operands, mask, moving, told, ring.line.index())
 
-    def attend(apart: int | None) -> tuple[Array, Array]:
-        where = _where(ring, hop, mask, moving, apart)
-        given = _part.columns(_part.with_moving(operands, moving), moving.key.shape[1], where)
-        given, seen = _part.seen_by_part(
-            given._replace(sinks=None), _part.with_told(mask, told, moving.key.shape[1]), where
-        )
-        forward, _ = BACKENDS[ring.backend].passes(given, seen, plan, anywhere=ring.anywhere)
-        result = forward(given, seen, plan, wanted="lse")
-        return varying((result.out, result.lse), like)
+    def attend(distance: int | None, mask: Mask) -> tuple[Array, Array]:
+        where = _where(ring, hop, mask, moving)
+        return varying(_attend_part(ring, distance, fixed, mask, moving, told, where), like)
 
     def nothing() -> tuple[Array, Array]:
         wide = tile.wide_type(operands.query.dtype)
         rows = operands.query.shape[:3]
-        empty = (
-            jnp.zeros((*rows, operands.value.shape[3]), wide),
-            jnp.full(rows, tile.lowest(wide), wide),
-        )
-        return varying(empty, like)
+        out = jnp.zeros((*rows, operands.value.shape[3]), wide)
+        return varying((out, jnp.full(rows, tile.lowest(wide), wide)), like)
 
-    like = (operands, mask, moving, told, ring.line.index())
     return _either(ring, hop, mask, attend, nothing)
+
+
+# Traced once for all hops at which a device sees as much.
+@partial(jax.jit, static_argnums=(0, 1))
+def _attend_part(
+    ring: Ring,
+    distance: int | None,
+    fixed: Operands,
+    mask: Mask,
+    moving: Moving,
+    told: Told,
+    where: tuple[Array, Array],
+) -> tuple[Array, Array]:
+    """Output in float32 and log-sum-exp of queries and keys that start at ``where``."""
+    plan = replace(ring.plan, wide_output=True)
+    given, seen = _part_of(ring, distance, fixed, mask, moving, told, where)
+    forward, _ = BACKENDS[ring.backend].passes(given, seen, plan, anywhere=ring.anywhere)
+    result = forward(given, seen, plan, wanted="lse")
+    return result.out, result.lse
+
+
+def _part_of(
+    ring: Ring,
+    distance: int | None,
+    fixed: Operands,
+    mask: Mask,
+    moving: Moving,
+    told: Told,
+    where: tuple[Array, Array],
+) -> tuple[Operands, Mask]:
+    keys = moving.key.shape[1]
+    at = Where(*where, distance, keys * ring.line.size)
+    given = _part.columns(_part.with_moving(fixed, moving), keys, at)
+    return _part.seen_by_part(given, _part.with_told(mask, told, keys), at)
 
 
 def _either(ring: Ring, hop: int, mask: Mask, work: Any, nothing: Any) -> Any:
     """``work`` at the distance at which queries and keys stand in this hop, or ``nothing`` where
     none sees another. Two distances occur: the ring has an end.
     """
-    distances = apart(mask, ring.line.size, hop)
     branches = []
-    for distance in distances:
-        sees = distance is None or sees_any(mask, distance)
-        branches.append(partial(work, distance) if sees else nothing)
+    for distance in apart(mask, ring.line.size, hop):
+        if distance is None or sees_any(mask, distance):
+            branches.append(partial(work, *_simplest(mask, distance)))
+        else:
+            branches.append(nothing)
     if len(branches) == 1:
         return branches[0]()
     before, beyond = branches
     return lax.cond(ring.line.index() >= hop, before, beyond)
+
+
+def _simplest(mask: Mask, distance: int | None) -> tuple[int | None, Mask]:
+    """The distance and the mask; without causality and window where they hide nothing."""
+    if distance is None or not sees_all(mask, distance):
+        return distance, mask
+    return 0, replace(mask, is_causal=False, window=None)
 
 
 def apart(mask: Mask, devices: int, hop: int) -> tuple[int | None, ...]:
@@ -139,11 +172,19 @@ def sees_any(mask: Mask, distance: int) -> bool:
     return ahead and (left is None or distance - left <= mask.key_length - 1)
 
 
-def _where(ring: Ring, hop: int, mask: Mask, moving: Moving, distance: int | None) -> Where:
-    """Where queries and keys of a hop stand."""
-    index, keys = ring.line.index(), moving.key.shape[1]
+def sees_all(mask: Mask, distance: int) -> bool:
+    """Whether every query sees every key of a part, by causality and window."""
+    left, right = mask.reach()
+    last = mask.query_length - 1 + distance
+    behind = left is None or last - left <= 0
+    return behind and (right is None or distance + right >= mask.key_length - 1)
+
+
+def _where(ring: Ring, hop: int, mask: Mask, moving: Moving) -> tuple[Array, Array]:
+    """The places in the whole at which the queries and the keys of a hop start."""
+    index = ring.line.index()
     source = (index - hop) % ring.line.size
-    return Where(index * mask.query_length, source * keys, distance, keys * ring.line.size)
+    return index * mask.query_length, source * moving.key.shape[1]
 
 
 def _valid(ring: Ring, mask: Mask) -> Array | None:
@@ -212,25 +253,42 @@ def _hop_backward(
     def nothing() -> Any:
         return varying(jax.tree.map(zeros, (_without_keys(fixed), moving)), like)
 
-    def gradients(distance: int | None) -> Any:
-        where = _where(ring, hop, mask, moving, distance)
-        keys = moving.key.shape[1]
-
-        given = _part.columns(_part.with_moving(fixed, moving), keys, where)
-        given, seen = _part.seen_by_part(given, _part.with_told(mask, told, keys), where)
-        _, backward = BACKENDS[ring.backend].passes(given, seen, ring.plan, anywhere=ring.anywhere)
-        found = backward(given, seen, ring.plan, _marked(ring, result, like), d_out, d_lse)
-        if mask.mods is not None:  # without the places
-            data = found.data._replace(query=found.data.query[:-1], key=found.data.key[:-1])
-            found = found._replace(data=data)
-        found = jax.tree.map(lambda x: x.astype(wide), found)
-        if found.bias is not None:
-            found = found._replace(bias=_part.spread(found.bias, fixed.bias, where))
-        of_moving, _ = _part.of_keys(found, mask)
-        return varying((_without_keys(found), of_moving), like)
+    def gradients(distance: int | None, mask: Mask) -> Any:
+        where = _where(ring, hop, mask, moving)
+        arrays = (fixed, mask, moving, told, where, _marked(ring, result, like), d_out, d_lse)
+        return varying(_gradients_of_part(ring, distance, *arrays), like)
 
     like = (operands, mask, moving, told, d_out, d_lse, ring.line.index())
     return _either(ring, hop, mask, gradients, nothing)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _gradients_of_part(
+    ring: Ring,
+    distance: int | None,
+    fixed: Operands,
+    mask: Mask,
+    moving: Moving,
+    told: Told,
+    where: tuple[Array, Array],
+    result: Result,
+    d_out: Array,
+    d_lse: Array,
+) -> tuple[Operands, Moving]:
+    """What `_hop_backward` returns, of queries and keys that start at ``where``."""
+    given, seen = _part_of(ring, distance, fixed, mask, moving, told, where)
+    _, backward = BACKENDS[ring.backend].passes(given, seen, ring.plan, anywhere=ring.anywhere)
+    found = backward(given, seen, ring.plan, result, d_out, d_lse)
+    if mask.mods is not None:  # without the places
+        data = found.data._replace(query=found.data.query[:-1], key=found.data.key[:-1])
+        found = found._replace(data=data)
+    wide = tile.wide_type(fixed.query.dtype)
+    found = jax.tree.map(lambda x: x.astype(wide), found)
+    if found.bias is not None:
+        assert fixed.bias is not None
+        found = found._replace(bias=_part.spread(found.bias, fixed.bias, where[1]))
+    of_moving, _ = _part.of_keys(found, mask)
+    return _without_keys(found), of_moving
 
 
 def _marked(ring: Ring, result: Result, like: Any) -> Result:
