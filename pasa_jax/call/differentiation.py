@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
+from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
@@ -92,8 +93,10 @@ def _backward(
     core: Core, residuals: Any, cotangents: tuple[Array, Array | None]
 ) -> tuple[Operands, None]:
     operands, mask, result = residuals
+    # Otherwise what is replicated would be summed over devices within the loops over tiles.
+    given = varying(operands, residuals)
     with jax.disable_jit(False):  # as in `run`
-        gradients = _compiled_backward(core, operands, mask, result, *cotangents)
+        gradients = _compiled_backward(core, given, mask, result, *cotangents)
     return jax.tree.map(reduced, gradients, operands), None
 
 

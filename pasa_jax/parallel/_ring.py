@@ -244,7 +244,8 @@ def _hop_backward(
     d_lse: Array,
 ) -> tuple[Operands, Moving]:
     """The cotangents of what stays and of what moves, in float32, from one part."""
-    fixed = operands._replace(sinks=None)
+    like = (operands, mask, moving, told, d_out, d_lse, ring.line.index())
+    fixed = varying(operands._replace(sinks=None), like)  # summed over devices at the end alone
     wide = tile.wide_type(operands.query.dtype)
 
     def zeros(x: Array) -> Array:
@@ -258,7 +259,6 @@ def _hop_backward(
         arrays = (fixed, mask, moving, told, where, _marked(ring, result, like), d_out, d_lse)
         return varying(_gradients_of_part(ring, distance, *arrays), like)
 
-    like = (operands, mask, moving, told, d_out, d_lse, ring.line.index())
     return _either(ring, hop, mask, gradients, nothing)
 
 
