@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.mods import Data, Mods, call
 from pasa_jax.core.operands import Factors, Operands
@@ -102,14 +101,6 @@ def columns(operands: Operands, keys: int, where: Where) -> Operands:
     if operands.bias is None or operands.bias.shape[3] == 1 or keys == where.whole:
         return operands
     return operands._replace(bias=lax.dynamic_slice_in_dim(operands.bias, where.key, keys, 3))
-
-
-def spread(part: Array, bias: Array, key: Index) -> Array:
-    """The gradient of the whole ``bias`` from that of its `columns`."""
-    if part.shape == bias.shape:
-        return part
-    whole = varying(jnp.zeros(bias.shape, part.dtype), (part, key))
-    return lax.dynamic_update_slice_in_dim(whole, part, key, 3)
 
 
 def seen_by_part(operands: Operands, mask: Mask, where: Where) -> tuple[Operands, Mask]:

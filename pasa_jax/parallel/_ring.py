@@ -23,6 +23,7 @@ from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result
 from pasa_jax.core.plan import Plan
+from pasa_jax.implementations.head_walk import add_at
 from pasa_jax.parallel import _part
 from pasa_jax.parallel._line import Line
 from pasa_jax.parallel._part import Moving, Told, Where
@@ -54,17 +55,30 @@ def ring_attention(ring: Ring, operands: Operands, mask: Mask) -> tuple[Array, A
 
 def _forward(ring: Ring, operands: Operands, mask: Mask) -> tuple[tuple[Array, Array], Any]:
     moving, told = _part.of_keys(operands, mask)
-    total: Partial | None = None
+    fixed = operands._replace(sinks=None)
+    wide, rows = tile.wide_type(operands.query.dtype), operands.query.shape[:3]
+    nothing = Partial(
+        o=jnp.zeros((*rows, operands.value.shape[3]), wide),
+        l=jnp.zeros(rows, wide),
+        m=jnp.full(rows, tile.lowest(wide), wide),
+    )
+    total = varying(nothing, (operands, mask, ring.line.index()))
     for hop in range(ring.line.size):
-        following = (moving, told)
-        if hop + 1 < ring.line.size:  # sent before the work
-            following = ring.line.rotate(following)
-        out, lse = _hop(ring, hop, operands, mask, moving, told)
-        part = Partial.of(out, lse, None)
-        total = part if total is None else merge(total, part)
-        # One after another: else all keys could be here at once.
-        (moving, told), total = lax.optimization_barrier((following, total))
-    assert total is not None
+        following = _sent(ring, hop, (moving, told))
+
+        def work(
+            distance: int | None,
+            mask: Mask,
+            total: Partial,
+            hop: int = hop,
+            now: Any = (moving, told),
+        ) -> Partial:
+            where = _where(ring, hop, mask, now[0])
+            part = Partial.of(*_attend_part(ring, distance, fixed, mask, *now, where), None)
+            return varying(merge(total, part), total)
+
+        total = _at_hop(ring, hop, mask, work, total)
+        moving, told = _after(total.m, following)
     out, lse = total.output(operands.sinks)
     valid = _valid(ring, mask)
     if valid is not None:  # a sink gives padding weight
@@ -75,24 +89,37 @@ def _forward(ring: Ring, operands: Operands, mask: Mask) -> tuple[tuple[Array, A
     return (out, lse), (operands, mask, out, rest, lse)
 
 
-def _hop(
-    ring: Ring, hop: int, operands: Operands, mask: Mask, moving: Moving, told: Told
-) -> tuple[Array, Array]:
-    """The output in float32 and the log-sum-exp of one part."""
-    fixed = operands._replace(sinks=None)
-    like = (operands, mask, moving, told, ring.line.index())
+def _sent(ring: Ring, hop: int, parts: Any) -> Any:
+    """The keys of the next hop, if there is one, sent before those of this hop are used."""
+    return ring.line.rotate(parts) if hop + 1 < ring.line.size else parts
 
-    def attend(distance: int | None, mask: Mask) -> tuple[Array, Array]:
-        where = _where(ring, hop, mask, moving)
-        return varying(_attend_part(ring, distance, fixed, mask, moving, told, where), like)
 
-    def nothing() -> tuple[Array, Array]:
-        wide = tile.wide_type(operands.query.dtype)
-        rows = operands.query.shape[:3]
-        out = jnp.zeros((*rows, operands.value.shape[3]), wide)
-        return varying((out, jnp.full(rows, tile.lowest(wide), wide)), like)
+def _after(work: Array, tree: Any) -> Any:
+    """The arrays, but not before ``work`` is done: else all parts could be sent at once.
 
-    return _either(ring, hop, mask, attend, nothing)
+    (Compilers for CPUs drop `lax.optimization_barrier`.)
+    """
+    one = work[(0,) * work.ndim]
+    never = (one < -1) & (one > 1)
+    return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), tree)
+
+
+def _at_hop(ring: Ring, hop: int, mask: Mask, work: Any, total: Any) -> Any:
+    """``work(distance, mask, total)`` at the distance at which queries and keys stand in this hop;
+    ``total`` where none sees another. Two distances occur: the ring has an end.
+
+    It is always a branch: what it allocates is allocated then, and not for all hops at once.
+    """
+    index, branches = ring.line.index(), []
+    for distance in apart(mask, ring.line.size, hop):
+        if distance is None or sees_any(mask, distance):
+            branches.append(partial(work, *_simplest(mask, distance)))
+        else:
+            branches.append(lambda total: total)
+    if len(branches) == 1:
+        branches.append(lambda total: total)
+        return lax.cond(index < ring.line.size, *branches, total)
+    return lax.cond(index >= hop, *branches, total)
 
 
 # Traced once for all hops at which a device sees as much.
@@ -127,22 +154,6 @@ def _part_of(
     at = Where(*where, distance, keys * ring.line.size)
     given = _part.columns(_part.with_moving(fixed, moving), keys, at)
     return _part.seen_by_part(given, _part.with_told(mask, told, keys), at)
-
-
-def _either(ring: Ring, hop: int, mask: Mask, work: Any, nothing: Any) -> Any:
-    """``work`` at the distance at which queries and keys stand in this hop, or ``nothing`` where
-    none sees another. Two distances occur: the ring has an end.
-    """
-    branches = []
-    for distance in apart(mask, ring.line.size, hop):
-        if distance is None or sees_any(mask, distance):
-            branches.append(partial(work, *_simplest(mask, distance)))
-        else:
-            branches.append(nothing)
-    if len(branches) == 1:
-        return branches[0]()
-    before, beyond = branches
-    return lax.cond(ring.line.index() >= hop, before, beyond)
 
 
 def _simplest(mask: Mask, distance: int | None) -> tuple[int | None, Mask]:
@@ -210,19 +221,24 @@ def _backward(ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tu
         whole=lse,
     )
     moving, told = _part.of_keys(operands, mask)
-    of_moving = None
-    of_fixed = None
+    like = (operands, mask, d_out, d_lse, ring.line.index())
+    fixed = varying(operands._replace(sinks=None), like)  # summed over devices at the end alone
+    result = _marked(ring, result, like)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), (_without_keys(fixed), moving))
+    of_fixed, of_moving = varying(zeros, like)
     for hop in range(ring.line.size):
-        following = (moving, told)
-        if hop + 1 < ring.line.size:
-            following = ring.line.rotate(following)
-        if of_moving is not None:
-            of_moving = ring.line.rotate(of_moving)
-        fixed, moved = _hop_backward(ring, hop, operands, mask, moving, told, result, d_out, d_lse)
-        of_fixed, of_moving = _sum(of_fixed, fixed), _sum(of_moving, moved)
-        (moving, told), of_fixed, of_moving = lax.optimization_barrier(
-            (following, of_fixed, of_moving)
-        )
+        following = _sent(ring, hop, (moving, told))
+        of_moving = ring.line.rotate(of_moving) if hop > 0 else of_moving
+
+        def work(
+            distance: int | None, mask: Mask, total: Any, hop: int = hop, now: Any = (moving, told)
+        ) -> Any:
+            where = _where(ring, hop, mask, now[0])
+            arrays = (fixed, mask, *now, where, result, d_out, d_lse)
+            return varying(_gradients_of_part(ring, distance, total, *arrays), total)
+
+        of_fixed, of_moving = _at_hop(ring, hop, mask, work, (of_fixed, of_moving))
+        moving, told = _after(of_fixed.query, following)
     if ring.line.size > 1:
         of_moving = ring.line.rotate(of_moving)  # home
     total = _part.with_moving(of_fixed, of_moving)
@@ -232,40 +248,11 @@ def _backward(ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tu
     return jax.tree.map(reduced, total, operands), None
 
 
-def _hop_backward(
-    ring: Ring,
-    hop: int,
-    operands: Operands,
-    mask: Mask,
-    moving: Moving,
-    told: Told,
-    result: Result,
-    d_out: Array,
-    d_lse: Array,
-) -> tuple[Operands, Moving]:
-    """The cotangents of what stays and of what moves, in float32, from one part."""
-    like = (operands, mask, moving, told, d_out, d_lse, ring.line.index())
-    fixed = varying(operands._replace(sinks=None), like)  # summed over devices at the end alone
-    wide = tile.wide_type(operands.query.dtype)
-
-    def zeros(x: Array) -> Array:
-        return jnp.zeros(x.shape, wide)
-
-    def nothing() -> Any:
-        return varying(jax.tree.map(zeros, (_without_keys(fixed), moving)), like)
-
-    def gradients(distance: int | None, mask: Mask) -> Any:
-        where = _where(ring, hop, mask, moving)
-        arrays = (fixed, mask, moving, told, where, _marked(ring, result, like), d_out, d_lse)
-        return varying(_gradients_of_part(ring, distance, *arrays), like)
-
-    return _either(ring, hop, mask, gradients, nothing)
-
-
 @partial(jax.jit, static_argnums=(0, 1))
 def _gradients_of_part(
     ring: Ring,
     distance: int | None,
+    total: tuple[Operands, Moving],
     fixed: Operands,
     mask: Mask,
     moving: Moving,
@@ -275,20 +262,21 @@ def _gradients_of_part(
     d_out: Array,
     d_lse: Array,
 ) -> tuple[Operands, Moving]:
-    """What `_hop_backward` returns, of queries and keys that start at ``where``."""
+    """``total`` with the cotangents of what stays and of what moves, from one part."""
     given, seen = _part_of(ring, distance, fixed, mask, moving, told, where)
     _, backward = BACKENDS[ring.backend].passes(given, seen, ring.plan, anywhere=ring.anywhere)
     found = backward(given, seen, ring.plan, result, d_out, d_lse)
     if mask.mods is not None:  # without the places
         data = found.data._replace(query=found.data.query[:-1], key=found.data.key[:-1])
         found = found._replace(data=data)
-    wide = tile.wide_type(fixed.query.dtype)
-    found = jax.tree.map(lambda x: x.astype(wide), found)
-    if found.bias is not None:
-        assert fixed.bias is not None
-        found = found._replace(bias=_part.spread(found.bias, fixed.bias, where[1]))
-    of_moving, _ = _part.of_keys(found, mask)
-    return _without_keys(found), of_moving
+    of_fixed, of_moving = total
+    if found.bias is not None and found.bias.shape != fixed.bias.shape:
+        at = (0, 0, 0, where[1])
+        columns = found.bias.astype(of_fixed.bias.dtype)
+        of_fixed = of_fixed._replace(bias=add_at(of_fixed.bias, columns, at))
+        found = found._replace(bias=jnp.zeros((1, 1, 1, 1), columns.dtype))
+    parts = (_without_keys(found), _part.of_keys(found, mask)[0])
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), (of_fixed, of_moving), parts)
 
 
 def _marked(ring: Ring, result: Result, like: Any) -> Result:
@@ -308,10 +296,6 @@ def _without_keys(operands: Operands) -> Operands:
         factors = factors._replace(k=None)
     data = operands.data._replace(key=())
     return operands._replace(key=None, value=None, factors=factors, data=data)
-
-
-def _sum(total: Any, part: Any) -> Any:
-    return part if total is None else jax.tree.map(jnp.add, total, part)
 
 
 def _of_sinks(sinks: Array, result: Result, live: Array, d_out: Array, d_lse: Array) -> Array:
