@@ -65,18 +65,7 @@ def _forward(ring: Ring, operands: Operands, mask: Mask) -> tuple[tuple[Array, A
     total = varying(nothing, (operands, mask, ring.line.index()))
     for hop in range(ring.line.size):
         following = _sent(ring, hop, (moving, told))
-
-        def work(
-            distance: int | None,
-            mask: Mask,
-            total: Partial,
-            hop: int = hop,
-            now: Any = (moving, told),
-        ) -> Partial:
-            where = _where(ring, hop, mask, now[0])
-            part = Partial.of(*_attend_part(ring, distance, fixed, mask, *now, where), None)
-            return varying(merge(total, part), total)
-
+        work = partial(_merged, ring, hop, (moving, told), fixed)
         total = _at_hop(ring, hop, mask, work, total)
         moving, told = _after(total.m, following)
     out, lse = total.output(operands.sinks)
@@ -87,6 +76,21 @@ def _forward(ring: Ring, operands: Operands, mask: Mask) -> tuple[tuple[Array, A
     promises = ring.plan.promises_finite
     out, rest = tile.rounded(out, operands.query.dtype, clip=promises)
     return (out, lse), (operands, mask, out, rest, lse)
+
+
+def _merged(
+    ring: Ring,
+    hop: int,
+    keys: tuple[Moving, Told],
+    fixed: Operands,
+    distance: int | None,
+    mask: Mask,
+    total: Partial,
+) -> Partial:
+    """``total`` with the part of a hop."""
+    where = _where(ring, hop, mask, keys[0])
+    out, lse = _attend_part(ring, distance, fixed, mask, *keys, where)
+    return varying(merge(total, Partial.of(out, lse, None)), total)
 
 
 def _sent(ring: Ring, hop: int, parts: Any) -> Any:
@@ -212,13 +216,14 @@ def _backward(ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tu
     wide = lse.dtype
     live = lse != tile.lowest(wide)
     unit = ring.plan.numerics(operands.key.shape[1]).unit
+    m = jnp.where(live, lse, jnp.zeros_like(lse))
     result = Result(
         out=out,
         lse=lse,
-        m=lse * wide.type(unit),
+        m=m * wide.type(unit),
         l=live.astype(wide),
         remainder=rest,
-        whole=lse,
+        whole=m,
     )
     moving, told = _part.of_keys(operands, mask)
     like = (operands, mask, d_out, d_lse, ring.line.index())
@@ -229,14 +234,7 @@ def _backward(ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tu
     for hop in range(ring.line.size):
         following = _sent(ring, hop, (moving, told))
         of_moving = ring.line.rotate(of_moving) if hop > 0 else of_moving
-
-        def work(
-            distance: int | None, mask: Mask, total: Any, hop: int = hop, now: Any = (moving, told)
-        ) -> Any:
-            where = _where(ring, hop, mask, now[0])
-            arrays = (fixed, mask, *now, where, result, d_out, d_lse)
-            return varying(_gradients_of_part(ring, distance, total, *arrays), total)
-
+        work = partial(_summed, ring, hop, (moving, told), fixed, (result, d_out, d_lse))
         of_fixed, of_moving = _at_hop(ring, hop, mask, work, (of_fixed, of_moving))
         moving, told = _after(of_fixed.query, following)
     if ring.line.size > 1:
@@ -246,6 +244,21 @@ def _backward(ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tu
         total = total._replace(sinks=_of_sinks(operands.sinks, result, live, d_out, d_lse))
     total = jax.tree.map(lambda x, like: x.astype(like.dtype), total, operands)
     return jax.tree.map(reduced, total, operands), None
+
+
+def _summed(
+    ring: Ring,
+    hop: int,
+    keys: tuple[Moving, Told],
+    fixed: Operands,
+    of_result: tuple[Result, Array, Array],
+    distance: int | None,
+    mask: Mask,
+    total: tuple[Operands, Moving],
+) -> tuple[Operands, Moving]:
+    """``total`` with the cotangents of a hop."""
+    arrays = (fixed, mask, *keys, _where(ring, hop, mask, keys[0]), *of_result)
+    return varying(_gradients_of_part(ring, distance, total, *arrays), total)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -6,6 +6,7 @@ compiled.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import os
@@ -44,6 +45,12 @@ class _Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
     def ask(self, *question: Any) -> str | None:
         assert self.process.stdin is not None

@@ -18,13 +18,6 @@ OPTIONS = {
     "ring": {},
     "ring_ulysses": {"ulysses_devices": 2},
 }
-OFTEN = [
-    ("all_gather", "all"),
-    ("ulysses", "all functions"),
-    ("ring", "all"),
-    ("ring", "zigzag, packed"),
-    ("ring_ulysses", "window, causal"),
-]
 EVERY = list(product(OPTIONS, trials.TRIALS))
 
 
@@ -33,23 +26,33 @@ def over_four(scheme, **more):
     return parallel.attention_fn(mesh, sequence="s", scheme=scheme, **OPTIONS[scheme], **more)
 
 
-@pytest.mark.parametrize(
-    ("scheme", "name"),
-    [pytest.param(*x, marks=() if x in OFTEN else pytest.mark.full) for x in EVERY],
-)
+def often(chosen):
+    """Schemes and trials: those that ``make test`` runs, and the others."""
+    return [pytest.param(*x, marks=() if x in chosen else pytest.mark.full) for x in EVERY]
+
+
+@pytest.mark.parametrize(("scheme", "name"), often([("ring", "all")]))
 @on_devices
 def test_float32(scheme, name):
     trials.compare(over_four(scheme), name)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    ("scheme", "name"),
-    [pytest.param(*x, marks=() if x == ("ring", "causal") else pytest.mark.full) for x in EVERY],
-)
+@pytest.mark.parametrize(("scheme", "name"), often([("ring_ulysses", "zigzag, packed")]))
 @on_devices
-def test_16_bits(scheme, name, dtype):
-    trials.compare(over_four(scheme), name, dtype)
+def test_bfloat16(scheme, name):
+    trials.compare(over_four(scheme), name, "bfloat16")
+
+
+@pytest.mark.parametrize(("scheme", "name"), often([]))
+@on_devices
+def test_float16(scheme, name):
+    trials.compare(over_four(scheme), name, "float16")
+
+
+@pytest.mark.parametrize(("scheme", "name"), often([("all_gather", "all"), ("ulysses", "all")]))
+@on_devices
+def test_by_the_plain_formula(scheme, name):
+    trials.compare(over_four(scheme), name, implementation="reference")
 
 
 @pytest.mark.parametrize("scheme", OPTIONS)
@@ -59,7 +62,7 @@ def test_every_shift(scheme, shift):
     trials.compare(over_four(scheme), "causal", "float16", shift)
 
 
-@pytest.mark.parametrize("explicit", [True, False])
+@pytest.mark.parametrize("explicit", only([True], [True, False]))
 @pytest.mark.parametrize(
     "scheme", only(["ulysses"], ["all_gather", "ulysses", "ring", "ring_ulysses"])
 )
