@@ -69,7 +69,7 @@ class Layout:
         }
         if not explicit:
             return x
-        parts = [tuple(n for n in part or () if n in explicit) or None for part in spec]
+        parts = [tuple(n for n in _tuple(part) if n in explicit) or None for part in spec]
         return jax.reshard(x, jax.sharding.NamedSharding(self.mesh, PartitionSpec(*parts)))
 
 
@@ -117,8 +117,15 @@ def _computed(program: _Program, operands: Operands, mask: Mask) -> tuple[Any, A
         out_specs={name: wanted[name] for name, want in asked.items() if want},
     )
     found = run(*given)
-    out, lse = (None if x is None else x[:, :length] for x in map(found.get, ("out", "lse")))
+    out, lse = (_first(layout, found.get(name), length) for name in ("out", "lse"))
     return out, lse, found.get("stats")
+
+
+def _first(layout: Layout, x: Array | None, length: int) -> Array | None:
+    """The first ``length`` tokens, which the devices of the sequence need not divide."""
+    if x is None or x.shape[1] == length:
+        return x
+    return layout.put(x, layout.spec("b.n."[: x.ndim], x.shape))[:, :length]
 
 
 def _axes(operands: Operands, mask: Mask) -> tuple[Operands, Mask]:
@@ -352,8 +359,13 @@ def attention_fn(
     return ParallelAttention(layout, tuple(sorted(defaults.items())))
 
 
+def _tuple(axes: Axes) -> tuple[str, ...]:
+    """What a PartitionSpec, or a caller, has for one axis of an array."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
 def _names(argument: str, axes: Axes, mesh: Any) -> tuple[str, ...]:
-    names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    names = _tuple(axes)
     for name in names:
         check_choice(argument, name, tuple(mesh.axis_names))
     return names

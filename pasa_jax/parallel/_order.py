@@ -25,7 +25,7 @@ def zigzag(x: Tree, devices: int, *, axis: int = 1) -> Tree:
 
     Arguments:
       x: an array, or a tree of arrays, of NumPy or JAX; each has tokens along ``axis``, as many as
-        2·devices divides.
+        2·devices divides, and not sharded over axes of type Explicit.
       devices: over which the sequence is cut.
 
     Raises:

@@ -68,12 +68,12 @@ def test_every_shift(scheme, shift):
 @pytest.mark.parametrize("explicit", only([True], [True, False]))
 @on_devices
 def test_heads_over_an_axis_and_over_groups_of_a_ring(explicit):
-    mesh = trials.mesh(("h", "s"), (2, 4), explicit)
+    mesh = trials.mesh(("heads", "tokens"), (2, 4), explicit)
     attend = parallel.attention_fn(
-        mesh, heads="h", sequence="s", scheme="ring_ulysses", ulysses_devices=2
+        mesh, heads="heads", sequence="tokens", scheme="ring_ulysses", ulysses_devices=2
     )
     with jax.set_mesh(mesh):
-        trials.compare(attend, "zigzag, packed", implementation="reference")
+        trials.compare(attend, "segments, causal, odd", implementation="reference")
 
 
 @pytest.mark.full
@@ -81,9 +81,9 @@ def test_heads_over_an_axis_and_over_groups_of_a_ring(explicit):
 @pytest.mark.parametrize("scheme", OPTIONS)
 @on_devices
 def test_batch_heads_and_sequence_together(scheme, explicit):
-    mesh = trials.mesh(("b", "h", "s"), (2, 2, 2), explicit)
+    mesh = trials.mesh(("batch", "heads", "tokens"), (2, 2, 2), explicit)
     attend = parallel.attention_fn(
-        mesh, batch="b", heads="h", sequence="s", scheme=scheme, **OPTIONS[scheme]
+        mesh, batch="batch", heads="heads", sequence="tokens", scheme=scheme, **OPTIONS[scheme]
     )
     with jax.set_mesh(mesh):
         trials.compare(attend, "all functions")
