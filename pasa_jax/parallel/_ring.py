@@ -225,7 +225,8 @@ def _backward(ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tu
         remainder=rest,
         whole=m,
     )
-    moving, told = _part.of_keys(operands, mask)
+    # Sent again: the compiler would keep what was sent first in the forward pass.
+    moving, told = _after(d_out, _part.of_keys(operands, mask))
     like = (operands, mask, d_out, d_lse, ring.line.index())
     fixed = varying(operands._replace(sinks=None), like)  # summed over devices at the end alone
     result = _marked(ring, result, like)
