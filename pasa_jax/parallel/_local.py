@@ -13,6 +13,7 @@ from pasa_jax.call import checks
 from pasa_jax.call.api import dot_product_attention
 from pasa_jax.call.arguments import Arguments, Call
 from pasa_jax.core.errors import check_choice, wrong
+from pasa_jax.core.low_rank import LowRankBias
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands
 from pasa_jax.core.schedule import Schedule
@@ -171,7 +172,7 @@ def local_call(given: Arguments, line: Line) -> Call:
     if given.block_mask is not None:
         way_out = "`pasa_jax.parallel.attention_fn` takes one."
         raise wrong("block_mask", "be None inside of shard_map", "something else", way_out)
-    dense = given.bias if not hasattr(given.bias, "q_factors") else None
+    dense = None if isinstance(given.bias, LowRankBias) else given.bias
     call = Call.of(
         replace(
             given,
