@@ -122,13 +122,14 @@ def attend(
     stats: bool = False,
 ) -> tuple[Array, Array | None, Any]:
     """Output, log-sum-exp and statistics of a call in the local form."""
-    scheme, (line, *inner) = lines
+    scheme, (line, *groups) = lines
     mask = aligned(line, mask)
     *shape, size = operands.value.shape
     if size == 0:  # the weights still have a log-sum-exp
         operands = operands._replace(value=jnp.zeros((*shape, 1), operands.value.dtype))
     if scheme == "ring_ulysses":
-        out, lse = _schemes.ring_ulysses(*inner, job, operands, mask)
+        outer, inner = groups
+        out, lse = _schemes.ring_ulysses(outer, inner, job, operands, mask)
     else:
         out, lse = getattr(_schemes, scheme)(line, job, operands, mask)
     of_heads = None
@@ -183,10 +184,11 @@ def local_call(given: Arguments, line: Line) -> Call:
         )
     )
     q, k, v = call.operands[:3]
-    whole_q, whole_k, whole_v = (
+    whole: Any = [
         jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * line.size, *x.shape[2:]), x.dtype)
         for x in (q, k, v)
-    )
+    ]
+    whole_q, whole_k, whole_v = whole
     full = (q.shape[0], q.shape[2], q.shape[1], whole_k.shape[1])
     schedule: Any = checks.schedule(
         given.schedule, whole_q, whole_k, whole_v, call.mask.is_causal, call.mask.window

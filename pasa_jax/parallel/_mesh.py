@@ -128,7 +128,7 @@ def _first(layout: Layout, x: Array | None, length: int) -> Array | None:
     return layout.put(x, layout.spec("b.n."[: x.ndim], x.shape))[:, :length]
 
 
-def _axes(operands: Operands, mask: Mask) -> tuple[Operands, Mask]:
+def _axes(operands: Operands, mask: Mask) -> tuple[Any, Any]:
     """For each array the letters of its axes, as `Layout.spec` takes them."""
 
     def each(axes: str, tree: Any) -> Any:
@@ -154,17 +154,17 @@ def _axes(operands: Operands, mask: Mask) -> tuple[Operands, Mask]:
         "dropout": "bn.",
     }
     of_mask = {name: each(axes, getattr(mask, name)) for name, axes in letters.items()}
-    of_operands = Operands(
-        query="btn.",
-        key="btn.",
-        value="btn.",
-        bias=each("bnt.", operands.bias),
-        sinks=each("n", operands.sinks),
-        scale="",
-        factors=factors,
-        data=of_data(operands.data),
-    )
-    return of_operands, replace(mask, **of_mask, mods=mods)
+    of_operands: dict[str, Any] = {
+        "query": "btn.",
+        "key": "btn.",
+        "value": "btn.",
+        "bias": each("bnt.", operands.bias),
+        "sinks": each("n", operands.sinks),
+        "scale": "",
+        "factors": factors,
+        "data": of_data(operands.data),
+    }
+    return Operands(**of_operands), replace(mask, **of_mask, mods=mods)
 
 
 @dataclass(frozen=True)
@@ -270,12 +270,15 @@ class ParallelAttention:
     def _for(self, call: Call) -> tuple[Layout, Plan]:
         """The layout with a scheme chosen, and what every scheme costs."""
         layout, o = self.layout, call.operands
+        batch, queries, heads, size = o.query.shape
         costs = plan(
             layout.mesh,
-            *o.query.shape[:2],
+            batch,
+            queries,
             o.key.shape[1],
-            o.query.shape[2],
-            *o.key.shape[2:],
+            heads,
+            o.key.shape[2],
+            size,
             o.query.dtype,
             call.mask.is_causal,
             E=max(1, o.value.shape[3]),

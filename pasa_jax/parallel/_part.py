@@ -129,7 +129,7 @@ def seen_by_part(operands: Operands, mask: Mask, where: Where) -> tuple[Operands
         query_lengths=_within(mask.query_lengths, q_at, rows),
         key_lengths=_within(mask.key_lengths, k_at, keys),
         array=array,
-        kinds=None if mask.kinds is None else _blocks(mask, q_at, k_at),
+        kinds=_blocks(mask, q_at, k_at),
         dropout_origin=None if mask.dropout is None else jnp.stack([q_at, k_at]),
     )
     if mask.mods is None:
@@ -146,9 +146,11 @@ def _within(lengths: Array | None, at: Array, most: int) -> Array | None:
     return None if lengths is None else jnp.clip(lengths - at, 0, most)
 
 
-def _blocks(mask: Mask, q_at: Array, k_at: Array) -> Array:
+def _blocks(mask: Mask, q_at: Array, k_at: Array) -> Array | None:
     """The kinds of the blocks of a part, whose sides are multiples of the blocks'."""
     kinds = mask.kinds
+    if kinds is None:
+        return None
     for axis, at, length in ((2, q_at, mask.query_length), (3, k_at, mask.key_length)):
         block = mask.block_size[axis - 2]
         count = -(-length // block)

@@ -284,11 +284,11 @@ def _gradients_of_part(
         data = found.data._replace(query=found.data.query[:-1], key=found.data.key[:-1])
         found = found._replace(data=data)
     of_fixed, of_moving = total
-    if found.bias is not None and found.bias.shape != fixed.bias.shape:
-        at = (0, 0, 0, where[1])
-        columns = found.bias.astype(of_fixed.bias.dtype)
-        of_fixed = of_fixed._replace(bias=add_at(of_fixed.bias, columns, at))
-        found = found._replace(bias=jnp.zeros((1, 1, 1, 1), columns.dtype))
+    if found.bias is not None and of_fixed.bias is not None:
+        bias = found.bias.astype(of_fixed.bias.dtype)
+        at = 0 if bias.shape == of_fixed.bias.shape else where[1]
+        of_fixed = of_fixed._replace(bias=add_at(of_fixed.bias, bias, (0, 0, 0, at)))
+        found = found._replace(bias=jnp.zeros((1, 1, 1, 1), bias.dtype))
     parts = (_without_keys(found), _part.of_keys(found, mask)[0])
     return jax.tree.map(lambda x, y: x + y.astype(x.dtype), (of_fixed, of_moving), parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,8 @@ def ring(line: Line, job: Job, operands: Operands, mask: Mask) -> Outputs:
     given = _part.columns(operands, mask.key_length, where)
     chosen = job.chosen(*_part.seen_by_part(given, mask, where))
     job_of_ring = Ring(line, chosen.name, chosen.plan, job.implementation is None)
-    out, lse = ring_attention(job_of_ring, operands, mask)
+    outputs: Any = ring_attention(job_of_ring, operands, mask)
+    out, lse = outputs
     return out, lse if job.lse else None
 
 
