@@ -7,6 +7,7 @@ SLOW = (
     "docs/flax.md",
     "docs/masks.md",
     "docs/models.md",
+    "docs/parallel.md",
     "pasa_jax/diagnostics/_collect.py",
     "pasa_jax/models/decoder.py",
 )

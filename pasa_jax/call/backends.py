@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pasa_jax.call.differentiation import Backward, Core, differentiable_attention
+from pasa_jax.call.differentiation import Backward, Core, Forward, differentiable_attention
 from pasa_jax.core.errors import BackendUnsupported, check_choice, wrong
 from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
@@ -45,14 +45,21 @@ class Backend(ABC):
         """None, or the reason why it cannot run the call."""
 
     @abstractmethod
-    def run(
-        self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
-    ) -> Outputs:
-        """The output and, where ``lse`` asks for it, the log-sum-exp.
+    def passes(
+        self, operands: Operands, mask: Mask, plan: Plan, *, anywhere: bool
+    ) -> tuple[Forward, Backward]:
+        """Its two passes. The backward pass also takes a result of more keys (`Result.whole`).
 
         Arguments:
           anywhere: whether it must run on whatever platform the program is compiled for.
         """
+
+    def run(
+        self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
+    ) -> Outputs:
+        """The output and, where ``lse`` asks for it, the log-sum-exp."""
+        passes = self.passes(operands, mask, plan, anywhere=anywhere)
+        return differentiable_attention(Core(*passes, plan, lse), operands, mask)
 
 
 class Reference(Backend):
@@ -63,6 +70,11 @@ class Reference(Backend):
 
     def supports(self, operands: Operands, mask: Mask, plan: Plan) -> str | None:
         return reference.supports(operands, mask, plan)
+
+    def passes(
+        self, operands: Operands, mask: Mask, plan: Plan, *, anywhere: bool
+    ) -> tuple[Forward, Backward]:
+        return _forward_by_formula, _backward_by_lax
 
     def run(
         self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
@@ -79,12 +91,16 @@ class Lax(Backend):
     def supports(self, operands: Operands, mask: Mask, plan: Plan) -> str | None:
         return _lax.supports(operands, mask, plan)
 
-    def run(
-        self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
-    ) -> Outputs:
-        return differentiable_attention(
-            Core(_lax.forward, _lax.backward, plan, lse), operands, mask
-        )
+    def passes(
+        self, operands: Operands, mask: Mask, plan: Plan, *, anywhere: bool
+    ) -> tuple[Forward, Backward]:
+        return _lax.forward, _lax.backward
+
+
+def _forward_by_formula(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Result:
+    """The plain formula's result; it has no row statistics."""
+    del wanted
+    return Result(*reference.attention(operands, mask, plan))
 
 
 def _backward_by_lax(
@@ -121,15 +137,14 @@ class Pallas(Backend):
             )
         return self._module.supports(operands, mask, plan)
 
-    def run(
-        self, operands: Operands, mask: Mask, plan: Plan, *, lse: bool, anywhere: bool
-    ) -> Outputs:
+    def passes(
+        self, operands: Operands, mask: Mask, plan: Plan, *, anywhere: bool
+    ) -> tuple[Forward, Backward]:
         forward, backward = self._module.forward, self._module.backward
         own = self._module.no_backward(operands, mask, plan) is None
         if anywhere and not plan.interpret:
             forward, backward = self._forward_or_lax, self._backward_or_lax
-        backward = backward if own else _backward_by_lax
-        return differentiable_attention(Core(forward, backward, plan, lse), operands, mask)
+        return forward, backward if own else _backward_by_lax
 
     def _forward_or_lax(
         self, operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
+from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
 from pasa_jax.core.plan import Plan
@@ -92,9 +93,11 @@ def _backward(
     core: Core, residuals: Any, cotangents: tuple[Array, Array | None]
 ) -> tuple[Operands, None]:
     operands, mask, result = residuals
+    # Otherwise what is replicated would be summed over devices within the loops over tiles.
+    given = varying(operands, residuals)
     with jax.disable_jit(False):  # as in `run`
-        gradients = _compiled_backward(core, operands, mask, result, *cotangents)
-    return jax.tree.map(_reduced, gradients, operands), None
+        gradients = _compiled_backward(core, given, mask, result, *cotangents)
+    return jax.tree.map(reduced, gradients, operands), None
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -102,7 +105,7 @@ def _compiled_backward(core: Core, operands: Operands, mask: Mask, *rest: Any) -
     return core.backward(operands, mask, core.plan, *rest)
 
 
-def _reduced(cotangent: Array, operand: Array) -> Array:
+def reduced(cotangent: Array, operand: Array) -> Array:
     """Summed over the manual mesh axes (`shard_map`) over which the operand is replicated."""
     varying, own = (jax.typeof(x).manual_axis_type.varying for x in (cotangent, operand))
     axes = tuple(varying - own)

@@ -51,8 +51,8 @@ class Placement(NamedTuple):
             first, second = (2, 3) if name in optional else (1, 3)
             if spec[first] or spec[second]:
                 way_out = (
-                    "Reshard it, or split the work with jax.shard_map and merge partial results "
-                    "by their log-sum-exp."
+                    "Reshard it, take pasa_jax.parallel.attention_fn, which cuts the sequence too, "
+                    "or split the work with jax.shard_map and merge partial results."
                 )
                 allowed = "be sharded over its batch and its heads alone"
                 raise wrong(name, allowed, str(jax.typeof(named[name])), way_out)

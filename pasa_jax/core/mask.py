@@ -57,6 +57,10 @@ class Mask:
       mods: the functions of the caller.
       dropout: [B|1, N|1, 2] uint32 (one head: [G|1, 2]), the seeds of which weights dropout keeps
         (`dropout.kept`). It hides no key: a dropped weight still counts in the softmax.
+      place: of queries and keys that are a part of longer sequences: how many keys of the whole
+        stand between the first key here and the one at which the first query stands.
+      dropout_origin: [2] int32, the places of the first query and of the first key in the whole
+        sequences, from which dropout counts; None: both are 0.
     """
 
     query_length: int = field(metadata={"static": True})
@@ -75,6 +79,8 @@ class Mask:
     block_size: tuple[int, int] = field(default=(1, 1), metadata={"static": True})
     mods: Mods | None = None
     dropout: Array | None = None
+    place: int = field(default=0, metadata={"static": True})
+    dropout_origin: Array | None = None
 
     def __post_init__(self) -> None:
         check_choice("causal_alignment", self.causal_alignment, ALIGNMENTS)
@@ -354,7 +360,7 @@ class Mask:
     def offset(self) -> Index:
         """The key position of query 0."""
         if self.causal_alignment == "top_left":
-            return 0
+            return self.place
         return self.valid_keys() - self.valid_queries()
 
     def reach(self) -> tuple[int | None, int | None]:

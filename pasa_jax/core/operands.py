@@ -87,6 +87,9 @@ class Result(NamedTuple):
     remainder: Any = None  # [B, T, N, E]
     # [] bool: whether the lax walk computed it, in place of a kernel or after one; None on lax.
     by_lax: Any = None
+    # [B, T, N] m without a unit, where a result is of more keys than those of the call whose
+    # gradient is asked for: then the lax walk puts it into the units of its own guard.
+    whole: Any = None
 
     def only(self, wanted: Wanted) -> Result:
         """The parts that are ``wanted``."""

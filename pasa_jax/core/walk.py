@@ -172,6 +172,9 @@ class Walk(ABC):
             return None
         rows = start + jnp.arange(self.block_q, dtype=jnp.int32)
         columns = self.key_start(j) + jnp.arange(self.block_kv, dtype=jnp.int32)
+        if self.mask.dropout_origin is not None:
+            rows = rows + self.mask.dropout_origin[0]
+            columns = columns + self.mask.dropout_origin[1]
         rate = self.plan.dropout_rate
         return _dropout.kept(self.mask.dropout, self.groups, rows, columns, rate)
 

@@ -165,6 +165,9 @@ def _backward_head(
         start = walk.query_start(i)
         query = walk.query(start)
         m, l = walk.rows(result.m, start), walk.rows(result.l, start)  # noqa: E741
+        if result.whole is not None:
+            whole = walk.rows(result.whole, start).astype(wide) * wide.type(numerics.unit)
+            m = tile.divided(whole, query.guard)
         live = walk.fresh(start, i) & (l != 0)  # rows that saw nothing have no gradient either
         q, d_o, out, rest = (
             tile.zero_unusable(walk.rows(x, start), live)

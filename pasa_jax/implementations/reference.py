@@ -157,6 +157,8 @@ def _kept(mask: Mask, batch: int, heads: int, rate: float) -> Bool[Array, "B N T
     def one(head: Mask, data: Data, rows: Array, columns: Array) -> Array:
         assert head.dropout is not None
         del data
+        if head.dropout_origin is not None:
+            rows, columns = rows + head.dropout_origin[0], columns + head.dropout_origin[1]
         return _dropout.kept(head.dropout, 1, rows, columns, rate)
 
     return _per_head(one, mask, Data(), batch, heads)

@@ -28,6 +28,7 @@ OPTIONS = (
     "beta",
     "precision",
     "schedule",
+    "attention",
 )
 
 
@@ -70,7 +71,9 @@ def call_attention(
         allowed = "be given where dropout_rate is not 0 and deterministic is False"
         raise wrong("dropout_rng", allowed, None, "Pass an rng for dropout to the module.")
     batch = query.shape[:-3]
-    out = dot_product_attention(
+    options = dict(options)
+    attention = options.pop("attention", dot_product_attention)
+    out = attention(
         *(_one_batch(x) for x in (query, key, value)),
         bias=None if bias is None else _one_batch_of_scores("bias", bias, batch),
         mask=None if mask is None else _one_batch_of_scores("mask", mask, batch).astype(bool),

@@ -41,8 +41,9 @@ def attention_fn(**options: Any) -> Callable[..., Array]:
     Arguments:
       options: of `pasa_jax.dot_product_attention`, by keyword: ``shift``, ``precision``, ``beta``,
         ``schedule``, ``implementation``, ``scale``, ``logits_soft_cap``, ``local_window_size``,
-        ``causal_alignment``. Equal options give the same function, so that modules made with it
-        share compiled code.
+        ``causal_alignment``; and ``attention``, a function in its place, as
+        `pasa_jax.parallel.attention_fn` makes one for a mesh of devices. Equal options give the
+        same function, so that modules made with it share compiled code.
 
     Returns:
       The function; its output is [batch…, T, N, E].

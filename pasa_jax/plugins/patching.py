@@ -159,7 +159,8 @@ def replace_jax_nn(*, missing_ok: bool = False, **options: Any) -> Iterator[None
     Arguments:
       missing_ok: no error where there is nothing to swap.
       options: of `pasa_jax.dot_product_attention`, by keyword: ``shift``, ``beta``, ``precision``,
-        ``schedule``, ``implementation``, ``causal_alignment``, ``logits_soft_cap``.
+        ``schedule``, ``implementation``, ``causal_alignment``, ``logits_soft_cap``; and
+        ``attention``, a function in its place (`pasa_jax.parallel.attention_fn`).
 
     Raises:
       ValueError: an unknown option; at the end, where the function was not called meanwhile.
@@ -174,6 +175,7 @@ def replace_jax_nn(*, missing_ok: bool = False, **options: Any) -> Iterator[None
     for name in _OF_THE_CALL:
         if name in options:
             raise wrong(name, "be left to the calls of jax.nn.dot_product_attention", options[name])
+    attention = options.pop("attention", dot_product_attention)
     called = False
 
     def replacement(
@@ -186,7 +188,7 @@ def replace_jax_nn(*, missing_ok: bool = False, **options: Any) -> Iterator[None
     ) -> Any:
         nonlocal called
         called = True
-        return dot_product_attention(query, key, value, bias, mask, **{**keywords, **options})
+        return attention(query, key, value, bias, mask, **{**keywords, **options})
 
     with renamed(jax.nn.dot_product_attention, replacement):
         yield

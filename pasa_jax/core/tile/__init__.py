@@ -9,7 +9,15 @@ Where the guard asks for it, scores are stored divided by 2^e, e one number per 
 ordinary data. The exponent is multiplied by 2^e again, so m and every offset are divided too.
 """
 
-from pasa_jax.core.tile.arrays import Guard, is_finite, low_rank, outer, shown_by, zero_unusable
+from pasa_jax.core.tile.arrays import (
+    Guard,
+    divided,
+    is_finite,
+    low_rank,
+    outer,
+    shown_by,
+    zero_unusable,
+)
 from pasa_jax.core.tile.bounds import (
     LARGEST_PRODUCT,
     LARGEST_STORED,
@@ -62,6 +70,7 @@ __all__ = [
     "Storage",
     "TileGradients",
     "add_sink",
+    "divided",
     "extremes",
     "finish",
     "fixed_reference",
