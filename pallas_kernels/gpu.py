@@ -88,6 +88,8 @@ def no_backward(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     """None, or the reason why the backward pass is left to the lax walk."""
     if operands.bias is not None:
         return "it has no gradient of a bias"
+    if operands.factors is not None:  # the kernels have it
+        return "the gradients of factors take the compiler minutes"
     plan = for_triton(plan)
     schedule = plan.schedule.backward(operands.query.dtype, same_blocks=plan.storage.uses_kappa)
     return block_refusal(mask, schedule.block_q, schedule.block_kv)
