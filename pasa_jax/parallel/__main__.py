@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chip", choices=[x for x in CHIPS if x != "cpu"], action="append")
     given = parser.parse_args(arguments)
     print(
-        "On paper, from formulas: causal attention in bfloat16 and its gradient, one sequence, "
+        "On paper, from formulas, with links as in one slice however many chips there are: causal "
+        "attention in bfloat16 and its gradient, one sequence, "
         f"{given.heads} heads, {given.key_heads} key heads of {given.head_size}."
     )
     for chip in given.chip or [x for x in CHIPS if x != "cpu"]:
