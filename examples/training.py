@@ -49,8 +49,8 @@ BIAS = 256.0, 320.0  # of queries and keys: exact in 16 bits, their product is b
 AXES = "data", "tensor", "sequence"
 # The axes of kernel and bias that lie on the mesh's axis tensor; None: the sum over it is needed.
 CUT = {
-    **dict.fromkeys(("query", "key", "value", "up", "head"), {"kernel": 1, "bias": 0}),
-    **dict.fromkeys(("out", "down"), {"kernel": 0, "bias": None}),
+    **{layer: {"kernel": 1, "bias": 0} for layer in ("query", "key", "value", "up", "head")},
+    **{layer: {"kernel": 0, "bias": None} for layer in ("out", "down")},
 }
 
 
@@ -172,7 +172,7 @@ def place(mesh: Mesh) -> Callable[[Any, Array], Array]:
     def put(path: Any, x: Array) -> Array:
         *_, layer, name = [str(step.key) for step in path if hasattr(step, "key")]
         cut = CUT.get(layer, {}).get(name)
-        axes = [] if cut is None else [None] * cut + ["tensor"]
+        axes = [] if cut is None else [*[None] * cut, "tensor"]
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
     return put

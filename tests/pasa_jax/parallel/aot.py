@@ -10,6 +10,8 @@ package's extras). Of each program it is checked, in the optimised HLO:
   `parallel.plan` says;
 - each transfer of a ring starts before products that do not wait for it, and ends after them;
 - arguments, results and temporary arrays fit into a chip's memory.
+
+Three programs at the end have a fault, which must be found.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 # XLA orders a GPU's program for overlap only if asked to, and has one transfer under way unless
-# it may have two: keys and values.
+# it may have more: keys, values, and the gradients of both.
 GPU_OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
 }
 SCHEMES = ("all_gather", "ulysses", "ring", "ring_ulysses")
 
@@ -55,10 +57,13 @@ class Case:
 
     Arguments:
       topology: as libtpu names it, or "h100:" and how many.
-      expected: the scheme whose exchange is expected, where it is not ``scheme``.
       ulysses_devices: of `ring_ulysses`.
+      expected: the scheme whose exchange is expected, where it is not ``scheme``.
+      by_sums: whether parts are gathered and scattered by sums over all devices, as libtpu does it
+        in the largest slices. A sum sends twice as much.
+      overlap: whether a GPU's compiler is asked to send while it computes.
+      faulty: whether the program has a fault that must be found.
       limit: seconds that it may take.
-      options: whether a GPU's compiler is asked to overlap.
     """
 
     topology: str
@@ -68,7 +73,9 @@ class Case:
     gradient: bool = False
     ulysses_devices: int | None = None
     expected: str | None = None
-    options: bool = True
+    by_sums: bool = False
+    overlap: bool = True
+    faulty: bool = False
     limit: float = 900
 
     @property
@@ -118,7 +125,11 @@ CASES = [
         tokens=MILLION,
         gradient=True,
     ),
-    Case(topology="v5p:16x16x16", scheme="all_gather", tokens=MILLION, gradient=True),
+    Case(topology="v5p:4x4x4", scheme="all_gather", tokens=MILLION, gradient=True),
+    Case(topology="v5p:16x16x16", scheme="all_gather", tokens=MILLION, gradient=True, by_sums=True),
+    Case(topology="v5e:2x2", scheme="all_gather", expected="ulysses", faulty=True),
+    Case(topology="v5e:2x2", scheme="ulysses", expected="ring", faulty=True),
+    Case(topology="h100:4", scheme="ring", overlap=False, faulty=True),
 ]
 
 
@@ -179,7 +190,7 @@ def compiled(case: Case) -> Any:
     given = [jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=place) for x in shapes]
     run = jax.jit(jax.grad(loss, (0, 1, 2)) if case.gradient else forward, out_shardings=place)
     lowered = run.lower(*given)
-    options = GPU_OPTIONS if case.chip == "h100" and case.options else None
+    options = GPU_OPTIONS if case.chip == "h100" and case.overlap else None
     start = time.perf_counter()
     return lowered.compile(compiler_options=options), time.perf_counter() - start
 
@@ -209,6 +220,8 @@ def expected_kinds(case: Case) -> dict[str, int]:
     # Forward keys and values; backward they go round again, and their gradients once more, home.
     ring = 2 * (hops - 1) + (2 * (hops - 1) + 2 * hops if case.gradient else 0)
     twice = 2 if case.gradient else 1
+    if case.by_sums:
+        return {"all-reduce": 2 * twice}
     kinds = {
         "all_gather": {"all-gather": 2} | ({"reduce-scatter": 2} if case.gradient else {}),
         "ulysses": {"all-to-all": 4 * twice},
@@ -233,11 +246,12 @@ def examined(case: Case, text: str) -> Found:
         ulysses_devices=case.ulysses_devices or 2,
     ).costs
     (cost,) = [x for x in costs if x.scheme == (case.expected or case.scheme)]
+    on_paper = cost.sent + (cost.sent_backward if case.gradient else 0)
     permutes = [x for x in found if x.kind == "collective-permute"]
     one = Found(
         kinds=dict(Counter(x.kind for x in found)),
         sent=sum(x.sent for x in found),
-        on_paper=cost.sent + (cost.sent_backward if case.gradient else 0),
+        on_paper=on_paper * (2 if case.by_sums else 1),
         permutes=len(permutes),
         overlapped=sum(x.overlapped for x in permutes),
         memory=0,
@@ -257,7 +271,7 @@ def complaint(case: Case, found: Found) -> str:
         return f"{found.sent / MIB:.1f} MiB are sent, not {found.on_paper / MIB:.1f}"
     # The last transfer brings gradients home; nothing is left to compute.
     least = found.permutes - (2 if case.gradient else 0)
-    if case.options and found.overlapped < least:
+    if found.overlapped < least:
         return f"{found.overlapped} of {found.permutes} transfers overlap with products"
     return ""
 
@@ -307,7 +321,7 @@ def row(case: Case, found: dict[str, Any]) -> list[str]:
         f"{found['overlapped']} of {found['permutes']}" if found["permutes"] else "–",
         f"{found['memory'] / GIB:.2f}",
         f"{found['seconds']:.0f}",
-        found["why"] or "ok",
+        found["why"] or ("fault found" if case.faulty else "ok"),
     ]
 
 
@@ -336,6 +350,8 @@ def main(
     with Progress(console=console, transient=True) as progress:
         for case in progress.track(cases, description="compiling"):
             found = in_a_process(case)
+            if case.faulty:
+                found["why"] = "" if found["why"] else "the fault is not found"
             records.append({**asdict(case), **found})
             table.add_row(*row(case, found))
             progress.console.print(" | ".join(row(case, found)), style="dim", highlight=False)
