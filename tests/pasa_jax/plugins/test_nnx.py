@@ -233,8 +233,8 @@ REFUSED = {
     "option": (
         lambda: plugin.attention_fn(is_causal=True),
         "`option` must be one of 'scale', 'local_window_size', 'implementation', "
-        "'causal_alignment', 'logits_soft_cap', 'shift', 'beta', 'precision', 'schedule'; got "
-        "'is_causal'.",
+        "'causal_alignment', 'logits_soft_cap', 'shift', 'beta', 'precision', 'schedule', "
+        "'attention'; got 'is_causal'.",
     ),
     "unhashable": (
         lambda: plugin.attention_fn(implementation=["lax"]),
