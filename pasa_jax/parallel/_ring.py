@@ -238,8 +238,11 @@ def _backward(ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tu
         arriving = ring.line.rotate(of_moving) if hop > 0 else none  # while this hop computes
         work = partial(_summed, ring, hop, (moving, told), fixed, (result, d_out, d_lse))
         of_fixed, found = _at_hop(ring, hop, mask, work, (of_fixed, none))
-        # Else compilers would add inside of the branch, which then would wait for what arrives.
-        of_moving = jax.tree.map(jnp.add, arriving, lax.optimization_barrier(found))
+        # Not before the next keys are here: else schedulers send these with the gradients, after
+        # the hop's work and not under it.
+        for x in (following[0].key, following[0].value):
+            found = _after(x, found)
+        of_moving = jax.tree.map(jnp.add, arriving, found)
         moving, told = _after(of_fixed.query, following)
     of_moving = jax.tree.map(lambda x, like: x.astype(like.dtype), of_moving, first)
     of_moving = ring.line.rotate(of_moving)  # home
