@@ -6,7 +6,7 @@ from itertools import product
 import jax
 import pytest
 
-from pasa_jax import SHIFTS, Schedule, parallel
+from pasa_jax import SHIFTS, parallel
 from pasa_jax.parallel import _part, _ring
 from tests.pasa_jax.parallel import trials
 from tests.pasa_jax.parallel.devices import on_devices
@@ -107,17 +107,6 @@ def test_two_axes_as_one_ring():
         trials.compare(
             parallel.attention_fn(mesh, sequence=("r", "u"), scheme=scheme), "causal, odd"
         )
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["window, causal", "zigzag, packed", "sinks"])
-@pytest.mark.parametrize("scheme", ["ring", "all_gather"])
-@on_devices
-def test_a_kernel_on_each_device(scheme, name):
-    """The TPU's, step by step."""
-    tiles = Schedule(block_q=32, block_kv=16, target="tpu_v6e")
-    options = {"implementation": "pallas_tpu", "interpret": True, "schedule": tiles}
-    trials.compare(over_four(scheme), name, **options)
 
 
 # Faults that others had: the tests above would see each of them.
