@@ -227,16 +227,20 @@ def beside_one_device(
     dtypes: tuple[str, ...] = ("float32", "float16"),
     batch: int = 8,
     length: int = 128,
-    **sizes: int,
+    layers: int = 2,
+    width: int = 96,
+    heads: int = 4,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Prints the losses of one device and of a mesh, and returns both for each type, [steps]."""
-    sizes = {"layers": 2, "width": 96, "heads": 4, **sizes}
+    sizes = {"layers": layers, "width": width, "heads": heads}
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    places = {"batch": "data", "heads": "tensor", "sequence": "sequence"}
-    over_mesh = attention_fn(attention=parallel.attention_fn(mesh, scheme=scheme, **places))
+    attend = parallel.attention_fn(
+        mesh, batch="data", heads="tensor", sequence="sequence", scheme=scheme
+    )
+    over_mesh = attention_fn(attention=attend)
     data, curves = batches(steps, batch, length), {}
     for dtype in dtypes:
-        one = train(in_type(dtype, attention_fn()), data, **sizes)
+        one = train(in_type(dtype, attention_fn()), data, None, **sizes)
         many = train(in_type(dtype, over_mesh), data, mesh, **sizes)
         curves[dtype] = one, many
         far = np.abs(one - many).max()

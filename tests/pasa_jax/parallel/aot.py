@@ -42,8 +42,8 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# XLA orders a GPU's program for overlap only if asked to, and has one transfer under way unless
-# it may have more: keys, values, and the gradients of both.
+# XLA has one transfer of a GPU under way at a time unless it may have more: keys, values, and the
+# gradients of both.
 GPU_OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
