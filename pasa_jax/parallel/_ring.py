@@ -238,12 +238,12 @@ def _backward(ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tu
         arriving = ring.line.rotate(of_moving) if hop > 0 else none  # while this hop computes
         work = partial(_summed, ring, hop, (moving, told), fixed, (result, d_out, d_lse))
         of_fixed, found = _at_hop(ring, hop, mask, work, (of_fixed, none))
+        moving, told = _after(of_fixed.query, following)
         # Not before the next keys are here: else schedulers send these with the gradients, after
         # the hop's work and not under it.
-        for x in (following[0].key, following[0].value):
-            found = _after(x, found)
+        if hop + 1 < ring.line.size:
+            found = _after(moving.value, _after(moving.key, found))
         of_moving = jax.tree.map(jnp.add, arriving, found)
-        moving, told = _after(of_fixed.query, following)
     of_moving = jax.tree.map(lambda x, like: x.astype(like.dtype), of_moving, first)
     of_moving = ring.line.rotate(of_moving)  # home
     total = _part.with_moving(of_fixed, of_moving)
