@@ -60,7 +60,7 @@ class Case:
       ulysses_devices: of `ring_ulysses`.
       expected: the scheme whose exchange is expected, where it is not ``scheme``.
       by_sums: whether parts are gathered and scattered by sums over all devices, as libtpu does it
-        in the largest slices. A sum sends twice as much.
+        in large slices of v5p. A sum sends twice as much.
       overlap: whether a GPU's compiler is asked to send while it computes.
       late: transfers that the compiler is known to finish before the products.
       faulty: whether the program has a fault that must be found.
@@ -128,7 +128,7 @@ CASES = [
         gradient=True,
         late=1,
     ),
-    Case(topology="v5p:4x4x4", scheme="all_gather", tokens=MILLION, gradient=True),
+    Case(topology="v5p:4x4x4", scheme="all_gather", tokens=MILLION, gradient=True, by_sums=True),
     Case(topology="v5p:16x16x16", scheme="all_gather", tokens=MILLION, gradient=True, by_sums=True),
     Case(topology="v5e:2x2", scheme="all_gather", expected="ulysses", faulty=True),
     Case(topology="v5e:2x2", scheme="ulysses", expected="ring", faulty=True),
