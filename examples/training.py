@@ -1,6 +1,7 @@
 """A small language model trained with attention in float32 and in 16 bits: the same losses.
 
-    python examples/training.py [curves.png]    # about 2 minutes
+    python examples/training.py [curves.png]      # about 2 minutes
+    python examples/training.py --mesh 2,2,2      # on simulated devices, beside one
 
 Every run starts from the same weights and sees the same batches, bytes of Python's standard
 library. Parameters, optimizer and all other layers are float32. 16-bit are the query, key and value
@@ -11,24 +12,31 @@ parameters divided by it, lest float16 lose small ones on the way.
 Two more runs have a constant in one more channel of every query and key, as the biases of real
 models put into a few. It adds 81920 to each q·k, which softmax does not see and float16 cannot
 hold.
+
+With ``--mesh`` batch, heads with hidden units, and tokens are cut over the axes of a mesh: data,
+tensor and sequence. `parallel.attention_fn` is the attention; all else is JAX's own, from where
+parameters and tokens lie. The losses are those of one device.
 """
 
 import argparse
 import ast
 import inspect
-import sys
+import math
 import tarfile
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import typer
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pasa_jax import parallel
 from pasa_jax.evidence.plain import plain_attention
 from pasa_jax.plugins.nnx import attention_fn
 
@@ -38,6 +46,12 @@ AttentionFn = Callable[..., Array]
 SOURCES = (argparse, ast, inspect, tarfile, typing)
 SCALE = 1024.0
 BIAS = 256.0, 320.0  # of queries and keys: exact in 16 bits, their product is beyond float16
+AXES = "data", "tensor", "sequence"
+# The axes of kernel and bias that lie on the mesh's axis tensor; None: the sum over it is needed.
+CUT = {
+    **{layer: {"kernel": 1, "bias": 0} for layer in ("query", "key", "value", "up", "head")},
+    **{layer: {"kernel": 0, "bias": None} for layer in ("out", "down")},
+}
 
 
 def in_type(dtype: str, attention: AttentionFn, biased: bool = False) -> AttentionFn:
@@ -121,11 +135,13 @@ def batches(steps: int, batch: int, length: int) -> np.ndarray:
 
 
 @nnx.jit
-def train_step(model: LanguageModel, optimizer: nnx.Optimizer, text: Array) -> Array:
+def train_step(
+    model: LanguageModel, optimizer: nnx.Optimizer, text: Array, following: Array
+) -> Array:
     """One step of the optimizer; the loss before it, in nats a byte."""
 
     def loss(model: LanguageModel) -> Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(text[:, :-1]), text[:, 1:])
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(text), following)
         return SCALE * losses.mean()
 
     scaled, gradients = nnx.value_and_grad(loss)(model)
@@ -133,11 +149,33 @@ def train_step(model: LanguageModel, optimizer: nnx.Optimizer, text: Array) -> A
     return scaled / SCALE
 
 
-def train(attention: AttentionFn, data: np.ndarray, **sizes: int) -> np.ndarray:
+def train(
+    attention: AttentionFn, data: np.ndarray, mesh: Mesh | None = None, **sizes: int
+) -> np.ndarray:
     """The loss at each step, [steps]."""
     model = LanguageModel(attention, length=data.shape[2] - 1, rngs=nnx.Rngs(0), **sizes)
+    if mesh is not None:
+        nnx.update(model, jax.tree.map_with_path(place(mesh), nnx.state(model, nnx.Param)))
     optimizer = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param)
-    return np.array([train_step(model, optimizer, jnp.asarray(text)) for text in data])
+    tokens = None if mesh is None else NamedSharding(mesh, PartitionSpec("data", "sequence"))
+    losses = []
+    for text in data:
+        # Shifted before it is cut: the next byte may lie on another device.
+        pair = jax.device_put((text[:, :-1], text[:, 1:]), tokens)
+        losses.append(train_step(model, optimizer, *pair))
+    return np.array(losses)
+
+
+def place(mesh: Mesh) -> Callable[[Any, Array], Array]:
+    """A function of a parameter's path and the parameter, which puts it on the mesh."""
+
+    def put(path: Any, x: Array) -> Array:
+        *_, layer, name = [str(step.key) for step in path if hasattr(step, "key")]
+        cut = CUT.get(layer, {}).get(name)
+        axes = [] if cut is None else [*[None] * cut, "tensor"]
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return put
 
 
 def draw(curves: dict[str, np.ndarray], path: Path) -> None:
@@ -181,5 +219,50 @@ def main(
     return curves
 
 
+def beside_one_device(
+    shape: tuple[int, ...] = (2, 2, 2),
+    steps: int = 30,
+    *,
+    scheme: str = "ring",
+    dtypes: tuple[str, ...] = ("float32", "float16"),
+    batch: int = 8,
+    length: int = 128,
+    layers: int = 2,
+    width: int = 96,
+    heads: int = 4,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Prints the losses of one device and of a mesh, and returns both for each type, [steps]."""
+    sizes = {"layers": layers, "width": width, "heads": heads}
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    attend = parallel.attention_fn(
+        mesh, batch="data", heads="tensor", sequence="sequence", scheme=scheme
+    )
+    over_mesh = attention_fn(attention=attend)
+    data, curves = batches(steps, batch, length), {}
+    for dtype in dtypes:
+        one = train(in_type(dtype, attention_fn()), data, None, **sizes)
+        many = train(in_type(dtype, over_mesh), data, mesh, **sizes)
+        curves[dtype] = one, many
+        far = np.abs(one - many).max()
+        print(f"{dtype}, {mesh.size} devices beside one: the losses are at most {far:.1e} apart")
+        for step in sorted({*range(0, steps, max(1, steps // 6)), steps - 1}):
+            print(f"{step:6}{one[step]:12.6f}{many[step]:12.6f}")
+    return curves
+
+
+def command(
+    plot: Annotated[Path | None, typer.Argument(help="Where to draw the curves.")] = None,
+    mesh: Annotated[str, typer.Option(help="Devices of data, tensor, sequence: 2,2,2.")] = "",
+    scheme: Annotated[str, typer.Option(help="Of the mesh's attention.")] = "ring",
+) -> None:
+    """Trains on one device in several types; or, with --mesh, on simulated devices beside one."""
+    if not mesh:
+        main(plot=plot)
+        return
+    shape = tuple(int(x) for x in mesh.split(","))
+    jax.config.update("jax_num_cpu_devices", math.prod(shape))
+    beside_one_device(shape, scheme=scheme)
+
+
 if __name__ == "__main__":
-    main(plot=Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    typer.run(command)

@@ -93,15 +93,21 @@ def device(target: str) -> Any:
     if topology is not None:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     assert gpu is not None
-    config = _GPU_CONFIG.format(
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=target, target_config=gpu_config(target), topology="1x1x1"
+    ).devices[0]
+
+
+def gpu_config(target: str) -> str:
+    """What XLA is told of a GPU that is not here."""
+    gpu = TARGETS[target].gpu
+    assert gpu is not None
+    return _GPU_CONFIG.format(
         **asdict(gpu),
         optin=gpu.shared_per_core - KIB,
         threads=2048 if gpu.shared_per_core > 128 * KIB else 1536,
         feature="feature_extension: ACCELERATED_FEATURES" if gpu.accelerated else "",
     )
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name=target, target_config=config, topology="1x1x1"
-    ).devices[0]
 
 
 def gpu_mesh(target: str, **axes: int) -> jax.sharding.AbstractMesh:

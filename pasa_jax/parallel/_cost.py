@@ -291,8 +291,8 @@ def _ring(w: Work) -> Cost:
     return Cost(
         scheme="ring",
         sent=(w.c - 1) * w.keys,
-        # Keys again, and their gradients in float32 once more, home.
-        sent_backward=(w.c - 1) * w.keys + (w.c if w.c > 1 else 0) * w.keys * 4 / w.z,
+        # Keys again; their gradients in float32, and home in the keys' type.
+        sent_backward=(w.c - 1) * w.keys * (1 + 4 / w.z) + (w.keys if w.c > 1 else 0),
         operations=w.products(seen_share(w, w.c)),
         memory=3 * w.queries + (3 + 3 * 4 / w.z) * w.keys,
     )

@@ -231,15 +231,21 @@ def _backward(ring: Ring, residuals: Any, cotangents: tuple[Array, Array]) -> tu
     fixed = varying(operands._replace(sinks=None), like)  # summed over devices at the end alone
     result = _marked(ring, result, like)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), (_without_keys(fixed), moving))
-    of_fixed, of_moving = varying(zeros, like)
+    of_fixed, none = varying(zeros, like)
+    first, of_moving = moving, none
     for hop in range(ring.line.size):
         following = _sent(ring, hop, (moving, told))
-        of_moving = ring.line.rotate(of_moving) if hop > 0 else of_moving
+        arriving = ring.line.rotate(of_moving) if hop > 0 else none  # while this hop computes
         work = partial(_summed, ring, hop, (moving, told), fixed, (result, d_out, d_lse))
-        of_fixed, of_moving = _at_hop(ring, hop, mask, work, (of_fixed, of_moving))
+        of_fixed, found = _at_hop(ring, hop, mask, work, (of_fixed, none))
         moving, told = _after(of_fixed.query, following)
-    if ring.line.size > 1:
-        of_moving = ring.line.rotate(of_moving)  # home
+        # Not before the next keys are here: else schedulers send these with the gradients, after
+        # the hop's work and not under it.
+        if hop + 1 < ring.line.size:
+            found = _after(moving.value, _after(moving.key, found))
+        of_moving = jax.tree.map(jnp.add, arriving, found)
+    of_moving = jax.tree.map(lambda x, like: x.astype(like.dtype), of_moving, first)
+    of_moving = ring.line.rotate(of_moving)  # home
     total = _part.with_moving(of_fixed, of_moving)
     if operands.sinks is not None:
         total = total._replace(sinks=_of_sinks(operands.sinks, result, live, d_out, d_lse))

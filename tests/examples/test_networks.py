@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.examples import load
+from tests.pasa_jax.parallel.devices import on_devices
 from tests.weights import needs_minilm
 
 LEVELS = ("quiet", "in phase", "against", "in phase, ×10", "against, ×10")
@@ -61,6 +62,20 @@ def test_training(tmp_path):
         assert np.any(curves[name] != true), name
         np.testing.assert_allclose(curves[name], true, atol=2e-3, err_msg=name)
     assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", ["ulysses", "ring"])
+@on_devices
+def test_training_on_a_mesh(scheme):
+    """Data, tensor and sequence axes of two devices each, at once."""
+    sizes = {"batch": 4, "length": 32, "layers": 1, "width": 16, "heads": 4}
+    with jax.numpy_dtype_promotion("standard"):
+        curves = load("training").beside_one_device((2, 2, 2), 4, scheme=scheme, **sizes)
+    for dtype, bound in (("float32", 1e-5), ("float16", 5e-4)):
+        one, many = curves[dtype]
+        assert one[-1] < one[0] - 0.2
+        np.testing.assert_allclose(many, one, atol=bound, err_msg=dtype)
 
 
 @pytest.mark.filterwarnings("default")

@@ -1,7 +1,5 @@
 """The formulas of costs beside the compiled programs: bytes by the collectives, operations."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,45 +10,12 @@ from pasa_jax.parallel import __main__, plan
 from pasa_jax.parallel._cost import CHIPS
 from tests.gallery import QUICKLY
 from tests.pasa_jax.parallel import trials
+from tests.pasa_jax.parallel.collectives import collectives
 from tests.pasa_jax.parallel.devices import on_devices
 from tests.thin import only
 
 SIZES = (2, 256, 256, 8, 2, 64)  # B, T, S, N, K, D
 SCHEMES = {"all_gather": None, "ulysses": None, "ring": None, "ring_ulysses": 2}
-BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
-COLLECTIVE = re.compile(
-    r"= (?P<shapes>\(?[^()=]*?\)?) (?P<kind>all-gather|all-to-all|collective-permute|reduce-scatter"
-    r"|all-reduce)(-start)?\((?P<rest>.*)"
-)
-SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])")
-
-
-def collectives(text):
-    """Kind, and the bytes that a device sends, of each collective in a compiled program."""
-    found = []
-    for line in text.splitlines():
-        match = COLLECTIVE.search(line)
-        if match is None:
-            continue
-        size = sum(
-            BYTES[kind] * int(np.prod([int(x) for x in shape.split(",") if x]))
-            for kind, shape in SHAPE.findall(match["shapes"])
-        )
-        group = GROUP.search(line)
-        devices = 1
-        if group is not None:
-            devices = len(group[1].split(",")) if group[1] else int(group[3])
-        share = (devices - 1) / devices
-        sent = {
-            "all-gather": size * share,
-            "all-to-all": size * share,
-            "collective-permute": size,
-            "reduce-scatter": size * (devices - 1),
-            "all-reduce": 2 * size * share,
-        }[match["kind"]]
-        found.append((match["kind"], sent))
-    return found
 
 
 def compiled(scheme, gradient):
@@ -88,7 +53,7 @@ def test_formulas_beside_the_program(scheme, gradient):
     program = compiled(scheme, gradient)
     found = collectives(program.as_text())
     expected = cost.sent + (cost.sent_backward if gradient else 0)
-    sent = sum(size for kind, size in found if kind != "all-reduce")
+    sent = sum(x.sent for x in found if x.kind != "all-reduce")
     assert sent == pytest.approx(expected, rel=0.01), found
     kinds = {
         "all_gather": {"all-gather"},
@@ -96,7 +61,7 @@ def test_formulas_beside_the_program(scheme, gradient):
         "ring": {"collective-permute"},
         "ring_ulysses": {"all-to-all", "collective-permute"},
     }
-    forward = {kind for kind, _ in found if kind not in ("all-reduce", "reduce-scatter")}
+    forward = {x.kind for x in found} - {"all-reduce", "reduce-scatter"}
     assert forward == kinds[scheme]
     if scheme == "ring" and not gradient:
         assert len(found) == 3 * 2  # K and V, one rotation fewer than devices
