@@ -37,7 +37,7 @@ def divides_values(plan: Plan, dtype: jnp.dtype) -> bool:
     return wide or plan.precision.products == "float16"
 
 
-def gain_of_values(top: Float[Array, " tiles"], plan: Plan) -> Float[Array, " tiles"]:
+def gain_of_values(top: Float[Array, "*tiles"], plan: Plan) -> Float[Array, "*tiles"]:
     """The power of two, at most 1, that brings sums of values of magnitude ``top`` into range."""
     wide = wide_type(top.dtype)
     limit = _product_log2(plan) if plan.precision.products == "float16" else _SUMMABLE_LOG2
@@ -137,8 +137,8 @@ def ordinary(
 
 def _excess(
     of_q: Float32[Array, "*shape"],
-    of_k: Float32[Array, "*shape"],
-    of_shifted: Float32[Array, "*shape"],
+    of_k: Float32[Array, "*#shape"],
+    of_shifted: Float32[Array, "*#shape"],
     scale: Float[Array, ""],
     plan: Plan,
     dtype: jnp.dtype,

@@ -57,21 +57,29 @@ def prepare(
     mask: Mask,
     plan: Plan,
     block_q: int,
+    *,
+    one_by_one: bool = False,
 ) -> HeadFacts:
     """The facts of one key head.
 
     Keys that no query sees are not usable, so that their content cannot matter. Keys that are seen
     and not finite are not usable either; `key_tile` makes their column NaN. The guard and the gain
     of a tile of ``block_q`` positions come from the key tiles that it visits.
-    """
-    n, visible = plan.schedule.block_kv, mask.visible_keys()
 
-    def usual(plain: Callable[[], Any], exact: Callable[[], Any]) -> Any:
-        """Both give the same where the data are ordinary, and there only ``plain`` is computed."""
-        sources = (q, k, v, scale, mask)  # the two must vary over the same axes of a mesh
-        return lax.cond(
-            is_ordinary, lambda: varying(plain(), sources), lambda: varying(exact(), sources)
-        )
+    Arguments:
+      one_by_one: heads are computed one after another, so that a condition saves work.
+    """
+    n = plan.schedule.block_kv
+    # The two sides of a condition must vary over the same axes of a mesh.
+    q, k, v, scale, mask = varying((q, k, v, scale, mask), (q, k, v, scale, mask))
+    visible = varying(mask.visible_keys(), q)
+
+    def usual(plain: Any, exact: Callable[[], Any]) -> Any:
+        """``exact()``, which of ordinary data is ``plain``."""
+        if not one_by_one:
+            return exact()
+        plain = varying(plain, q)
+        return lax.cond(is_ordinary, lambda: plain, exact)
 
     def found_usable() -> Array:
         return visible & jnp.all(is_finite(k), axis=1) & jnp.all(is_finite(v), axis=1)
@@ -84,12 +92,12 @@ def prepare(
     def found_guard() -> Guard:
         return guard_of(q, key_norms(k, usable, kappa, plan), scale, mask, plan, block_q)
 
-    is_ordinary = ordinary(q, k, v, scale, plan)
-    usable = usual(lambda: visible, found_usable)
+    is_ordinary = ordinary(q, k, v, scale, plan) if one_by_one else None
+    usable = usual(visible, found_usable)
     value_gain = None
     if divides_values(plan, v.dtype):
         tiles = -(-len(q) // block_q)
-        value_gain = usual(lambda: jnp.ones(tiles, wide_type(v.dtype)), found_gain)
+        value_gain = usual(jnp.ones(tiles, wide_type(v.dtype)), found_gain)
     kappa = chosen = None
     if plan.storage.uses_kappa:
         kappa = block_kappa(k, usable, n, past=plan.storage is Storage.PAST_MEAN)
@@ -98,7 +106,7 @@ def prepare(
             kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
     guard = None
     if guards(plan, q.dtype):
-        guard = usual(lambda: no_guard(q), found_guard)
+        guard = usual(no_guard(q), found_guard)
     return HeadFacts(usable, kappa, chosen, guard, value_gain)
 
 

@@ -61,7 +61,8 @@ class HeadWalk(Walk):
             bound = bound_of(as_multiplied, walk.facts.usable, mask, plan, kappa)
             return replace(walk, facts=walk.facts._replace(bound=bound))
         if known is None:
-            facts = prepare(head.query, head.key, head.value, head.scale, mask, plan, block_q)
+            arrays, alone = (head.query, head.key, head.value), not plan.schedule.batch_heads
+            facts = prepare(*arrays, head.scale, mask, plan, block_q, one_by_one=alone)
         else:
             facts = prepare_known(head.query, head.key, known, head.scale, mask, plan, block_q)
         often = length > block_q and facts.kappa is None and plan.storage is not tile.Storage.PAPER

@@ -136,7 +136,9 @@ def test_a_wrong_shape_is_refused(checked):
 def test_a_wrong_shape_within_a_call_is_refused(checked, monkeypatch):
     """Keys [D, S] are found where `prepare` is called, under tracing."""
     prepare = head_walk.prepare
-    monkeypatch.setattr(head_walk, "prepare", lambda q, k, *rest: prepare(q, k.T, *rest))
+    monkeypatch.setattr(
+        head_walk, "prepare", lambda q, k, *rest, **options: prepare(q, k.T, *rest, **options)
+    )
     x = jnp.ones((1, 48, 1, 8), jnp.float16)
     with pytest.raises(jaxtyping.TypeCheckError, match="prepare"):
         jax.eval_shape(lambda x: dot_product_attention(x, x, x, implementation="lax"), x)
