@@ -116,7 +116,12 @@ CASES = [
     Case(topology="v5e:4x4", scheme="ring"),
     Case(topology="v5e:4x4", scheme="ring_ulysses", ulysses_devices=8, tokens=MILLION),
     Case(
-        topology="v5e:4x4", scheme="ring_ulysses", ulysses_devices=8, tokens=MILLION, gradient=True
+        topology="v5e:4x4",
+        scheme="ring_ulysses",
+        ulysses_devices=8,
+        tokens=MILLION,
+        gradient=True,
+        late=1,
     ),
     Case(topology="v6e:4x4", scheme="ulysses", tokens=MILLION, gradient=True),
     Case(topology="v5p:4x4x4", scheme="ring_ulysses", ulysses_devices=32, tokens=MILLION),
