@@ -85,7 +85,8 @@ def guard_of(
         per_tile = over_visited(per_block, mask, block_q, n)
         return jnp.repeat(per_tile, block_q)[: len(q), None]
 
-    excess = _excess(log2_norm(q), *map(seen, norms), scale, plan, q.dtype)
+    of_k, of_shifted = map(seen, norms)
+    excess = _excess(log2_norm(q), of_k, of_shifted, scale, plan, q.dtype)
     exponent = jnp.clip(jnp.ceil(excess), 0, 2000).astype(jnp.int32)
     of_scale, wide = jnp.log2(jnp.abs(scale.astype(jnp.float32))), wide_type(q.dtype)
     range_log2 = _PRODUCT_LOG2[str(wide)]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 _FEW_TILES = 2  # of a head: each is looked at
+_MANY_TILES = 16  # of queries: their keys are cleaned once for all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,8 @@ class HeadWalk(Walk):
     head: Operands
     facts: HeadFacts
     lists: Visits | None = None
-    # Keys and values with NaN and zeros where they are not usable, where several query tiles need
-    # them so; None: each key tile sees to it.
+    # Keys and values with NaN and zeros where they are not usable, where many query tiles need them
+    # so; None: each key tile sees to it.
     clean: tuple[Array, Array] | None = None
 
     @staticmethod
@@ -65,7 +66,8 @@ class HeadWalk(Walk):
             facts = prepare(*arrays, head.scale, mask, plan, block_q, one_by_one=alone)
         else:
             facts = prepare_known(head.query, head.key, known, head.scale, mask, plan, block_q)
-        often = length > block_q and facts.kappa is None and plan.storage is not tile.Storage.PAPER
+        often = length >= _MANY_TILES * block_q and facts.kappa is None
+        often = often and plan.storage is not tile.Storage.PAPER
         return HeadWalk(
             mask=mask,
             plan=plan,
