@@ -12,7 +12,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 @pytest.fixture(scope="module")
 def optimized() -> Iterator[None]:
-    """Machine code as users have it: for what runs long, and for the edges of the types."""
+    """Machine code as users have it, for numbers at the edges of the types."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

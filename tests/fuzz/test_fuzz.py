@@ -8,6 +8,7 @@ from tests.cases import exact
 from tests.fuzz import calls, check, fuzz, known, oracle
 from tests.fuzz.calls import Call, Signature
 
+pytestmark = pytest.mark.usefixtures("optimized")
 TILES = Schedule(block_q=16, block_kv=16)
 SLICE = {
     "float16, everything at once": (

@@ -14,6 +14,7 @@ from pasa_jax.evidence.plain import float64_attention, plain_attention
 from tests.cases import CASES, TILES, exact, visible
 from tests.thin import some, some_tuples
 
+pytestmark = pytest.mark.usefixtures("optimized")
 GUARDED = ("auto", "mean", "mean_past", "reference", "paper")
 BEHIND = replace(TILES, target="ascend_910b")
 
