@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from pasa_jax.core import tile
-from pasa_jax.core.blocks import over_blocks, per_block
+from pasa_jax.core.blocks import over_blocks, per_block, spread
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Factors, Operands
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.row_sight import at_keys, own_keys, row_sight, sees, sight_of_keys
+from pasa_jax.core.row_sight import at_keys, by_row, own_keys, row_sight, sees, sight_of_keys
 from pasa_jax.core.tile import RowBounds, shown_by
 
 if TYPE_CHECKING:
@@ -63,18 +63,18 @@ def bound_of(
     sight = row_sight(mask, usable, n)
     if plan.logits_soft_cap is not None:
         rows, least = _capped(rows, least, plan.logits_soft_cap)
-    hidden: list[Array] = []  # [T|1, G|1, S] what a bias shows
     if head.factors is not None:
         rows, least = _with_factors(rows, least, head.factors, usable, n)
+    shown = None  # [T|1, G|1, S] by a bias
     if head.bias is not None:
-        bias = jnp.moveaxis(jnp.broadcast_to(head.bias, (*head.bias.shape[:2], len(k))), 1, 0)
-        hidden.append(shown_by(bias))
-        sight = sight.beside(sight_of_keys(hidden[0], usable, n))
-        rows, least = _with_bias(rows, least, bias, hidden[0] & usable, n)
+        bias = by_row(head.bias, len(k))
+        shown = shown_by(bias)
+        sight = sight.beside(sight_of_keys(shown, usable, n))
+        rows, least = _with_bias(rows, least, bias, shown & usable, n)
 
     def of_own(own: Array) -> Array:
         seen = sees(mask, usable, head.data, own)
-        for shown in hidden:
+        if shown is not None:
             seen = seen & at_keys(shown, own)
         return jnp.where(seen, least(own), -jnp.inf)
 
@@ -144,7 +144,7 @@ def _with_factors(
     k = jnp.where(usable[:, None, None], k, jnp.zeros_like(k))  # [S, G|1, R]
     keys = jnp.maximum(per_block(usable.astype(k.dtype), n, jnp.sum), 1)
     mean = per_block(k, n, jnp.sum) / keys[:, None, None]
-    off = jnp.abs(k - jnp.repeat(mean, n, axis=0, total_repeat_length=len(mean) * n)[: len(k)])
+    off = jnp.abs(k - spread(mean, n, len(k)))
     off = per_block(jnp.where(usable[:, None, None], off, jnp.zeros_like(off)), n, jnp.max)
     error = 2 * (q.shape[-1] + 4) * float(jnp.finfo(q.dtype).eps)
 
@@ -153,8 +153,8 @@ def _with_factors(
 
     centre, magnitude = product(q, mean), jnp.abs(q)
     reach = product(magnitude, jnp.abs(mean) + off)
-    slack, spread = (jnp.abs(x) for x in (error * reach, product(magnitude, off)))
-    added = RowBounds(centre + spread + slack, centre - slack, centre - spread - slack)
+    slack, width = (jnp.abs(x) for x in (error * reach, product(magnitude, off)))
+    added = RowBounds(centre + width + slack, centre - slack, centre - width - slack)
 
     def least_added(own: Array) -> Array:
         terms = q * k[own] * scale[:, None]
@@ -186,8 +186,7 @@ def _balls(
     if centre_of is not None:
         mean, kappa = kappa, centre_of.astype(k.dtype)
         off = _norm(mean - kappa)
-    nearest = jnp.repeat(kappa, n, axis=0, total_repeat_length=len(kappa) * n)[: len(k)]
-    distance = jnp.where(usable, _norm(k - nearest), jnp.zeros((), k.dtype))
+    distance = jnp.where(usable, _norm(k - spread(kappa, n, len(k))), jnp.zeros((), k.dtype))
     return kappa, per_block(distance, n, jnp.max), off
 
 

@@ -36,8 +36,7 @@ def row_sight(mask: Mask, usable: Bool[Array, " S"], n: int) -> Sight:
         all_own = (least == own) & (most == own)
         sight = sight.beside(Sight((least <= own) & (own <= most), all_own, all_own))
     if mask.array is not None:
-        array = jnp.broadcast_to(mask.array, (*mask.array.shape[:2], mask.key_length))
-        sight = sight.beside(sight_of_keys(jnp.moveaxis(array, 1, 0), usable, n))
+        sight = sight.beside(sight_of_keys(by_row(mask.array, mask.key_length), usable, n))
     if mask.kinds is not None:
         sight = sight.beside(_by_kind(mask, n))
     if mask.has_function:
@@ -80,8 +79,7 @@ def sees(mask: Mask, usable: Bool[Array, " S"], data: Data, own: Int[Array, " T"
     if mask.query_segments is not None and mask.key_segments is not None:
         seen = seen & (mask.query_segments == mask.key_segments[own])[:, None]
     if mask.array is not None:
-        array = jnp.broadcast_to(mask.array, (*mask.array.shape[:2], mask.key_length))
-        seen = seen & at_keys(jnp.moveaxis(array, 1, 0), own)
+        seen = seen & at_keys(by_row(mask.array, mask.key_length), own)
     by_mods = _seen_by_mods(mask, data, rows, own)
     return seen if by_mods is None else seen & by_mods
 
@@ -113,6 +111,11 @@ def _seen_by_mods(mask: Mask, data: Data, rows: Array, own: Array) -> Array | No
         by_function = shown(mods.mask_mod)
         seen = by_function if seen is None else seen & by_function
     return seen
+
+
+def by_row(x: Array, keys: int) -> Array:
+    """[T|1, G|1, S] of x [G|1, T|1, S|1], a mask or a bias of S = ``keys``."""
+    return jnp.moveaxis(jnp.broadcast_to(x, (*x.shape[:2], keys)), 1, 0)
 
 
 def at_keys(x: Array, own: Int[Array, " T"]) -> Array:
