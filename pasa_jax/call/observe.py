@@ -31,6 +31,11 @@ def observed_by(observer: Observer) -> Iterator[None]:
         _observer.reset(token)
 
 
+def is_observed() -> bool:
+    """Whether this thread has an observer."""
+    return _observer.get() is not None
+
+
 def announce(operands: Operands, mask: Mask, plan: Plan) -> None:
     """Passes a call to the observer, if there is one, before it is computed."""
     observer = _observer.get()

@@ -16,17 +16,36 @@ from jax import lax
 Array = jax.Array
 
 
-def _has_16_bits(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+def stored_type(dtype: jnp.dtype) -> jnp.dtype:
+    """The type of the bits of numbers of 16 bits; of others their own."""
+    narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2
+    return jnp.dtype(jnp.uint16) if narrow else jnp.dtype(dtype)
+
+
+def stored(x: Array) -> Array:
+    """x of `stored_type`."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if stored_type(x.dtype) != x.dtype else x
+
+
+def read(x: Array, dtype: jnp.dtype) -> Array:
+    """Numbers of ``dtype`` of what `stored` made of them."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+def stored_tree(tree: Any) -> Any:
+    """A pytree of arrays of one type as bits, for a loop that takes slices of them."""
+    return jax.tree.map(stored, tree)
+
+
+def read_tree(tree: Any, dtype: jnp.dtype) -> Any:
+    """Numbers of ``dtype`` of what `stored_tree` made of them."""
+    return jax.tree.map(lambda x: read(x, dtype), tree)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def take(x: Array, start: Any, size: int, axis: int = 0) -> Array:
     """``size`` entries of one axis of x, from ``start`` on."""
-    if not _has_16_bits(x):
-        return lax.dynamic_slice_in_dim(x, start, size, axis)
-    bits = lax.bitcast_convert_type(x, jnp.uint16)
-    return lax.bitcast_convert_type(lax.dynamic_slice_in_dim(bits, start, size, axis), x.dtype)
+    return read(lax.dynamic_slice_in_dim(stored(x), start, size, axis), x.dtype)
 
 
 @take.defjvp
@@ -51,10 +70,7 @@ def pick_heads(x: Array, b: Any, h: Any, groups: int) -> Array:
 @jax.custom_jvp
 def put(buffer: Array, x: Array, place: tuple[Any, ...]) -> Array:
     """``buffer`` with x at ``place``, an index for each axis."""
-    if not _has_16_bits(buffer):
-        return lax.dynamic_update_slice(buffer, x, place)
-    whole, part = (lax.bitcast_convert_type(y, jnp.uint16) for y in (buffer, x))
-    return lax.bitcast_convert_type(lax.dynamic_update_slice(whole, part, place), buffer.dtype)
+    return read(lax.dynamic_update_slice(stored(buffer), stored(x), place), buffer.dtype)
 
 
 @put.defjvp

@@ -85,10 +85,24 @@ def guard_of(
         per_tile = over_visited(per_block, mask, block_q, n)
         return jnp.repeat(per_tile, block_q)[: len(q), None]
 
-    of_k, of_shifted = map(seen, norms)
-    excess = _excess(log2_norm(q), of_k, of_shifted, scale, plan, q.dtype)
-    exponent = jnp.clip(jnp.ceil(excess), 0, 2000).astype(jnp.int32)
-    of_scale, wide = jnp.log2(jnp.abs(scale.astype(jnp.float32))), wide_type(q.dtype)
+    return powers_of_guard(log2_norm(q), *map(seen, norms), scale, plan, q.dtype)
+
+
+def powers_of_guard(
+    of_q: Float32[Array, "*shape"],
+    of_k: Float32[Array, "*#shape"],
+    of_shifted: Float32[Array, "*#shape"],
+    scale: Float[Array, ""],
+    plan: Plan,
+    dtype: jnp.dtype,
+) -> Guard:
+    """The powers of two of eq. 12, of the shape of ``of_q``.
+
+    Arguments: as of `excess`.
+    """
+    beyond = excess(of_q, of_k, of_shifted, scale, plan, dtype)
+    exponent = jnp.clip(jnp.ceil(beyond), 0, 2000).astype(jnp.int32)
+    of_scale, wide = jnp.log2(jnp.abs(scale.astype(jnp.float32))), wide_type(dtype)
     range_log2 = _PRODUCT_LOG2[str(wide)]
     largest = jnp.finfo(wide).maxexp - 2  # of a power whose inverse is a normal number too
     of_gain = jnp.clip(jnp.ceil(of_scale), 0, range_log2).astype(jnp.int32)
@@ -132,11 +146,11 @@ def ordinary(
     if guards(plan, q.dtype):
         of_q, of_k = (0.5 * jnp.log2(x).astype(jnp.float32) for x in (largest(q), of_k))
         # A shifted key is at most twice as long.
-        fine = fine & (_excess(of_q, of_k, of_k + 1, scale, plan, q.dtype) <= 0)
+        fine = fine & (excess(of_q, of_k, of_k + 1, scale, plan, q.dtype) <= 0)
     return fine
 
 
-def _excess(
+def excess(
     of_q: Float32[Array, "*shape"],
     of_k: Float32[Array, "*#shape"],
     of_shifted: Float32[Array, "*#shape"],
@@ -149,14 +163,14 @@ def _excess(
     """
     of_scale = jnp.log2(jnp.abs(scale.astype(jnp.float32)))
     range_log2 = _PRODUCT_LOG2[str(wide_type(dtype))]
-    excess = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0) - range_log2
+    log2 = of_q + jnp.maximum(of_k, of_shifted) + jnp.maximum(of_scale, 0) - range_log2
     if _stores16(plan, dtype):
-        excess = jnp.maximum(excess, of_q + of_shifted + of_scale - _FLOAT16_LOG2)
+        log2 = jnp.maximum(log2, of_q + of_shifted + of_scale - _FLOAT16_LOG2)
     if plan.rounds_products:  # q·gain is formed in q's type, which a gain below 1 cannot leave
         of_factor = jnp.log2(jnp.abs(plan.gain(scale.astype(jnp.float32))))
         of_product = of_q + of_factor - _QUERY_LOG2[str(dtype)]
-        excess = jnp.maximum(excess, jnp.where(of_factor > 0, of_product, -jnp.inf))
-    return excess + 0.01  # which covers the rounding of the logarithms
+        log2 = jnp.maximum(log2, jnp.where(of_factor > 0, of_product, -jnp.inf))
+    return log2 + 0.01  # which covers the rounding of the logarithms
 
 
 def key_norms(

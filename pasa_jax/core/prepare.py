@@ -28,7 +28,7 @@ from pasa_jax.core.guard import (
 from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.tile import Guard, Storage, is_finite, mean_key, wide_type
+from pasa_jax.core.tile import Guard, Storage, is_finite, wide_type
 
 if TYPE_CHECKING:
     from pasa_jax.core.shapes import Float
@@ -107,56 +107,4 @@ def prepare(
     guard = None
     if guards(plan, q.dtype):
         guard = usual(no_guard(q), found_guard)
-    return HeadFacts(usable, kappa, chosen, guard, value_gain)
-
-
-class Known(NamedTuple):
-    """What a cache stores about one head's keys and values, so that none is read again for it."""
-
-    finite: Array  # [S] bool: there are a key and a value, and they are finite
-    total: Array  # [blocks, D] sum of each block's keys, float32 (float64 for float64)
-    key_norm: Array  # [blocks] log2 of the largest norm of a key, float32
-    key_top: Array  # [blocks] largest magnitude in a key
-    value_top: Array  # [blocks] largest magnitude in a value
-
-
-def prepare_known(
-    q: Float[Array, "T G D"],
-    k: Float[Array, "S D"],
-    known: Known,
-    scale: Float[Array, ""],
-    mask: Mask,
-    plan: Plan,
-    block_q: int,
-) -> HeadFacts:
-    """`prepare` for the keys of a cache, in O(S + blocks·D).
-
-    A block's mean is of all its finite keys, and the bounds on shifted keys are coarser
-    (‖k − κ‖ ≤ 2·max‖k‖). Where `auto` chooses by the data, it looks at k.
-    """
-    usable = known.finite & mask.visible_keys()
-    wide = wide_type(k.dtype)
-    n = plan.schedule.block_kv
-    value_gain = None
-    if divides_values(plan, k.dtype):
-        value_gain = gain_of_values(over_visited(known.value_top, mask, block_q, n), plan)
-    kappa = chosen = None
-    if plan.storage.uses_kappa:
-        count = per_block(known.finite[:, None], n, lambda x, axis: jnp.sum(x, axis, dtype=wide))
-        kappa = mean_key(known.total, count, wide)
-        if plan.storage is Storage.PAST_MEAN:
-            first = jnp.where(known.finite[:1, None], k[:1], jnp.zeros_like(k[:1]))
-            kappa = jnp.concatenate([first.astype(wide), kappa[:-1]])
-        fits = jnp.max(known.key_top) < float(jnp.finfo(k.dtype).max) / 4
-        fits = fits & jnp.isfinite(kappa)  # their sum may not be
-        kappa = jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(k.dtype)
-        if plan.chooses_per_head:
-            chosen = shifting_helps(q, k, usable, kappa, n, scale)
-            kappa = jnp.where(chosen, kappa, jnp.zeros_like(kappa))
-    guard = None
-    if guards(plan, q.dtype):
-        # A shifted key K' is at most twice as long; `Storage.LAGGING` keeps the keys as they are.
-        shifts_keys = plan.storage not in (Storage.PLAIN, Storage.BENEATH_MAXIMUM, Storage.LAGGING)
-        norms = (known.key_norm, known.key_norm + float(shifts_keys))
-        guard = guard_of(q, norms, scale, mask, plan, block_q)
     return HeadFacts(usable, kappa, chosen, guard, value_gain)

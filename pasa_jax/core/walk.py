@@ -82,6 +82,15 @@ class Walk(ABC):
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         """Key tile j, values multiplied by ``value_gain`` [] (None: 1), to keep P·V in range."""
 
+    def key_beneath(
+        self, j: Index, seen: Bool[Array, "R n"] | None, value_gain: Array | None
+    ) -> tile.KeyTile:
+        """`key` for rows whose mask is ``seen`` [R, n] (None: they see the whole tile). A walker of
+        which hidden keys may be anything makes zeros of them.
+        """
+        del seen
+        return self.key(j, value_gain)
+
     @abstractmethod
     def key_start(self, j: Index) -> Index:
         """The key at which tile j starts."""
@@ -278,6 +287,12 @@ class Walk(ABC):
 
     # One query tile.
 
+    def rows_at(self, start: Index) -> Rows:
+        """The results of the query tile at ``start``."""
+        query = self.query(start)
+        state, _ = self.absorb(start, query, self.begin())
+        return self.close(start, query, state)
+
     def begin(self) -> tuple[tile.State, Array]:
         """The state before any key, and the number of tiles seen, 0."""
         rows = self.groups * self.block_q
@@ -300,7 +315,7 @@ class Walk(ABC):
     ) -> tuple[tile.State, Array]:
         """``carry`` after key tile j, whose mask is ``seen`` [R, n] (None: all is seen)."""
         state, count = carry[0], carry[1] + 1
-        key = self.key(j, query.value_gain)
+        key = self.key_beneath(j, seen, query.value_gain)
         s = self.scores(start, query, key, state, j, seen)
         kept = self.kept(start, j)
         return tile.update(state, s, query, key, count, self.numerics, kept), count

@@ -22,7 +22,7 @@ from pasa_jax.core.mask import Index, Mask, div, minimum, slice_tile
 from pasa_jax.core.mods import Data
 from pasa_jax.core.operands import Factors, Operands, fold_heads
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.prepare import HeadFacts, Known, prepare, prepare_known
+from pasa_jax.core.prepare import HeadFacts, prepare
 from pasa_jax.core.visits import Visits, visits
 from pasa_jax.core.walk import Listed, Walk
 
@@ -51,7 +51,7 @@ class HeadWalk(Walk):
     clean: tuple[Array, Array] | None = None
 
     @staticmethod
-    def of(head: Operands, mask: Mask, plan: Plan, known: Known | None = None) -> HeadWalk:
+    def of(head: Operands, mask: Mask, plan: Plan) -> HeadWalk:
         length, groups = head.query.shape[:2]
         block_q = max(1, min(plan.schedule.block_q // groups, length))
         if plan.storage is tile.Storage.BOUND:
@@ -61,11 +61,8 @@ class HeadWalk(Walk):
                 as_multiplied = head._replace(query=_multiplied(head, plan), scale=one)
             bound = bound_of(as_multiplied, walk.facts.usable, mask, plan, kappa)
             return replace(walk, facts=walk.facts._replace(bound=bound))
-        if known is None:
-            arrays, alone = (head.query, head.key, head.value), not plan.schedule.batch_heads
-            facts = prepare(*arrays, head.scale, mask, plan, block_q, one_by_one=alone)
-        else:
-            facts = prepare_known(head.query, head.key, known, head.scale, mask, plan, block_q)
+        arrays, alone = (head.query, head.key, head.value), not plan.schedule.batch_heads
+        facts = prepare(*arrays, head.scale, mask, plan, block_q, one_by_one=alone)
         often = length >= _MANY_TILES * block_q and facts.kappa is None
         often = often and plan.storage is not tile.Storage.PAPER
         return HeadWalk(
@@ -269,14 +266,12 @@ def over_heads(
     mask: Mask,
     plan: Plan,
     program: Callable[[HeadWalk, Index, Index], tuple[Any, Any]],
-    known: Known | None = None,
     sums: Any = None,
 ) -> tuple[Any, Any]:
     """Runs ``program`` for every key head, one after another or all at once.
 
     Arguments:
       program: (walk, b, h) -> (arrays [L, g, …], addends to the gradients of ``sums``).
-      known: what a cache has stored about keys and values, [B, K, …], or None.
       sums: arrays [B|1, N|1, …] that heads may share; the addends of one head are [G|1, …].
 
     Returns:
@@ -288,10 +283,7 @@ def over_heads(
     plan = replace(plan, schedule=plan.schedule.fitted(plan.schedule.block_q, keys))
 
     def one(b: Index, h: Index) -> tuple[Any, Any]:
-        of_head = (
-            None if known is None else jax.tree.map(lambda x: bits.pick(bits.pick(x, b), h), known)
-        )
-        walk = HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan, of_head)
+        walk = HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan)
         bound = walk.facts.bound
         if bound is None:
             return program(walk, b, h)

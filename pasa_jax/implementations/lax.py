@@ -15,7 +15,6 @@ from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.mods import Data
 from pasa_jax.core.operands import Factors, Operands, Result, Wanted, heads_of
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.prepare import Known
 from pasa_jax.core.target import find_target
 from pasa_jax.implementations.head_walk import HeadWalk, add_at, over_heads
 
@@ -57,17 +56,9 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     return None
 
 
-def forward(
-    operands: Operands, mask: Mask, plan: Plan, known: Known | None = None, *, wanted: Wanted
-) -> Result:
-    """Attention of all heads.
-
-    Arguments:
-      known: what a cache has stored about keys and values, [B, K, …], or None.
-    """
-    result, _ = over_heads(
-        operands, mask, plan, lambda walk, b, h: (_forward_head(walk), None), known
-    )
+def forward(operands: Operands, mask: Mask, plan: Plan, *, wanted: Wanted) -> Result:
+    """Attention of all heads."""
+    result, _ = over_heads(operands, mask, plan, lambda walk, b, h: (_forward_head(walk), None))
     return result.only(wanted)
 
 
@@ -130,9 +121,7 @@ def _forward_head(walk: HeadWalk) -> Result:
 
     def query_tile(i: Array, result: Result) -> Result:
         start = walk.query_start(i)
-        query = walk.query(start)
-        state, _ = walk.absorb(start, query, walk.begin())
-        rows = walk.close(start, query, state)
+        rows = walk.rows_at(start)
         out, remainder = walk.rounded(rows.out, out_type)
         new = Result(
             out=out,

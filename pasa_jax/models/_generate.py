@@ -14,8 +14,9 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from pasa_jax.core import bits
 from pasa_jax.core.errors import wrong
-from pasa_jax.plugins import KVCache
+from pasa_jax.plugins import KVCaches
 
 Array = jax.Array
 
@@ -114,22 +115,31 @@ def choose(logits: Array, temperature: float, key: Array) -> Array:
 
 
 def cached(model: Any, request: Request) -> Memory:
-    """Keys and values of each layer in a `KVCache`, all of them stacked along a leading axis."""
+    """Keys and values of all layers in `KVCaches`."""
 
-    def start(tokens: Array, lengths: Array) -> tuple[Array, KVCache]:
+    def start(tokens: Array, lengths: Array) -> tuple[Array, KVCaches]:
         states, new = model.walk(tokens, look=lambda q, k, v, layer: (k, v))
-        empty = KVCache.empty(
+        empty = KVCaches.empty(
+            model.config.layers,
             len(tokens),
             tokens.shape[1] + request.count,
             model.config.kv_heads,
             model.config.head_dim,
             model.dtype,
         )
-        caches = jax.vmap(lambda kv: empty.append(*kv, lengths=lengths))(new)
+
+        def append(layer: Array, caches: KVCaches) -> KVCaches:
+            layer = layer.astype(jnp.int32)
+            key, value = jax.tree.map(lambda x: x[layer], new)
+            return caches.beside(layer, caches[layer].append(key, value, lengths=lengths))
+
+        caches = lax.fori_loop(0, model.config.layers, append, empty)
         return model.logits(_at(states, lengths - 1)), caches
 
-    def step(token: Array, caches: KVCache) -> tuple[Array, KVCache]:
-        states, caches = model.step(token[:, None], caches)
+    blocks = bits.stored_tree(model.blocks)  # once, before the loop
+
+    def step(token: Array, caches: KVCaches) -> tuple[Array, KVCaches]:
+        states, caches = model.step(token[:, None], caches, blocks)
         return model.logits(states[:, 0]), caches
 
     return Memory(start, step)

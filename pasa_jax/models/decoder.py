@@ -20,11 +20,13 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 import pasa_jax
+from pasa_jax.core import bits
 from pasa_jax.core.errors import wrong
 from pasa_jax.models import _files, _generate, _gguf
 from pasa_jax.models._checks import inside
 from pasa_jax.models._config import DecoderConfig
 from pasa_jax.models._weights import Tensors, checked_dtype, fill
+from pasa_jax.plugins.cache import KVCache, KVCaches
 
 __all__ = ["Decoder", "DecoderConfig", "load", "load_gguf"]
 
@@ -214,7 +216,7 @@ class Decoder(nnx.Module):
           eos: the token, or the tokens, after which a text has ended.
           temperature: 0 for the likeliest token; else logits are divided by it and sampled.
           key: a key of `jax.random` for temperature > 0.
-          attention: as in a call. `pasa_jax.plugins.KVCache` holds the keys of the default; with
+          attention: as in a call. `pasa_jax.plugins.KVCaches` hold the keys of the default; with
             another one every step reads the whole text again.
 
         Returns:
@@ -270,20 +272,28 @@ class Decoder(nnx.Module):
         x, seen = lax.scan(step, self.embedding[...][tokens], (self.blocks, layers))
         return self.norm(x), seen
 
-    def step(self, tokens: Array, caches: Any) -> tuple[Array, Any]:
-        """Final states [B, 1, W] of the next tokens [B, 1], and the caches [L, …] with them."""
+    def step(self, tokens: Array, caches: KVCaches, blocks: Block) -> tuple[Array, KVCaches]:
+        """Final states [B, 1, W] of the next tokens [B, 1], and the caches with them.
 
-        def step(x: Array, inputs: tuple[Block, Any]) -> tuple[Array, Any]:
-            block, cache = inputs
+        Arguments:
+          blocks: `bits.stored_tree` of this model's, of which the loop takes a layer in place.
+        """
 
-            def mix(_: Attention, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-                grown = cache.append(k, v)
+        def step(carry: tuple[Array, KVCaches], inputs: tuple[Block, Array]) -> tuple[Any, None]:
+            (x, caches), (block, layer) = carry, inputs
+            block = bits.read_tree(block, self.dtype)
+
+            def mix(_: Attention, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+                grown = caches[layer].append(k, v)
                 return grown.attend(q), grown
 
-            return block(x, rotation, mix)
+            x, grown = block(x, rotation, mix)
+            return (x, caches.beside(layer, grown)), None
 
         rotation = self._rotation(caches.length[0][:, None])
-        x, caches = lax.scan(step, self.embedding[...][tokens], (self.blocks, caches))
+        layers = jnp.arange(self.config.layers, dtype=jnp.int32)
+        x = self.embedding[...][tokens]
+        (x, caches), _ = lax.scan(step, (x, caches), (blocks, layers))
         return self.norm(x), caches
 
     def logits(self, states: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -11,18 +11,16 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from pasa_jax.call import checks
+from pasa_jax.call import checks, paged
 from pasa_jax.call.api import canonical
-from pasa_jax.call.differentiation import run
-from pasa_jax.call.observe import announce
+from pasa_jax.call.observe import announce, is_observed
+from pasa_jax.core import bits
 from pasa_jax.core.errors import wrong
-from pasa_jax.core.guard import log2_norm
+from pasa_jax.core.pages import Pages
 from pasa_jax.core.precision import FLOATS
-from pasa_jax.core.prepare import Known
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.target import target_of_device
-from pasa_jax.core.tile import wide_type
-from pasa_jax.implementations import lax as _lax
+from pasa_jax.implementations.page_walk import Sequences
 
 Array = jax.Array
 
@@ -33,25 +31,26 @@ class KVCache:
     """Keys and values of up to S tokens, made by `empty`, grown by `append`, read by `attend`.
 
     It is a pytree and works with jit, scan and vmap; if it is donated, `append` writes in place.
-    Beside keys and values it stores the sum and three maxima of each block of keys, which `append`
-    updates in O(tokens appended). So `attend` reads each key and value once, where
-    `pasa_jax.dot_product_attention` reads all of them a second time to find block means, largest
-    norms and numbers that are not finite.
+    Keys and values lie in pages of as many tokens as a tile has keys, the heads of a page side by
+    side, and each page's sum of keys and largest norms are stored beside it and updated by
+    `append`. So `attend` reads the keys and values within length and window once, and nothing else;
+    `pasa_jax.dot_product_attention` reads all keys a second time to find those.
 
     Letters as in `pasa_jax.dot_product_attention`; S is the most that fits.
 
     Arguments:
-      key, value: [B, S, K, D], [B, S, K, E].
+      pages: M of them for each batch entry.
+      table: [B, M] int32, which.
       length: [B] int32, tokens appended to each batch entry so far; more than S if they did not
         fit.
-      known: sums and maxima of the blocks, [B, K, …].
-      schedule: tile sizes; a block of its ``block_kv`` keys has one sum.
+      max_length: S.
+      schedule: tile sizes; a page has its ``block_kv`` keys.
     """
 
-    key: Array
-    value: Array
+    pages: Pages
+    table: Array
     length: Array
-    known: Known
+    max_length: int = field(metadata={"static": True})
     schedule: Schedule = field(metadata={"static": True})
 
     @staticmethod
@@ -79,35 +78,18 @@ class KVCache:
         >>> KVCache.empty(1, 64, 2, 16, "float16").key.shape
         (1, 64, 2, 16)
         """
-        sizes = {"batch": batch, "max_length": max_length, "kv_heads": kv_heads}
-        value_size = head_dim if value_head_dim is None else value_head_dim
-        sizes |= {"head_dim": head_dim, "value_head_dim": value_size}
-        for name, size in sizes.items():
-            if not isinstance(size, (int, np.integer)) or size < 1:
-                raise wrong(name, "be a positive int", repr(size))
-        dtype = jnp.dtype(dtype)
-        if str(dtype) not in FLOATS:
-            raise wrong("dtype", f"be one of {', '.join(FLOATS)}", str(dtype))
-        schedule = _fitted(schedule, max_length, head_dim, value_size, str(dtype))
-        heads, blocks = (batch, kv_heads), -(-max_length // schedule.block_kv)
-        return KVCache(
-            key=jnp.zeros((batch, max_length, kv_heads, head_dim), dtype),
-            value=jnp.zeros((batch, max_length, kv_heads, value_size), dtype),
-            length=jnp.zeros((batch,), jnp.int32),
-            known=Known(
-                finite=jnp.zeros((*heads, max_length), bool),
-                total=jnp.zeros((*heads, blocks, head_dim), wide_type(dtype)),
-                key_norm=jnp.full((*heads, blocks), -jnp.inf, jnp.float32),
-                key_top=jnp.zeros((*heads, blocks), dtype),
-                value_top=jnp.zeros((*heads, blocks), dtype),
-            ),
-            schedule=schedule,
-        )
+        sizes = (batch, max_length, kv_heads, head_dim, value_head_dim)
+        return KVCaches.empty(1, *sizes[:4], dtype, value_head_dim=sizes[4], schedule=schedule)[0]
 
     @property
-    def max_length(self) -> int:
-        """S."""
-        return self.key.shape[1]
+    def key(self) -> Array:
+        """[B, S, K, D]; what was not appended may be anything."""
+        return self._in_order(self.pages.key)
+
+    @property
+    def value(self) -> Array:
+        """[B, S, K, E]; what was not appended may be anything."""
+        return self._in_order(self.pages.value)
 
     def append(self, key: Array, value: Array, *, lengths: ArrayLike | None = None) -> KVCache:
         """This cache with more tokens: those of a prompt, or the next one.
@@ -138,20 +120,13 @@ class KVCache:
         """The cache with the first ``added`` [B] tokens of key and value; those that do not fit are
         not written."""
         step = jnp.arange(key.shape[1], dtype=jnp.int32)
-        new = step < added[:, None]  # [B, T]
-        place = jnp.where(new, self.length[:, None] + step, self.max_length)
-        rows = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
-
-        def written(old: Array, x: Array) -> Array:
-            return old.at[rows, place].set(x, mode="drop")
-
-        return KVCache(
-            key=written(self.key, key),
-            value=written(self.value, value),
-            length=self.length + added,
-            known=self._known_with(key, value, new, rows, place),
-            schedule=self.schedule,
-        )
+        place = self.length[:, None] + step  # [B, T]
+        fits = (step < added[:, None]) & (place < self.max_length)
+        n = self.pages.page_size
+        page = jnp.take_along_axis(self.table, place // n, axis=1, mode="clip")
+        page = jnp.where(fits, page, self.pages.count)
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (page, place % n, key, value))
+        return replace(self, pages=self.pages.written(*flat), length=self.length + added)
 
     def attend(self, query: Array, *, lengths: ArrayLike | None = None, **options: Any) -> Array:
         """Attention of the last T tokens: each sees itself and all tokens before it.
@@ -160,7 +135,8 @@ class KVCache:
           query: [B, T, N, D] of the T tokens that were appended last, of the cache's type.
           lengths: [B], how many of them are no padding, as given to `append`.
           options: ``scale``, ``local_window_size``, ``logits_soft_cap``, ``sinks``, ``shift``,
-            ``beta``, ``precision``, as in `pasa_jax.dot_product_attention`.
+            ``beta``, ``precision``, as in `pasa_jax.dot_product_attention`. Where ``"auto"`` would
+            choose by all keys, it is ``"mean"``.
 
         Returns:
           [B, T, N, E] of query's type, computed by the lax walk. It equals what one causal call
@@ -173,77 +149,142 @@ class KVCache:
             tokens that did not fit or more queries than tokens.
         """
         for name in options:
-            if name not in _ATTEND:
-                raise wrong("options", f"be among {', '.join(_ATTEND)}", name)
-        if options.get("shift") == "bound":
-            way_out = "Its bounds would be read from all keys at every step."
-            raise wrong("shift", "be another than 'bound' in a cache", "'bound'", way_out)
+            if name not in paged.OPTIONS:
+                raise wrong("options", f"be among {', '.join(paged.OPTIONS)}", name)
+        batch, kv_heads, size = len(self.length), *self.pages.key.shape[1:4:2]
+        expected = f"[{batch}, T, N, {size}] with N a multiple of {kv_heads}"
+        if query.ndim != 4 or query.shape[0] != batch or 0 in query.shape:
+            raise wrong("query", f"be {expected}", query.shape)
+        asked = checks.lengths("lengths", lengths, query)
+        asked = jnp.full_like(self.length, query.shape[1]) if asked is None else asked
+        lost = (self.length > self.max_length) | (self.length < asked)
+        if _is_known(lost) and bool(jnp.any(lost)):
+            allowed = "hold at most as many tokens as were appended, all of which fit"
+            raise wrong("query", allowed, f"{query.shape[1]} beside {self.length.tolist()}")
+        self._announce(query, asked, options)
+        most = query.shape[1]
+        sequences = Sequences(
+            first=jnp.arange(batch, dtype=jnp.int32) * most,
+            count=asked,
+            length=self.length,
+            table=self.table,
+        )
+        flat = query.reshape(-1, *query.shape[2:])
+        out, _ = paged.attend(self.pages, flat, sequences, self.schedule, most, **options)
+        out = out.reshape(batch, most, *out.shape[1:])
+        return jnp.where(lost[:, None, None, None], jnp.full_like(out, jnp.nan), out)
+
+    def _announce(self, query: Array, asked: Array, options: dict[str, Any]) -> None:
+        """Passes the call to the observer, if there is one."""
+        if not is_observed():
+            return
         call = canonical(
             query,
             self.key,
             self.value,
             is_causal=True,
             causal_alignment="bottom_right",
-            query_seq_lengths=lengths,
+            query_seq_lengths=asked,
             key_value_seq_lengths=self.length,
             schedule=self.schedule,
             **options,
         )
-        asked = call.mask.query_lengths
-        asked = jnp.full_like(self.length, query.shape[1]) if asked is None else asked
-        lost = (self.length > self.max_length) | (self.length < asked)
-        if _is_known(lost) and bool(jnp.any(lost)):
-            allowed = "hold at most as many tokens as were appended, all of which fit"
-            raise wrong("query", allowed, f"{query.shape[1]} beside {self.length.tolist()}")
         announce(call.operands, call.mask, call.plan)
-        result = run(_lax.forward, call.plan, "out", call.operands, call.mask, self.known)
-        return jnp.where(lost[:, None, None, None], jnp.full_like(result.out, jnp.nan), result.out)
+
+    def _in_order(self, x: Array) -> Array:
+        """[P, K, n, D] -> [B, S, K, D]."""
+        x = jnp.moveaxis(x[self.table], 3, 2)  # [B, M, n, K, D]
+        x = x.reshape(len(x), -1, *x.shape[3:])
+        return bits.read(x[:, : self.max_length], jnp.dtype(self.pages.dtype))
 
     def _check_new(self, key: Array, value: Array) -> int:
         """The number of tokens in ``key`` and ``value``."""
-        tokens = key.shape[1] if key.ndim == 4 else 0
-        for name, new, old in (("key", key, self.key), ("value", value, self.value)):
-            expected = (old.shape[0], tokens, *old.shape[2:])
+        tokens, batch = key.shape[1] if key.ndim == 4 else 0, len(self.length)
+        for name, new, old in (("key", key, self.pages.key), ("value", value, self.pages.value)):
+            expected = (batch, tokens, old.shape[1], old.shape[3])
             if new.shape != expected or tokens == 0:
                 allowed = f"be [{expected[0]}, T, {expected[2]}, {expected[3]}] with one T ≥ 1"
                 raise wrong(name, allowed, new.shape)
-            if new.dtype != old.dtype:
-                raise wrong(name, f"be of the cache's type {old.dtype}", new.dtype, "Cast it.")
+            if str(new.dtype) != self.pages.dtype:
+                allowed = f"be of the cache's type {self.pages.dtype}"
+                raise wrong(name, allowed, new.dtype, "Cast it.")
         if tokens > self.max_length:
             allowed = f"hold at most the cache's {self.max_length} tokens"
             raise wrong("key", allowed, tokens, "Make a longer cache.")
         return tokens
 
-    def _known_with(self, key: Array, value: Array, new: Array, rows: Array, place: Array) -> Known:
-        """`known` with the tokens ``new`` [B, T] of key and value, written at ``place``."""
-        finite = jnp.all(jnp.isfinite(key), -1) & jnp.all(jnp.isfinite(value), -1)
-        finite = finite & (new & (place < self.max_length))[..., None]  # [B, T, K]
-        key, value = (jnp.where(finite[..., None], x, jnp.zeros_like(x)) for x in (key, value))
-        old = self.known
-        wide, block = old.total.dtype, place // self.schedule.block_kv
-        norms = jnp.where(finite, log2_norm(key), -jnp.inf)
 
-        def raised(old: Array, x: Array) -> Array:
-            return old.at[rows, :, block].max(x, mode="drop")
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class KVCaches:
+    """The caches of L layers in one store of pages, for a loop over layers.
 
-        return Known(
-            finite=old.finite.at[rows, :, place].set(finite, mode="drop"),
-            total=old.total.at[rows, :, block].add(key.astype(wide), mode="drop"),
-            key_norm=raised(old.key_norm, norms),
-            key_top=raised(old.key_top, jnp.max(jnp.abs(key), axis=-1)),
-            value_top=raised(old.value_top, jnp.max(jnp.abs(value), axis=-1)),
+    `jax.lax.scan` would copy each cache that it hands to a layer and takes back. These it carries:
+    ``caches[i]`` is a `KVCache` that shares the pages, and ``caches.beside(i, cache)`` has what was
+    appended to it.
+
+    Arguments:
+      pages: M of them for each layer and batch entry.
+      length: [L, B] int32, as in `KVCache`.
+      max_length, schedule: as in `KVCache`.
+    """
+
+    pages: Pages
+    length: Array
+    max_length: int = field(metadata={"static": True})
+    schedule: Schedule = field(metadata={"static": True})
+
+    @staticmethod
+    def empty(
+        layers: int,
+        batch: int,
+        max_length: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: Any,
+        *,
+        value_head_dim: int | None = None,
+        schedule: Schedule | None = None,
+    ) -> KVCaches:
+        """Caches of no tokens. Arguments and errors are those of `KVCache.empty`.
+
+        >>> KVCaches.empty(3, 1, 64, 2, 16, "float16")[2].key.shape
+        (1, 64, 2, 16)
+        """
+        sizes = {"layers": layers, "batch": batch, "max_length": max_length, "kv_heads": kv_heads}
+        value_size = head_dim if value_head_dim is None else value_head_dim
+        sizes |= {"head_dim": head_dim, "value_head_dim": value_size}
+        for name, size in sizes.items():
+            if not isinstance(size, (int, np.integer)) or size < 1:
+                raise wrong(name, "be a positive int", repr(size))
+        dtype = jnp.dtype(dtype)
+        if str(dtype) not in FLOATS:
+            raise wrong("dtype", f"be one of {', '.join(FLOATS)}", str(dtype))
+        schedule = _fitted(schedule, max_length, head_dim, value_size, str(dtype))
+        n = schedule.block_kv
+        count = layers * batch * -(-max_length // n)
+        return KVCaches(
+            pages=Pages.empty(count, kv_heads, n, head_dim, value_size, str(dtype)),
+            length=jnp.zeros((layers, batch), jnp.int32),
+            max_length=int(max_length),
+            schedule=schedule,
         )
 
+    def __getitem__(self, layer: int | Array) -> KVCache:
+        layers, batch = self.length.shape
+        table = jnp.arange(self.pages.count // layers, dtype=jnp.int32).reshape(batch, -1)
+        return KVCache(
+            pages=self.pages,
+            table=table + jnp.int32(layer) * jnp.int32(table.size),
+            length=self.length[layer],
+            max_length=self.max_length,
+            schedule=self.schedule,
+        )
 
-_ATTEND = (
-    "scale",
-    "local_window_size",
-    "logits_soft_cap",
-    "sinks",
-    "shift",
-    "beta",
-    "precision",
-)
+    def beside(self, layer: int | Array, cache: KVCache) -> KVCaches:
+        """These with what was appended to ``self[layer]``."""
+        length = self.length.at[layer].set(cache.length)
+        return replace(self, pages=cache.pages, length=length)
 
 
 def _is_known(x: Array) -> bool:

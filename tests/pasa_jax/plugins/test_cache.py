@@ -78,17 +78,17 @@ def test_what_is_kept_is_what_the_arrays_say():
     for start in range(0, LENGTH, 5):
         cache = append(cache, k[:, start : start + 5], v[:, start : start + 5])
     np.testing.assert_array_equal(cache.key, k)
-    blocks = [k[:, i : i + 16].sum(1) for i in range(0, LENGTH, 16)]
-    np.testing.assert_allclose(cache.known.total, np.stack(blocks, 2), rtol=1e-6)
+    facts = jax.tree.map(lambda x: x.reshape(B, -1, *x.shape[1:]), cache.pages.facts)
 
-    def per_block(x):
-        return np.stack([x[:, i : i + 16].max(1) for i in range(0, LENGTH, 16)], 2)
+    def per_block(x, reduce):
+        return np.stack([reduce(x[:, i : i + 16], 1) for i in range(0, LENGTH, 16)], 1)
 
-    np.testing.assert_array_equal(cache.known.key_top, per_block(jnp.abs(k).max(3)))
-    np.testing.assert_array_equal(cache.known.value_top, per_block(jnp.abs(v).max(3)))
-    norms = per_block(np.log2(np.linalg.norm(k, axis=-1)))
-    np.testing.assert_allclose(cache.known.key_norm, norms, rtol=1e-5, atol=1e-5)
-    assert bool(cache.known.finite.all())
+    np.testing.assert_allclose(facts.total, per_block(k, np.sum), rtol=1e-6)
+    np.testing.assert_array_equal(facts.count, per_block(np.ones((B, LENGTH, K)), np.sum))
+    np.testing.assert_array_equal(facts.key_top, per_block(jnp.abs(k).max(3), np.max))
+    np.testing.assert_array_equal(facts.value_top, per_block(jnp.abs(v).max(3), np.max))
+    norms = per_block(np.log2(np.linalg.norm(k, axis=-1)), np.max)
+    np.testing.assert_allclose(facts.key_norm, norms, rtol=1e-5, atol=1e-5)
 
 
 def test_prompts_of_unlike_length():
@@ -116,7 +116,7 @@ def test_prompts_of_unlike_length():
 def test_huge_and_nonfinite_keys():
     q, k, v = (4e37 * x for x in arrays("bfloat16", bias=0.5))
     out, cache = jax.jit(lambda *x: decode(empty("bfloat16"), *x, shift="mean"))(q, k, v)
-    assert not np.isfinite(cache.known.total).all()
+    assert not np.isfinite(cache.pages.facts.total).all()
     assert bool(jnp.isfinite(out).all())
     k, v = (x.at[:, 30].set(jnp.nan) for x in arrays()[1:])
     out, _ = jax.jit(lambda *x: decode(empty(), *x))(arrays()[0], k, v)
@@ -163,7 +163,7 @@ def test_vmap_and_donation():
     grow = jax.jit(KVCache.append, donate_argnums=0)
     before = empty()
     after = grow(before, k[0, :, :1], v[0, :, :1])
-    assert before.key.is_deleted()
+    assert before.pages.key.is_deleted()
     assert after.length.tolist() == [1, 1]
 
 
@@ -196,7 +196,7 @@ WRONG = {
     ),
     "query's type": (
         lambda c: c.append(X, V).attend(jnp.zeros((B, 1, N, D), jnp.float16)),
-        "`key` must have query's type; got float32 beside float16. Cast one of them.",
+        "`query` must be of the cache's type float32; got float16. Cast one of them.",
     ),
     "option": (
         lambda c: c.append(X, V).attend(jnp.zeros((B, 1, N, D)), is_causal=False),

@@ -1,0 +1,103 @@
+"""A call over keys in pages: its options checked, and the walk as one compiled operation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+from jax.typing import ArrayLike
+
+from pasa_jax.call import checks
+from pasa_jax.core.checks import window
+from pasa_jax.core.errors import wrong
+from pasa_jax.core.pages import Pages
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.precision import Precision
+from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.tile import rounded
+from pasa_jax.implementations import lax as _lax
+from pasa_jax.implementations import page_walk
+from pasa_jax.implementations.page_walk import Outputs, Queries, Sequences
+
+Array = jax.Array
+# The options of `dot_product_attention` that a call over pages has.
+OPTIONS = (
+    "scale",
+    "local_window_size",
+    "logits_soft_cap",
+    "sinks",
+    "shift",
+    "beta",
+    "precision",
+)
+
+
+def attend(
+    pages: Pages,
+    query: Array,
+    sequences: Sequences,
+    schedule: Schedule,
+    most: int,
+    *,
+    scale: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    shift: str = "auto",
+    beta: float | None = None,
+    precision: str | Precision | None = None,
+) -> tuple[Array, Array]:
+    """Output [tokens, N, E] of query's type and log-sum-exp [tokens, N] of the last tokens of each
+    sequence; each sees itself and the tokens before it.
+
+    Arguments:
+      query: [tokens, N, D].
+      most: no sequence has more queries.
+      others: as in `pasa_jax.dot_product_attention`.
+
+    Raises:
+      ValueError: a wrong shape, type or option.
+    """
+    kv_heads, size = pages.key.shape[1], pages.key.shape[3]
+    if query.ndim != 3 or query.shape[2] != size or query.shape[1] % kv_heads:
+        allowed = f"be [tokens, N, {size}] with N a multiple of the cache's {kv_heads} key heads"
+        raise wrong("query", allowed, query.shape)
+    if str(query.dtype) != pages.dtype:
+        way_out = "Cast one of them."
+        raise wrong("query", f"be of the cache's type {pages.dtype}", query.dtype, way_out)
+    if shift == "bound":
+        way_out = "Its bounds would be read from all keys at every step."
+        raise wrong("shift", "be another than 'bound' in a cache", "'bound'", way_out)
+    scale, number = checks.scale(scale, query)
+    plan = Plan(
+        shift=shift,
+        precision=checks.precision(precision, pages.dtype, shift, schedule.target),
+        logits_soft_cap=None if logits_soft_cap is None else checks.soft_cap(logits_soft_cap),
+        schedule=schedule,
+        beta=beta,
+        scale=number,
+        explicit_precision=precision is not None,
+    )
+    checks.shift(plan)
+    plan = _lax.adapt(plan)
+    if plan.chooses_per_head:  # by all keys
+        plan = replace(plan, shift="mean")
+    queries = Queries(query, checks.sinks(sinks, query.shape[1]), scale)
+    reach = window(local_window_size)
+    with jax.disable_jit(False):
+        return _compiled(pages, queries, sequences, most, reach, plan)
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+def _compiled(
+    pages: Pages,
+    queries: Queries,
+    sequences: Sequences,
+    most: int,
+    reach: tuple[int, int] | None,
+    plan: Plan,
+) -> tuple[Array, Array]:
+    found: Outputs = page_walk.attend(pages, queries, sequences, most, reach, plan)
+    out, _ = rounded(found.out, queries.query.dtype, clip=plan.promises_finite)
+    return out, found.lse

@@ -1,0 +1,163 @@
+"""`Pages`: keys and values that are stored by pages, and what attention needs to know of them.
+
+Everything that a step of decoding would otherwise read from all keys (sums for the block means,
+largest norms and values, which keys are finite) is stored for each page, and updated by what is
+written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax.core import bits
+from pasa_jax.core.guard import log2_norm
+from pasa_jax.core.tile import is_finite, wide_type
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Float, Int
+
+Array = jax.Array
+
+
+class PageFacts(NamedTuple):
+    """Of the keys and values that are written in each page."""
+
+    total: Array  # [P, K, D] sum of the keys that are finite, float32 (float64 for float64)
+    count: Array  # [P, K] float32, how many those are
+    key_norm: Array  # [P, K] float32, log2 of the largest norm of a key, −∞ where there is none
+    key_top: Array  # [P, K] largest magnitude in a key, float32 (float64)
+    value_top: Array  # [P, K] largest magnitude in a value, float32 (float64)
+
+    @staticmethod
+    def empty(pages: int, kv_heads: int, size: int, wide: jnp.dtype) -> PageFacts:
+        heads = (pages, kv_heads)
+        return PageFacts(
+            total=jnp.zeros((*heads, size), wide),
+            count=jnp.zeros(heads, jnp.float32),
+            key_norm=jnp.full(heads, -jnp.inf, jnp.float32),
+            key_top=jnp.zeros(heads, wide),
+            value_top=jnp.zeros(heads, wide),
+        )
+
+    def begun(self, page: Int[Array, " T"]) -> PageFacts:
+        """Those of the pages [T] forgotten; a page out of range is none."""
+        none = PageFacts.empty(1, self.count.shape[1], self.total.shape[2], self.total.dtype)
+        return jax.tree.map(lambda x, new: x.at[page].set(new[0], mode="drop"), self, none)
+
+    def beside(
+        self,
+        page: Int[Array, " T"],
+        key: Float[Array, "T K D"],
+        value: Float[Array, "T K E"],
+        sound: Array,
+    ) -> PageFacts:
+        """With tokens written to ``page`` [T], whose keys and values are finite where ``sound``
+        [T, K] says so.
+        """
+        wide = self.total.dtype
+        key, value = (
+            jnp.where(sound[..., None], x, jnp.zeros_like(x)).astype(wide) for x in (key, value)
+        )
+        norms = jnp.where(sound, log2_norm(key), -jnp.inf)
+
+        def raised(old: Array, x: Array) -> Array:
+            return old.at[page].max(x.astype(old.dtype), mode="drop")
+
+        return PageFacts(
+            total=self.total.at[page].add(key, mode="drop"),
+            count=self.count.at[page].add(sound.astype(jnp.float32), mode="drop"),
+            key_norm=raised(self.key_norm, norms),
+            key_top=raised(self.key_top, jnp.max(jnp.abs(key), axis=-1)),
+            value_top=raised(self.value_top, jnp.max(jnp.abs(value), axis=-1)),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """Keys and values of P pages of n tokens each.
+
+    Numbers of 16 bits are stored as their bits, which XLA for CPUs reads and writes in place. A
+    token whose key or value is not finite has NaN for its key and 0 for its value: the queries that
+    see it become NaN, and no others. What is not written may hold anything.
+
+    Arguments:
+      key: [P, K, n, D].
+      value: [P, K, n, E].
+      dtype: the type of both, by name.
+    """
+
+    key: Array
+    value: Array
+    facts: PageFacts
+    dtype: str = field(metadata={"static": True})
+
+    @staticmethod
+    def empty(
+        pages: int, kv_heads: int, page_size: int, size: int, value_size: int, dtype: str
+    ) -> Pages:
+        stored = bits.stored_type(jnp.dtype(dtype))
+        return Pages(
+            key=jnp.zeros((pages, kv_heads, page_size, size), stored),
+            value=jnp.zeros((pages, kv_heads, page_size, value_size), stored),
+            facts=PageFacts.empty(pages, kv_heads, size, wide_type(jnp.dtype(dtype))),
+            dtype=dtype,
+        )
+
+    @property
+    def count(self) -> int:
+        """P."""
+        return self.key.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """n."""
+        return self.key.shape[2]
+
+    def written(
+        self,
+        page: Int[Array, " T"],
+        slot: Int[Array, " T"],
+        key: Float[Array, "T K D"],
+        value: Float[Array, "T K E"],
+    ) -> Pages:
+        """With tokens at the slots of their pages; a page begins with its slot 0.
+
+        Arguments:
+          page, slot: [T] int32. A token whose page is out of range is not written.
+        """
+        sound = jnp.all(is_finite(key), axis=-1) & jnp.all(is_finite(value), axis=-1)
+        begun = jnp.where(slot == 0, page, self.count)
+
+        def put(old: Array, x: Array, otherwise: float) -> Array:
+            x = jnp.where(sound[..., None], x, jnp.full_like(x, otherwise))
+            return old.at[page, :, slot].set(bits.stored(x), mode="drop")
+
+        return replace(
+            self,
+            key=put(self.key, key, jnp.nan),
+            value=put(self.value, value, 0.0),
+            facts=self.facts.begun(begun).beside(page, key, value, sound),
+        )
+
+    def copied(self, source: Int[Array, " B"], target: Int[Array, " B"]) -> Pages:
+        """With pages copied; a target out of range is none.
+
+        The loop has as many steps as there are pages to copy, and changes the arrays in place.
+        """
+        wanted = (target >= 0) & (target < self.count)
+        order = jnp.argsort(~wanted)
+        source, target = source[order], target[order]
+
+        def step(i: Array, pages: Pages) -> Pages:
+            def copy(x: Array) -> Array:
+                return lax.dynamic_update_index_in_dim(x, x[source[i]], target[i], 0)
+
+            return jax.tree.map(copy, pages)
+
+        return lax.fori_loop(0, jnp.sum(wanted), step, self)

@@ -1,0 +1,342 @@
+"""Attention over keys in pages: the walk of one key head of one sequence, and the loop over all.
+
+The key heads of a sequence are walked at once, as a page holds them side by side; sequences one
+after another, each as far as its own keys reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pasa_jax.core import bits, tile
+from pasa_jax.core.guard import (
+    divides_values,
+    excess,
+    gain_of_values,
+    guards,
+    log2_norm,
+    powers_of_guard,
+)
+from pasa_jax.core.heads import varying
+from pasa_jax.core.mask import Index, Mask, div
+from pasa_jax.core.operands import Operands
+from pasa_jax.core.pages import PageFacts, Pages
+from pasa_jax.core.plan import Plan
+from pasa_jax.core.prepare import HeadFacts
+from pasa_jax.core.tile import Storage, lowest, mean_key, wide_type
+from pasa_jax.implementations.head_walk import HeadWalk
+
+if TYPE_CHECKING:
+    from pasa_jax.core.shapes import Bool, Float
+
+Array = jax.Array
+
+
+class Sequences(NamedTuple):
+    """The sequences of a call. Their queries lie one after another in one array [tokens, …].
+
+    Arguments:
+      first, count: [B] int32, where the queries of each begin, and how many they are.
+      length: [B] int32, how many keys each has, those of its queries included.
+      table: [B, M] int32, the page of each block of keys.
+    """
+
+    first: Array
+    count: Array
+    length: Array
+    table: Array
+
+
+class Queries(NamedTuple):
+    """What is differentiable elsewhere: queries, sinks and scale.
+
+    Arguments:
+      query: [tokens, N, D].
+      sinks: [N], or None.
+      scale: [].
+    """
+
+    query: Array
+    sinks: Array | None
+    scale: Array
+
+
+class Outputs(NamedTuple):
+    """The results of all tokens, in the product's type."""
+
+    out: Array  # [tokens, N, E]
+    lse: Array  # [tokens, N]
+
+
+class Sizes(NamedTuple):
+    """What was found of the keys that one sequence sees, for each key head."""
+
+    key: Array  # [K] log2 of the largest norm of a key
+    shifted: Array  # [K] and of a key less what is taken off it
+    value_gain: Array  # [K] the power of two by which values are multiplied
+    plain: Array  # [] bool: whether neither scores nor sums of values can leave their range
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageWalk(HeadWalk):
+    """One key head of one sequence. ``head`` has the queries of all sequences, and no keys.
+
+    Arguments:
+      pages: of this head, arrays [P, n, …].
+      table: [M] int32, the pages of the sequence.
+      first: [] int32, where its queries begin.
+      sizes: of this head, where scores or sums of values may leave their range; else None.
+    """
+
+    pages: Pages
+    table: Array
+    first: Array
+    sizes: Sizes | None = None
+
+    @property
+    def query_tiles(self) -> Index:
+        return div(self.mask.valid_queries() + self.block_q - 1, self.block_q)
+
+    def typed(self, carry: Any) -> Any:
+        return varying(carry, (self.head, self.mask, self.pages, self.table))
+
+    def query_start(self, i: Array) -> Index:
+        return i.astype(jnp.int32) * self.block_q
+
+    def key_start(self, j: Index) -> Index:
+        return j * self.block_kv
+
+    def rows(self, x: Array, start: Index) -> Array:
+        return super().rows(x, self.first + start)
+
+    def put_rows(self, buffer: Array, x: Array, start: Index, which: Array | None) -> Array:
+        if which is not None:
+            x = jnp.where(which, x, self.rows(buffer, start))
+        return super().put_rows(buffer, x, self.first + start, None)
+
+    def query(self, start: Index) -> tile.QueryTile:
+        q = tile.zero_unusable(self.rows(self.head.query, start), self.in_use(start))
+        scale, guard, value_gain = self.head.scale, None, None
+        if self.sizes is not None:
+            of_keys, value_gain = (self.sizes.key, self.sizes.shifted), self.sizes.value_gain
+            if guards(self.plan, q.dtype):
+                of_q = log2_norm(q)[:, None]
+                guard = powers_of_guard(of_q, *of_keys, scale, self.plan, q.dtype)
+        query = tile.query_tile(q, self.plan.gain(scale), guard, self.numerics)
+        return query._replace(value_gain=value_gain)
+
+    def raw_keys(
+        self, j: Index
+    ) -> tuple[Float[Array, "n D"], Float[Array, "n E"], Bool[Array, "n 1"]]:
+        dtype = jnp.dtype(self.pages.dtype)
+        k, v = (
+            bits.read(jnp.concatenate(self._of_tile(x, j)), dtype)
+            for x in (self.pages.key, self.pages.value)
+        )
+        return k, v, k[:, :1] == k[:, :1]
+
+    def key_beneath(
+        self, j: Index, seen: Bool[Array, "R n"] | None, value_gain: Array | None
+    ) -> tile.KeyTile:
+        k, v, usable = self.raw_keys(j)
+        extra: dict[str, Any] = {}
+        paper = self.numerics.storage is Storage.PAPER
+        if paper:  # M mixes the keys of a block, so that none may be NaN
+            blocks = self.plan.paper_blocks(self.block_kv)
+            extra["matrix"] = jnp.asarray(blocks.matrix, jnp.float16)
+            extra["weights"] = jnp.asarray(blocks.weights)
+        if self.numerics.storage.uses_kappa:
+            extra["kappa"] = self.kappa(j)
+        shown = None if seen is None else jnp.any(seen, axis=0)[:, None]
+        if not paper:  # what is not finite is NaN already
+            usable = shown
+        elif shown is not None:
+            usable = usable & shown
+        return tile.key_tile(k, v, usable, self.numerics, value_gain=value_gain, **extra)
+
+    def kappa(self, j: Index) -> Float[Array, "1 D"]:
+        """κ of key tile j: the mean of what is written in its pages (eq. 7), or in those of the
+        tile before it (eq. 8).
+        """
+        if self.numerics.storage is Storage.PAST_MEAN:
+            j = jnp.maximum(j - 1, 0)
+        total, count, top = (
+            jnp.stack(self._of_tile(x, j))
+            for x in (self.pages.facts.total, self.pages.facts.count, self.pages.facts.key_top)
+        )
+        dtype = jnp.dtype(self.pages.dtype)
+        kappa = mean_key(jnp.sum(total, axis=0), jnp.sum(count), total.dtype)
+        # The sum may not be finite, nor what is less the mean.
+        fits = jnp.all(jnp.isfinite(kappa)) & (jnp.max(top) < float(jnp.finfo(dtype).max) / 4)
+        return jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(dtype)[None]
+
+    def _of_tile(self, x: Array, j: Index) -> list[Array]:
+        """The entries of x [P, …] of the pages of tile j."""
+        each = self.block_kv // self.pages.key.shape[1]
+        pages = lax.dynamic_slice_in_dim(self.table, j * each, each)
+        return [lax.dynamic_index_in_dim(x, pages[i], keepdims=False) for i in range(each)]
+
+
+def attend(
+    pages: Pages,
+    queries: Queries,
+    sequences: Sequences,
+    most: int,
+    window: tuple[int, int] | None,
+    plan: Plan,
+) -> Outputs:
+    """Causal attention of the last tokens of each sequence over all of its keys.
+
+    A query that belongs to no sequence has output 0 and the lowest log-sum-exp.
+
+    Arguments:
+      most: no sequence has more queries.
+      window: as in `Mask`.
+      plan: adapted to the lax walk. A tile has as many pages as make ``block_kv`` keys, or one.
+    """
+    n, (tokens, heads, size) = pages.page_size, queries.query.shape
+    kv_heads, groups = pages.key.shape[1], heads // pages.key.shape[1]
+    block_q = max(1, min(plan.schedule.block_q // groups, most))
+    plans = {x: _with_tiles(plan, x * groups, n, sequences.table.shape[1]) for x in (1, block_q)}
+    most_keys = max(x.schedule.block_kv for x in plans.values())
+    table = jnp.pad(sequences.table, ((0, 0), (0, -sequences.table.shape[1] % (most_keys // n))))
+    sequences = sequences._replace(table=jnp.clip(table, 0, pages.count - 1))
+    # Rows are cut out of these by whole tiles.
+    spare = 0 if block_q == 1 else block_q
+    query = jnp.pad(queries.query, ((0, spare), (0, 0), (0, 0)))
+    query = query.reshape(-1, kv_heads, groups, size)
+    wide = wide_type(query.dtype)
+    of_q = log2_norm(queries.query)
+
+    def of_sequence(b: Array, outputs: Outputs) -> Outputs:
+        one = jax.tree.map(lambda x: x[b], sequences)
+        mask = Mask(
+            query_length=most,
+            key_length=sequences.table.shape[1] * n,
+            is_causal=True,
+            causal_alignment="bottom_right",
+            window=window,
+            query_lengths=one.count,
+            key_lengths=one.length,
+        )
+        sizes = _sizes(pages.facts, of_q, one, mask, n, queries.scale, plan, query.dtype)
+
+        def walked(outputs: Outputs, block_q: int, careful: bool) -> Outputs:
+            def of_head(
+                pages: Pages, query: Array, sinks: Array | None, sizes: Sizes, outputs: Outputs
+            ) -> Outputs:
+                head = Operands(query, *[None] * 3, sinks, queries.scale)  # type: ignore[arg-type]
+                tiled = plans[block_q]
+                walk = PageWalk(
+                    mask=mask,
+                    plan=tiled,
+                    numerics=tiled.numerics(tiled.schedule.block_kv),
+                    groups=groups,
+                    block_q=block_q,
+                    value_size=pages.value.shape[-1],
+                    head=head,
+                    facts=_NO_FACTS,
+                    pages=pages,
+                    table=one.table,
+                    first=one.first,
+                    sizes=sizes if careful else None,
+                )
+                return _of_head(walk, outputs)
+
+            sinks = queries.sinks
+            sinks = None if sinks is None else sinks.reshape(kv_heads, groups)
+            of_heads = sizes._replace(plain=jnp.broadcast_to(sizes.plain, kv_heads))
+            axes = (1, 1, None if sinks is None else 0, 0, 1)
+            return jax.vmap(of_head, axes, 1)(pages, query, sinks, of_heads, outputs)
+
+        branches = [
+            lambda outputs: walked(outputs, block_q, True),
+            lambda outputs: walked(outputs, block_q, False),
+        ]
+        which = sizes.plain.astype(jnp.int32)
+        if block_q > 1:  # a tile of many rows would be computed for one
+            branches.append(lambda outputs: walked(outputs, 1, False))
+            which = jnp.where(sizes.plain & (one.count == 1), jnp.int32(2), which)
+        return lax.switch(which, branches, outputs)
+
+    rows = query.shape[:3]
+    outputs = Outputs(
+        out=jnp.zeros((*rows, pages.value.shape[-1]), wide),
+        lse=jnp.full(rows, lowest(wide), wide),
+    )
+    outputs = varying(outputs, (pages, queries, sequences))
+    outputs = lax.fori_loop(0, len(sequences.first), of_sequence, outputs)
+    return jax.tree.map(lambda x: x[:tokens].reshape(tokens, heads, *x.shape[3:]), outputs)
+
+
+def _with_tiles(plan: Plan, rows: int, n: int, blocks: int) -> Plan:
+    """The plan with tiles of whole pages for ``rows`` rows, of which a sequence has ``blocks``."""
+    keys = plan.schedule.block_kv
+    if not (plan.storage.uses_kappa or plan.storage is Storage.PAPER):  # a tile has one mean
+        keys = plan.schedule.keys_beside(rows)
+    pages = max(1, min(keys // n, blocks))
+    # A part of a table is a whole number of tiles, for tiles of every size.
+    pages = 1 << (pages.bit_length() - 1)
+    return replace(plan, schedule=replace(plan.schedule, block_kv=pages * n))
+
+
+_NO_FACTS = HeadFacts(usable=None, kappa=None, chosen=None, guard=None, value_gain=None)  # type: ignore[arg-type]
+
+
+def _of_head(walk: PageWalk, outputs: Outputs) -> Outputs:
+    """The outputs [tokens, G, …] of a head with those of one sequence."""
+
+    def query_tile(i: Array, outputs: Outputs) -> Outputs:
+        start = walk.query_start(i)
+        rows = walk.rows_at(start)
+        which = None if walk.block_q == 1 else walk.in_use(start)
+        return Outputs(
+            out=walk.put_rows(outputs.out, rows.out.astype(outputs.out.dtype), start, which),
+            lse=walk.put_rows(outputs.lse, rows.lse.astype(outputs.lse.dtype), start, which),
+        )
+
+    return walk.over_queries(query_tile, outputs)
+
+
+def _sizes(
+    facts: PageFacts,
+    of_q: Array,
+    one: Sequences,
+    mask: Mask,
+    n: int,
+    scale: Array,
+    plan: Plan,
+    dtype: jnp.dtype,
+) -> Sizes:
+    """What the pages that a sequence sees say of their keys.
+
+    Arguments:
+      of_q: [tokens, N] log2 of the norms of all queries.
+    """
+    r = mask.key_range(jnp.int32(0), one.count, n)
+    block = jnp.arange(len(one.table), dtype=jnp.int32)
+    visited = ((block >= r.lo) & (block < r.hi))[:, None]
+
+    def largest(x: Array, least: float) -> Array:  # [P, K] -> [K]
+        return jnp.max(jnp.where(visited, x[one.table], least), axis=0)
+
+    key = largest(facts.key_norm, -jnp.inf)
+    unshifted = (Storage.PLAIN, Storage.BENEATH_MAXIMUM, Storage.LAGGING)
+    shifted = key + float(plan.storage not in unshifted)  # at most twice as long
+    value_gain = jnp.ones(key.shape, facts.value_top.dtype)
+    plain = jnp.bool_(True)
+    if divides_values(plan, dtype):
+        value_gain = gain_of_values(largest(facts.value_top, 0), plan)
+        plain = plain & jnp.all(value_gain == 1)
+    if guards(plan, dtype):
+        token = jnp.arange(len(of_q), dtype=jnp.int32)[:, None]
+        own = (token >= one.first) & (token < one.first + one.count)
+        of_rows = jnp.max(jnp.where(own, of_q, -jnp.inf), axis=0).reshape(len(key), -1)
+        beyond = excess(of_rows, key[:, None], shifted[:, None], scale, plan, dtype)
+        plain = plain & jnp.all(beyond <= 0)
+    return Sizes(key, shifted, value_gain, plain)
