@@ -251,6 +251,7 @@ class Table:
 
         return jax.lax.while_loop(lambda fits: jnp.any(over(fits)), without_first, fits)
 
+    @jax.jit
     def _needed(self, counts: Array, writes: Array) -> Array:
         """[B] int32: pages that sequences take from the stack, 0 but for those that write."""
         blocks = _blocks(self.length + counts, self.page_size) - _blocks(
