@@ -287,7 +287,7 @@ class Walk(ABC):
 
     # One query tile.
 
-    def rows_at(self, start: Index) -> Rows:
+    def finished(self, start: Index) -> Rows:
         """The results of the query tile at ``start``."""
         query = self.query(start)
         state, _ = self.absorb(start, query, self.begin())

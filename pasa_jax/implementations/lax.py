@@ -121,7 +121,7 @@ def _forward_head(walk: HeadWalk) -> Result:
 
     def query_tile(i: Array, result: Result) -> Result:
         start = walk.query_start(i)
-        rows = walk.rows_at(start)
+        rows = walk.finished(start)
         out, remainder = walk.rounded(rows.out, out_type)
         new = Result(
             out=out,

@@ -293,7 +293,7 @@ def _of_head(walk: PageWalk, outputs: Outputs) -> Outputs:
 
     def query_tile(i: Array, outputs: Outputs) -> Outputs:
         start = walk.query_start(i)
-        rows = walk.rows_at(start)
+        rows = walk.finished(start)
         which = None if walk.block_q == 1 else walk.in_use(start)
         return Outputs(
             out=walk.put_rows(outputs.out, rows.out.astype(outputs.out.dtype), start, which),

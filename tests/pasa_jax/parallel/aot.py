@@ -111,6 +111,7 @@ CASES = [
     *_every("v6e:2x2"),
     *_every("v6e:2x2", gradient=True),
     *_every("v6e:2x2", implementation="pallas_tpu"),
+    *_every("v6e:2x2", implementation="pallas_tpu", gradient=True),
     *_every("h100:4"),
     *_every("h100:4", gradient=True),
     Case(topology="v5e:4x4", scheme="ring"),
