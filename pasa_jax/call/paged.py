@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from pasa_jax.call import checks
 from pasa_jax.core.checks import window
 from pasa_jax.core.errors import wrong
-from pasa_jax.core.pages import Pages
+from pasa_jax.core.packed import Store
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
@@ -34,7 +34,7 @@ OPTIONS = (
 
 
 def attend(
-    pages: Pages,
+    pages: Store,
     query: Array,
     sequences: Sequences,
     schedule: Schedule,
@@ -91,7 +91,7 @@ def attend(
 
 @partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
 def _compiled(
-    pages: Pages,
+    pages: Store,
     queries: Queries,
     sequences: Sequences,
     most: int,

@@ -7,8 +7,9 @@ written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import lax
 
 from pasa_jax.core import bits
 from pasa_jax.core.guard import log2_norm
+from pasa_jax.core.mask import Index
 from pasa_jax.core.tile import is_finite, wide_type
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class PageFacts(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Pages:
-    """Keys and values of P pages of n tokens each.
+    """Keys and values of P pages of n tokens each, in their own type.
 
     Numbers of 16 bits are stored as their bits, which XLA for CPUs reads and writes in place. A
     token whose key or value is not finite has NaN for its key and 0 for its value: the queries that
@@ -115,9 +117,25 @@ class Pages:
         return self.key.shape[0]
 
     @property
+    def places(self) -> int:
+        """How many pages a table may name: those of `PackedPages` that are still open as well."""
+        return self.count
+
+    @property
     def page_size(self) -> int:
-        """n."""
+        """n; of all heads."""
         return self.key.shape[2]
+
+    def tile(self, page: Index) -> tuple[Float[Array, "*K n D"], Float[Array, "*K n E"]]:
+        """Keys and values of a page; of one head where the arrays are those of one."""
+        k, v = (lax.dynamic_index_in_dim(x, page, keepdims=False) for x in (self.key, self.value))
+        dtype = jnp.dtype(self.dtype)
+        return bits.read(k, dtype), bits.read(v, dtype)
+
+    def read_by(self, table: Array, length: Array, row: Array) -> Array:
+        """The table by which the pages are read, of sequences of ``length`` [B] tokens."""
+        del length, row
+        return table
 
     def written(
         self,
@@ -125,23 +143,21 @@ class Pages:
         slot: Int[Array, " T"],
         key: Float[Array, "T K D"],
         value: Float[Array, "T K E"],
+        row: Int[Array, " T"],
     ) -> Pages:
         """With tokens at the slots of their pages; a page begins with its slot 0.
 
         Arguments:
           page, slot: [T] int32. A token whose page is out of range is not written.
+          row: [T] int32, the sequence of each, for `PackedPages`.
         """
-        sound = jnp.all(is_finite(key), axis=-1) & jnp.all(is_finite(value), axis=-1)
+        del row
+        sound = soundness(key, value)
         begun = jnp.where(slot == 0, page, self.count)
-
-        def put(old: Array, x: Array, otherwise: float) -> Array:
-            x = jnp.where(sound[..., None], x, jnp.full_like(x, otherwise))
-            return old.at[page, :, slot].set(bits.stored(x), mode="drop")
-
         return replace(
             self,
-            key=put(self.key, key, jnp.nan),
-            value=put(self.value, value, 0.0),
+            key=put_tokens(self.key, page, slot, key, sound, jnp.nan),
+            value=put_tokens(self.value, page, slot, value, sound, 0.0),
             facts=self.facts.begun(begun).beside(page, key, value, sound),
         )
 
@@ -150,14 +166,36 @@ class Pages:
 
         The loop has as many steps as there are pages to copy, and changes the arrays in place.
         """
-        wanted = (target >= 0) & (target < self.count)
-        order = jnp.argsort(~wanted)
-        source, target = source[order], target[order]
 
-        def step(i: Array, pages: Pages) -> Pages:
-            def copy(x: Array) -> Array:
+        def copy(pages: Pages, i: Array) -> Pages:
+            def one(x: Array) -> Array:
                 return lax.dynamic_update_index_in_dim(x, x[source[i]], target[i], 0)
 
-            return jax.tree.map(copy, pages)
+            return jax.tree.map(one, pages)
 
-        return lax.fori_loop(0, jnp.sum(wanted), step, self)
+        return for_each((target >= 0) & (target < self.count), copy, self)
+
+    def begun_as(self, row: Array, page: Array) -> Pages:
+        """Where the open page of ``row`` begins as ``page`` does; for `PackedPages`."""
+        del row, page
+        return self
+
+
+def soundness(key: Float[Array, "T K D"], value: Float[Array, "T K E"]) -> Array:
+    """[T, K] bool: whose key and value are finite."""
+    return jnp.all(is_finite(key), axis=-1) & jnp.all(is_finite(value), axis=-1)
+
+
+def put_tokens(
+    old: Array, page: Array, slot: Array, x: Array, sound: Array, otherwise: float
+) -> Array:
+    """``old`` [P, K, n, …] with tokens [T, K, …], or ``otherwise`` for those that are not sound."""
+    x = jnp.where(sound[..., None], x, jnp.full_like(x, otherwise))
+    return old.at[page, :, slot].set(bits.stored(x), mode="drop")
+
+
+def for_each(wanted: Array, body: Callable[[Any, Array], Any], carry: Any) -> Any:
+    """Folds ``body(carry, i)`` over the entries that are ``wanted`` [L] bool, and no others."""
+    order = jnp.argsort(~wanted)
+    steps = jnp.sum(wanted, dtype=jnp.int32)
+    return lax.fori_loop(0, steps, lambda t, carry: body(carry, order[t]), carry)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax.core import bits, tile
+from pasa_jax.core import tile
 from pasa_jax.core.guard import (
     divides_values,
     excess,
@@ -25,7 +25,8 @@ from pasa_jax.core.guard import (
 from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Index, Mask, div
 from pasa_jax.core.operands import Operands
-from pasa_jax.core.pages import PageFacts, Pages
+from pasa_jax.core.packed import Store
+from pasa_jax.core.pages import PageFacts
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import HeadFacts
 from pasa_jax.core.tile import Storage, lowest, mean_key, wide_type
@@ -93,7 +94,7 @@ class PageWalk(HeadWalk):
       sizes: of this head, where scores or sums of values may leave their range; else None.
     """
 
-    pages: Pages
+    pages: Store
     table: Array
     first: Array
     sizes: Sizes | None = None
@@ -133,11 +134,8 @@ class PageWalk(HeadWalk):
     def raw_keys(
         self, j: Index
     ) -> tuple[Float[Array, "n D"], Float[Array, "n E"], Bool[Array, "n 1"]]:
-        dtype = jnp.dtype(self.pages.dtype)
-        k, v = (
-            bits.read(jnp.concatenate(self._of_tile(x, j)), dtype)
-            for x in (self.pages.key, self.pages.value)
-        )
+        tiles = [self.pages.tile(page) for page in self._pages_of(j)]
+        k, v = (jnp.concatenate(x) for x in zip(*tiles, strict=True))
         return k, v, k[:, :1] == k[:, :1]
 
     def key_beneath(
@@ -165,25 +163,23 @@ class PageWalk(HeadWalk):
         """
         if self.numerics.storage is Storage.PAST_MEAN:
             j = jnp.maximum(j - 1, 0)
-        total, count, top = (
-            jnp.stack(self._of_tile(x, j))
-            for x in (self.pages.facts.total, self.pages.facts.count, self.pages.facts.key_top)
-        )
+        facts, at = self.pages.facts, jnp.stack(self._pages_of(j))
+        total, count, top = (x[at] for x in (facts.total, facts.count, facts.key_top))
         dtype = jnp.dtype(self.pages.dtype)
         kappa = mean_key(jnp.sum(total, axis=0), jnp.sum(count), total.dtype)
         # The sum may not be finite, nor what is less the mean.
         fits = jnp.all(jnp.isfinite(kappa)) & (jnp.max(top) < float(jnp.finfo(dtype).max) / 4)
         return jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(dtype)[None]
 
-    def _of_tile(self, x: Array, j: Index) -> list[Array]:
-        """The entries of x [P, …] of the pages of tile j."""
+    def _pages_of(self, j: Index) -> list[Array]:
+        """The pages of tile j."""
         each = self.block_kv // self.pages.key.shape[1]
         pages = lax.dynamic_slice_in_dim(self.table, j * each, each)
-        return [lax.dynamic_index_in_dim(x, pages[i], keepdims=False) for i in range(each)]
+        return [pages[i] for i in range(each)]
 
 
 def attend(
-    pages: Pages,
+    pages: Store,
     queries: Queries,
     sequences: Sequences,
     most: int,
@@ -205,7 +201,7 @@ def attend(
     plans = {x: _with_tiles(plan, x * groups, n, sequences.table.shape[1]) for x in (1, block_q)}
     most_keys = max(x.schedule.block_kv for x in plans.values())
     table = jnp.pad(sequences.table, ((0, 0), (0, -sequences.table.shape[1] % (most_keys // n))))
-    sequences = sequences._replace(table=jnp.clip(table, 0, pages.count - 1))
+    sequences = sequences._replace(table=jnp.clip(table, 0, pages.places - 1))
     # Rows are cut out of these by whole tiles.
     spare = 0 if block_q == 1 else block_q
     query = jnp.pad(queries.query, ((0, spare), (0, 0), (0, 0)))
@@ -228,7 +224,11 @@ def attend(
 
         def walked(outputs: Outputs, block_q: int, careful: bool) -> Outputs:
             def of_head(
-                pages: Pages, query: Array, sinks: Array | None, sizes: Sizes, outputs: Outputs
+                pages: Store,
+                query: Array,
+                sinks: Array | None,
+                sizes: Sizes,
+                outputs: Outputs,
             ) -> Outputs:
                 head = Operands(query, *[None] * 3, sinks, queries.scale)  # type: ignore[arg-type]
                 tiled = plans[block_q]

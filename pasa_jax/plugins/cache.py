@@ -14,15 +14,15 @@ from jax.typing import ArrayLike
 from pasa_jax.call import checks, paged
 from pasa_jax.call.api import canonical
 from pasa_jax.call.observe import announce, is_observed
-from pasa_jax.core import bits
-from pasa_jax.core.errors import wrong
-from pasa_jax.core.pages import Pages
+from pasa_jax.core.errors import check_choice, wrong
+from pasa_jax.core.packed import FORMATS, Store, empty_store
 from pasa_jax.core.precision import FLOATS
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.target import target_of_device
 from pasa_jax.implementations.page_walk import Sequences
 
 Array = jax.Array
+_PACKED_PAGE = 64  # tokens: a page of 8 bits has one mean
 
 
 @jax.tree_util.register_dataclass
@@ -41,14 +41,16 @@ class KVCache:
     Arguments:
       pages: M of them for each batch entry.
       table: [B, M] int32, which.
+      row: [B] int32, which of the open pages each has, where pages have 8 bits.
       length: [B] int32, tokens appended to each batch entry so far; more than S if they did not
         fit.
       max_length: S.
       schedule: tile sizes; a page has its ``block_kv`` keys.
     """
 
-    pages: Pages
+    pages: Store
     table: Array
+    row: Array
     length: Array
     max_length: int = field(metadata={"static": True})
     schedule: Schedule = field(metadata={"static": True})
@@ -63,6 +65,7 @@ class KVCache:
         *,
         value_head_dim: int | None = None,
         schedule: Schedule | None = None,
+        format: str | None = None,
     ) -> KVCache:
         """A cache of no tokens.
 
@@ -71,25 +74,30 @@ class KVCache:
           dtype: float16, bfloat16, float32, or float64 under x64.
           value_head_dim: E; default D.
           schedule: default that of the device.
+          format: None: keys and values keep their type; ``"int8"``, ``"float8_e4m3"`` or
+            ``"float8_e5m2"``: a page is packed into 8 bits when it is full, less the mean key of
+            each head, with a scale for each channel of the keys and for each value (docs/serving.md
+            says what that costs). A page then has 64 tokens, if ``schedule`` does not say.
 
         Raises:
-          ValueError: a size or a type that is not allowed.
+          ValueError: a size, a type or a format that is not allowed.
 
         >>> KVCache.empty(1, 64, 2, 16, "float16").key.shape
         (1, 64, 2, 16)
         """
-        sizes = (batch, max_length, kv_heads, head_dim, value_head_dim)
-        return KVCaches.empty(1, *sizes[:4], dtype, value_head_dim=sizes[4], schedule=schedule)[0]
+        sizes = (batch, max_length, kv_heads, head_dim)
+        options = {"value_head_dim": value_head_dim, "schedule": schedule, "format": format}
+        return KVCaches.empty(1, *sizes, dtype, **options)[0]
 
     @property
     def key(self) -> Array:
         """[B, S, K, D]; what was not appended may be anything."""
-        return self._in_order(self.pages.key)
+        return self._in_order(0)
 
     @property
     def value(self) -> Array:
         """[B, S, K, E]; what was not appended may be anything."""
-        return self._in_order(self.pages.value)
+        return self._in_order(1)
 
     def append(self, key: Array, value: Array, *, lengths: ArrayLike | None = None) -> KVCache:
         """This cache with more tokens: those of a prompt, or the next one.
@@ -125,7 +133,8 @@ class KVCache:
         n = self.pages.page_size
         page = jnp.take_along_axis(self.table, place // n, axis=1, mode="clip")
         page = jnp.where(fits, page, self.pages.count)
-        flat = (x.reshape(-1, *x.shape[2:]) for x in (page, place % n, key, value))
+        row = jnp.broadcast_to(self.row[:, None], page.shape)
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (page, place % n, key, value, row))
         return replace(self, pages=self.pages.written(*flat), length=self.length + added)
 
     def attend(self, query: Array, *, lengths: ArrayLike | None = None, **options: Any) -> Array:
@@ -167,7 +176,7 @@ class KVCache:
             first=jnp.arange(batch, dtype=jnp.int32) * most,
             count=asked,
             length=self.length,
-            table=self.table,
+            table=self.pages.read_by(self.table, self.length, self.row),
         )
         flat = query.reshape(-1, *query.shape[2:])
         out, _ = paged.attend(self.pages, flat, sequences, self.schedule, most, **options)
@@ -191,11 +200,13 @@ class KVCache:
         )
         announce(call.operands, call.mask, call.plan)
 
-    def _in_order(self, x: Array) -> Array:
-        """[P, K, n, D] -> [B, S, K, D]."""
-        x = jnp.moveaxis(x[self.table], 3, 2)  # [B, M, n, K, D]
-        x = x.reshape(len(x), -1, *x.shape[3:])
-        return bits.read(x[:, : self.max_length], jnp.dtype(self.pages.dtype))
+    def _in_order(self, which: int) -> Array:
+        """Keys (0) or values (1), [B, S, K, D]."""
+        table = self.pages.read_by(self.table, self.length, self.row)
+        x = jax.lax.map(lambda page: self.pages.tile(page)[which], table.reshape(-1))
+        x = jnp.moveaxis(x.reshape(*table.shape, *x.shape[1:]), 3, 2)  # [B, M, n, K, D]
+        x = x.reshape(len(x), -1, *x.shape[3:])[:, : self.max_length]
+        return x.astype(self.pages.dtype)
 
     def _check_new(self, key: Array, value: Array) -> int:
         """The number of tokens in ``key`` and ``value``."""
@@ -229,7 +240,7 @@ class KVCaches:
       max_length, schedule: as in `KVCache`.
     """
 
-    pages: Pages
+    pages: Store
     length: Array
     max_length: int = field(metadata={"static": True})
     schedule: Schedule = field(metadata={"static": True})
@@ -245,6 +256,7 @@ class KVCaches:
         *,
         value_head_dim: int | None = None,
         schedule: Schedule | None = None,
+        format: str | None = None,
     ) -> KVCaches:
         """Caches of no tokens. Arguments and errors are those of `KVCache.empty`.
 
@@ -260,11 +272,15 @@ class KVCaches:
         dtype = jnp.dtype(dtype)
         if str(dtype) not in FLOATS:
             raise wrong("dtype", f"be one of {', '.join(FLOATS)}", str(dtype))
+        if format is not None:
+            check_choice("format", format, tuple(FORMATS))
+        page = None if format is None or schedule is not None else _PACKED_PAGE
         schedule = _fitted(schedule, max_length, head_dim, value_size, str(dtype))
-        n = schedule.block_kv
-        count = layers * batch * -(-max_length // n)
+        n = min(page or schedule.block_kv, max_length)
+        rows = layers * batch
+        sizes = (kv_heads, n, head_dim, value_size, str(dtype))
         return KVCaches(
-            pages=Pages.empty(count, kv_heads, n, head_dim, value_size, str(dtype)),
+            pages=empty_store(rows * -(-max_length // n), rows, *sizes, format),
             length=jnp.zeros((layers, batch), jnp.int32),
             max_length=int(max_length),
             schedule=schedule,
@@ -276,6 +292,7 @@ class KVCaches:
         return KVCache(
             pages=self.pages,
             table=table + jnp.int32(layer) * jnp.int32(table.size),
+            row=jnp.arange(batch, dtype=jnp.int32) + jnp.int32(layer) * jnp.int32(batch),
             length=self.length[layer],
             max_length=self.max_length,
             schedule=self.schedule,

@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 
 from pasa_jax.call import paged
 from pasa_jax.core.checks import is_size, window
-from pasa_jax.core.errors import wrong
-from pasa_jax.core.pages import Pages
+from pasa_jax.core.errors import check_choice, wrong
+from pasa_jax.core.packed import FORMATS, Store, empty_store
 from pasa_jax.core.precision import FLOATS
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.target import target_of_device
@@ -64,7 +64,7 @@ class PagedCache:
       schedule: tile sizes. A tile holds as many whole pages as make its ``block_kv``.
     """
 
-    pages: Pages
+    pages: Store
     table: Table
     schedule: Schedule = field(metadata={"static": True})
 
@@ -81,6 +81,7 @@ class PagedCache:
         layers: int = 1,
         value_head_dim: int | None = None,
         schedule: Schedule | None = None,
+        format: str | None = None,
     ) -> PagedCache:
         """A cache of no tokens.
 
@@ -91,9 +92,10 @@ class PagedCache:
           dtype: float16, bfloat16, float32, or float64 under x64.
           value_head_dim: E; default D.
           schedule: default that of the device.
+          format: as in `pasa_jax.plugins.KVCache.empty`.
 
         Raises:
-          ValueError: a size or a type that is not allowed.
+          ValueError: a size, a type or a format that is not allowed.
 
         >>> PagedCache.empty(2, 8, 16, 64, 2, 32, "bfloat16").table.pages.shape
         (2, 4)
@@ -107,6 +109,8 @@ class PagedCache:
         dtype = str(jnp.dtype(dtype))
         if dtype not in FLOATS:
             raise wrong("dtype", f"be one of {', '.join(FLOATS)}", dtype)
+        if format is not None:
+            check_choice("format", format, tuple(FORMATS))
         if schedule is None:
             device = jax.devices()[0]
             schedule = Schedule.for_target(
@@ -119,8 +123,9 @@ class PagedCache:
             )
         elif not isinstance(schedule, Schedule):
             raise wrong("schedule", "be a pasa_jax.Schedule or None", repr(schedule))
+        sizes_of_page = (kv_heads, page_size, head_dim, value_size, dtype)
         return PagedCache(
-            pages=Pages.empty(layers * pages, kv_heads, page_size, head_dim, value_size, dtype),
+            pages=empty_store(layers * pages, layers * sequences, *sizes_of_page, format),
             table=table,
             schedule=schedule,
         )
@@ -177,8 +182,10 @@ class PagedCache:
             if str(new.dtype) != self.pages.dtype:
                 allowed = f"be of the cache's type {self.pages.dtype}"
                 raise wrong(name, allowed, new.dtype, "Cast it.")
-        page = self._of_layer(batch.places.page, jnp.asarray(layer, jnp.int32))
-        return replace(self, pages=self.pages.written(page, batch.places.slot, key, value))
+        layer, places = jnp.asarray(layer, jnp.int32), batch.places
+        page, row = self._of_layer(places.page, layer), self._rows(layer)
+        row = row.at[places.sequence].get(mode="fill", fill_value=0)
+        return replace(self, pages=self.pages.written(page, places.slot, key, value, row))
 
     def attend(
         self,
@@ -212,7 +219,9 @@ class PagedCache:
                 raise wrong("options", f"be among {', '.join(paged.OPTIONS)}", name)
         if query.ndim != 3 or len(query) != len(batch.position):
             raise wrong("query", f"be [T, N, D] with T = {len(batch.position)}", query.shape)
-        table = self._of_layer(self.table.pages, jnp.asarray(layer, jnp.int32))
+        layer = jnp.asarray(layer, jnp.int32)
+        table = self._of_layer(self.table.pages, layer)
+        table = self.pages.read_by(table, self.length, self._rows(layer))
         sequences = Sequences(batch.first, batch.count, self.length, table)
         most = len(query)
         out, lse = paged.attend(self.pages, query, sequences, self.schedule, most, **options)
@@ -232,7 +241,16 @@ class PagedCache:
         Raises:
           ValueError: as `Table.forked`.
         """
-        return replace(self, table=self.table.forked(source, target, length=length))
+        table = self.table.forked(source, target, length=length)
+        source, target = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
+        block = table.length[target] // table.page_size
+        layer = jnp.arange(self.layers, dtype=jnp.int32)
+        begins = ~table.lost[target] & (table.length[target] % table.page_size > 0)
+        page = self._of_layer(table.pages[target, block], layer)
+        was_open = self.table.length[source] // table.page_size == block
+        page = jnp.where(was_open, self.pages.count + self._rows(layer)[:, source], page)
+        row = jnp.where(begins, self._rows(layer)[:, target], self.pages.places)
+        return replace(self, pages=self.pages.begun_as(row, page), table=table)
 
     def freed(self, which: ArrayLike) -> PagedCache:
         """The sequences ``which`` [B] bool have no tokens; pages of theirs alone are free."""
@@ -246,6 +264,12 @@ class PagedCache:
     def _per_layer(self) -> int:
         """P."""
         return len(self.table.references)
+
+    def _rows(self, layer: Array) -> Array:
+        """[..., B] int32, of ``layer`` [...]: where the sequences' open pages lie."""
+        sequences = len(self.length)
+        row = jnp.arange(sequences, dtype=jnp.int32)
+        return row + layer[..., None] * jnp.int32(sequences)
 
     def _of_layer(self, page: Array, layer: Array) -> Array:
         """The pages of a layer; one that is out of range stays so."""

@@ -62,7 +62,8 @@ def test_by_the_plain_formula(scheme, name):
 @pytest.mark.parametrize("shift", only([], [x for x in SHIFTS if x != "none"]))
 @on_devices
 def test_every_shift(scheme, shift):
-    trials.compare(over_four(scheme), "causal", "float16", shift)
+    """Where devices hold whole blocks, each block is the one of a single device."""
+    trials.compare(over_four(scheme), "whole blocks", "float16", shift)
 
 
 @pytest.mark.parametrize("explicit", only([True], [True, False]))

@@ -152,6 +152,7 @@ DROPS = {"dropout_rate": 0.3, "dropout_key": 7}
 TRIALS: dict[str, Trial] = {
     "full": Trial(),
     "causal": Trial(static=CAUSAL),
+    "whole blocks": Trial(t=32, s=32, static=CAUSAL),  # of 8 keys, over 4 devices
     "causal, odd": Trial(t=37, s=37, static=CAUSAL),
     "causal, fewer keys": Trial(t=40, s=24, static=CAUSAL),
     "causal, more keys, odd": Trial(t=23, s=41, static=CAUSAL),
