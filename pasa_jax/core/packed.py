@@ -71,7 +71,7 @@ def pack_keys(
     sound = jnp.isfinite(k)
     k = jnp.where(sound, k, jnp.zeros_like(k)).astype(jnp.float32)
     count = jnp.maximum(jnp.sum(sound.astype(jnp.float32), axis=-2), 1)
-    mean = jnp.sum(k / count[..., None, :], axis=-2) * float(centred)
+    mean = jnp.sum(k / count[..., None, :], axis=-2) * jnp.float32(centred)
     off = jnp.where(sound, k - mean[..., None, :], 0)
     scale = _scale(jnp.max(jnp.abs(off), axis=-2), format)
     return format.codes(off / scale[..., None, :]), scale, mean
@@ -212,7 +212,7 @@ class PackedPages:
         begins = there & (slot == 0)
         opened = jnp.cumsum(begins, dtype=jnp.int32)
         row = jnp.where(there, row, rows)
-        before = opened - begins  # it does not fall, so that a row's first is its least
+        before = opened - begins.astype(jnp.int32)  # it does not fall, so that a row's first is its least
         least = jnp.full(rows, len(page), jnp.int32).at[row].min(before, mode="drop")
         turn = jnp.where(there, opened - least.at[row].get(mode="fill", fill_value=0), -1)
         sound = soundness(key, value)
