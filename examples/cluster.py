@@ -204,7 +204,7 @@ class Peer:
         log = self.log.read_text()
         raised = re.findall(r"^[\w.]+(?:Error|Exception|Interrupt)\b.*$", log, re.M)
         aborted = re.findall(r"^F\d{4} .*?\] (.*)$", log, re.M)
-        return [*aborted, *raised, ""][-1 if not raised else -2]
+        return (raised or aborted or [""])[-1]
 
 
 @contextlib.contextmanager
