@@ -69,6 +69,7 @@ class Work:
     c: int
     causal: bool
     balanced: bool
+    seen: int | None = None  # the most keys that a query sees, where a window says so
 
     @property
     def keys(self) -> int:
@@ -81,8 +82,10 @@ class Work:
         return self.b * self.t * self.n * (self.d + self.e) * self.z
 
     def products(self, share: float) -> float:
-        """Operations of q·k and p·v, of which a ``share`` of the pairs is seen."""
-        return 2.0 * self.b * self.n * self.t * self.s * self.c * (self.d + self.e) * share
+        """Operations of q·k and p·v, of which a ``share`` of the pairs is seen, or a window."""
+        keys = self.s * self.c * share
+        keys = keys if self.seen is None else min(keys, self.seen)
+        return 2.0 * self.b * self.n * self.t * keys * (self.d + self.e)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +165,7 @@ def plan(
     sequence: Any = None,
     ulysses_devices: int | None = None,
     balanced: bool = False,
+    window: tuple[int, int] | None = None,
 ) -> Plan:
     """What every scheme would cost, from formulas alone, and which is the best on paper.
 
@@ -174,6 +178,8 @@ def plan(
       chip: a name of `CHIPS`; by default that of the mesh's devices.
       ulysses_devices: of `ring_ulysses`; by default the best number is looked for.
       balanced: whether tokens are permuted (`zigzag`, `striped`).
+      window: (left, right), as ``local_window_size``: only what is computed becomes less, as a ring
+        sends its keys to every device all the same.
 
     Raises:
       ValueError: an unknown chip, or numbers that are not positive.
@@ -204,6 +210,7 @@ def plan(
         c=c,
         causal=causal,
         balanced=balanced,
+        seen=None if window is None else window[0] + 1 + (0 if causal else window[1]),
     )
     costs = [_all_gather(work), _ulysses(work)]
     groups = [ulysses_devices] if ulysses_devices else _groups(work)

@@ -287,6 +287,7 @@ class ParallelAttention:
             sequence=layout.sequence,
             ulysses_devices=layout.ulysses_devices,
             balanced=call.mask.query_positions is not None,
+            window=call.mask.window,
         )
         if layout.scheme != "auto":
             return layout, costs

@@ -85,6 +85,22 @@ def test_the_share_that_the_busiest_device_computes():
         assert share == pytest.approx(most, abs=0.02)
 
 
+@pytest.mark.parametrize(("causal", "window"), [(True, (9, 0)), (False, (9, 4)), (True, (99, 0))])
+def test_a_window_leaves_less_to_compute(causal, window):
+    tokens, c = 64, 4
+    apart = np.arange(tokens)[:, None] - np.arange(tokens)
+    seen = (apart <= window[0]) & (apart >= (0 if causal else -window[1]))
+    most = max(x.mean() for x in np.split(seen, c))
+    costs = plan(c, 1, tokens, tokens, 4, 4, 8, causal=causal, window=window).costs
+    whole = plan(c, 1, tokens, tokens, 4, 4, 8, causal=causal).costs
+    for cost, other in zip(costs, whole, strict=True):
+        share = cost.operations / (2 * 4 * tokens * tokens / c * 16)
+        assert cost.operations <= other.operations
+        assert cost.sent == other.sent
+        if cost.scheme == "ring":
+            assert most - 0.02 < share < most + 0.12  # the first queries see less
+
+
 def test_what_is_chosen():
     few = plan(4, 1, 65536, 65536, 32, 8, 128, chip="tpu_v5e")
     assert few.chosen.scheme in ("all_gather", "ulysses")
