@@ -165,21 +165,70 @@ class PageWalk(HeadWalk):
         """
         if self.numerics.storage is Storage.PAST_MEAN:
             j = jnp.maximum(j - 1, 0)
-        total, count, top = (
-            jnp.stack(self._of_tile(x, j))
-            for x in (self.pages.facts.total, self.pages.facts.count, self.pages.facts.key_top)
-        )
-        dtype = jnp.dtype(self.pages.dtype)
-        kappa = mean_key(jnp.sum(total, axis=0), jnp.sum(count), total.dtype)
-        # The sum may not be finite, nor what is less the mean.
-        fits = jnp.all(jnp.isfinite(kappa)) & (jnp.max(top) < float(jnp.finfo(dtype).max) / 4)
-        return jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(dtype)[None]
+        of_tile = jax.tree.map(lambda x: jnp.stack(self._of_tile(x, j)), self.pages.facts)
+        return mean_of_pages(of_tile, jnp.dtype(self.pages.dtype))[None]
 
     def _of_tile(self, x: Array, j: Index) -> list[Array]:
         """The entries of x [P, …] of the pages of tile j."""
         each = self.block_kv // self.pages.key.shape[1]
         pages = lax.dynamic_slice_in_dim(self.table, j * each, each)
         return [lax.dynamic_index_in_dim(x, pages[i], keepdims=False) for i in range(each)]
+
+
+def mean_of_pages(facts: PageFacts, dtype: jnp.dtype) -> Float[Array, " D"]:
+    """[D] the mean of the keys of some pages of one head, of their type.
+
+    Arguments:
+      facts: each with the pages as its first axis, and no axis of heads.
+    """
+    kappa = mean_key(jnp.sum(facts.total, axis=0), jnp.sum(facts.count), facts.total.dtype)
+    # The sum may not be finite, nor what is less the mean.
+    top = jnp.max(facts.key_top)
+    fits = jnp.all(jnp.isfinite(kappa)) & (top < float(jnp.finfo(dtype).max) / 4)
+    return jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(dtype)
+
+
+def mask_of(one: Sequences, most: int, window: tuple[int, int] | None, n: int) -> Mask:
+    """What the queries of one sequence see, which has pages of n tokens.
+
+    Arguments:
+      most, window: as of `attend`.
+    """
+    return Mask(
+        query_length=most,
+        key_length=len(one.table) * n,
+        is_causal=True,
+        causal_alignment="bottom_right",
+        window=window,
+        query_lengths=one.count,
+        key_lengths=one.length,
+    )
+
+
+def are_plain(
+    pages: Pages,
+    queries: Queries,
+    sequences: Sequences,
+    most: int,
+    window: tuple[int, int] | None,
+    plan: Plan,
+) -> Array:
+    """[] bool: True only where no score and no sum of values can leave its range.
+
+    Arguments: as of `attend`.
+    """
+    table = jnp.clip(sequences.table, 0, pages.count - 1)
+    dtype = queries.query.dtype
+
+    def visited(one: Sequences) -> Array:
+        return _visited(one, mask_of(one, most, window, pages.page_size), pages.page_size)
+
+    token = jnp.arange(len(queries.query), dtype=jnp.int32)[:, None]
+    own = (token >= sequences.first) & (token < sequences.first + sequences.count)
+    of_q = jnp.where(jnp.any(own, axis=1)[:, None], log2_norm(queries.query), -jnp.inf)
+    of_q = jnp.max(of_q, axis=0, initial=-jnp.inf)
+    seen = jax.vmap(visited)(sequences)
+    return _sizes(pages.facts, of_q, table, seen, queries.scale, plan, dtype).plain
 
 
 def attend(
@@ -215,16 +264,12 @@ def attend(
 
     def of_sequence(b: Array, outputs: Outputs) -> Outputs:
         one = jax.tree.map(lambda x: x[b], sequences)
-        mask = Mask(
-            query_length=most,
-            key_length=sequences.table.shape[1] * n,
-            is_causal=True,
-            causal_alignment="bottom_right",
-            window=window,
-            query_lengths=one.count,
-            key_lengths=one.length,
-        )
-        sizes = _sizes(pages.facts, of_q, one, mask, n, queries.scale, plan, query.dtype)
+        mask = mask_of(one, most, window, n)
+        token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+        own = (token >= one.first) & (token < one.first + one.count)
+        of_rows = jnp.max(jnp.where(own, of_q, -jnp.inf), axis=0)
+        at = (one.table, _visited(one, mask, n))
+        sizes = _sizes(pages.facts, of_rows, *at, queries.scale, plan, query.dtype)
 
         def walked(outputs: Outputs, block_q: int, careful: bool) -> Outputs:
             def of_head(
@@ -303,27 +348,32 @@ def _of_head(walk: PageWalk, outputs: Outputs) -> Outputs:
     return walk.over_queries(query_tile, outputs)
 
 
+def _visited(one: Sequences, mask: Mask, n: int) -> Array:
+    """[M] bool: the blocks of a sequence, of n keys each, that some query of it sees."""
+    r = mask.key_range(jnp.int32(0), one.count, n)
+    block = jnp.arange(len(one.table), dtype=jnp.int32)
+    return (block >= r.lo) & (block < r.hi)
+
+
 def _sizes(
     facts: PageFacts,
     of_q: Array,
-    one: Sequences,
-    mask: Mask,
-    n: int,
+    table: Array,
+    visited: Array,
     scale: Array,
     plan: Plan,
     dtype: jnp.dtype,
 ) -> Sizes:
-    """What the pages that a sequence sees say of their keys.
+    """What the pages that are visited say of their keys.
 
     Arguments:
-      of_q: [tokens, N] log2 of the norms of all queries.
+      of_q: [N] log2 of the largest norm of a query.
+      table, visited: of one shape, pages, and bool: which of them some query sees.
     """
-    r = mask.key_range(jnp.int32(0), one.count, n)
-    block = jnp.arange(len(one.table), dtype=jnp.int32)
-    visited = ((block >= r.lo) & (block < r.hi))[:, None]
 
     def largest(x: Array, least: float) -> Array:  # [P, K] -> [K]
-        return jnp.max(jnp.where(visited, x[one.table], least), axis=0)
+        x = jnp.where(visited[..., None], x[table], least)
+        return jnp.max(x, axis=range(visited.ndim))
 
     key = largest(facts.key_norm, -jnp.inf)
     unshifted = (Storage.PLAIN, Storage.BENEATH_MAXIMUM, Storage.LAGGING)
@@ -334,9 +384,7 @@ def _sizes(
         value_gain = gain_of_values(largest(facts.value_top, 0), plan)
         plain = plain & jnp.all(value_gain == 1)
     if guards(plan, dtype):
-        token = jnp.arange(len(of_q), dtype=jnp.int32)[:, None]
-        own = (token >= one.first) & (token < one.first + one.count)
-        of_rows = jnp.max(jnp.where(own, of_q, -jnp.inf), axis=0).reshape(len(key), -1)
+        of_rows = of_q.reshape(len(key), -1)
         beyond = excess(of_rows, key[:, None], shifted[:, None], scale, plan, dtype)
         plain = plain & jnp.all(beyond <= 0)
     return Sizes(key, shifted, value_gain, plain)
