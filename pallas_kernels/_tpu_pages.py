@@ -39,6 +39,7 @@ from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import MIB
+from pasa_jax.core.walk import Rows
 from pasa_jax.implementations import page_walk
 from pasa_jax.implementations.page_walk import Outputs
 
@@ -203,7 +204,8 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
     blocks = specs.steps * specs.pages
     table = jnp.pad(sequences.table, ((0, 0), (0, blocks - sequences.table.shape[1])))
     table = jnp.clip(table, 0, pages.count - 1)
-    shown = fetched(table[tiles.sequence], sight, specs)
+    by_step = table.reshape(len(table), specs.steps, specs.pages)
+    shown = fetched(by_step[tiles.sequence], sight, specs)
     kappa = kappas(call, table, specs.pages, plan) if plan.storage.uses_kappa else None
     sinks = call.queries.sinks
     inputs = Inputs(
@@ -215,10 +217,6 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
         value=[pages.value] * specs.pages,
     )
     numbers = jnp.stack([tiles.sequence, *sight], axis=1).reshape(-1)
-    used, steps = count, specs.steps
-    if not plan.interpret:  # the interpreter takes no bound from the device
-        used = jnp.maximum(tiles.count, 1)
-        steps = jnp.maximum(jnp.max(sight.hi - sight.lo), 1)
     state = jax.eval_shape(
         partial(tile.initial_state, specs.rows, e, plan.numerics(plan.schedule.block_kv))
     )
@@ -227,7 +225,7 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
         partial(_run, mask=mask, plan=plan, specs=specs, value_size=e, dtype=pages.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(used, steps),
+            grid=grid_of(tiles, sight, specs, plan),
             in_specs=(_blocks(inputs, specs),),
             out_specs=Outputs(
                 _of_tile((1, specs.heads, specs.rows, e)), _of_tile((1, specs.heads, specs.rows, 1))
@@ -250,29 +248,44 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
     return Outputs(found.out, found.lse[..., 0])
 
 
+def grid_of(tiles: Tiles, sight: Sight, specs: Specs, plan: Plan) -> tuple[Any, Any]:
+    """The query tiles in use, and steps for the longest of their lists of key tiles."""
+    if plan.interpret:  # the interpreter takes no bound from the device
+        return len(tiles.start), specs.steps
+    steps = jnp.max(sight.hi - sight.lo)
+    return jnp.maximum(tiles.count, 1), jnp.maximum(steps, 1)
+
+
+def page_at(shown: Ref, specs: Specs, i: Array, t: Array, place: int) -> Array:
+    """The page in a block at a step, by what `fetched` says."""
+    return shown[(i * specs.steps + t) * specs.pages + place]
+
+
 def fetched(table: Array, sight: Sight, specs: Specs) -> Array:
     """[tiles, steps, pages] the page that each block holds: one that is not seen is that of the
-    step before.
+    step before, or of the query tile before.
 
     Arguments:
-      table: [tiles, steps · pages] of each tile's sequence.
+      table: [tiles, steps, pages] of each tile's sequence.
     """
-    first, last, lo = (x[:, None] for x in (sight.first_page, sight.last_page, sight.lo))
-    place = jnp.arange(specs.pages, dtype=jnp.int32)
-    # The last key tile in which this block has a page that is seen; it may have none.
-    final = (last - 1 - place) // specs.pages  # [tiles, pages]
-    some = final * specs.pages + place >= first
-    page = jnp.take_along_axis(table, jnp.maximum(final * specs.pages + place, 0), axis=1)
-    # What it holds after a tile: that, or what it held before.
     index = jnp.arange(len(table), dtype=jnp.int32)[:, None]
+    place = jnp.arange(specs.pages, dtype=jnp.int32)
+    first, last, lo = (x[:, None] for x in (sight.first_page, sight.last_page, sight.lo))
+    # The last key tile in which a block has a page that is seen; it may have none.
+    final = (last - 1 - place) // specs.pages
+    some = final * specs.pages + place >= first  # [tiles, pages]
+    end = (last - 1) // specs.pages
+    rows = [table[index[:, 0], jnp.maximum(end[:, 0] - back, 0)] for back in (0, 1)]
+    page = jnp.where(final == end, *rows)
+    # What the block held before the query tile.
     latest = lax.cummax(jnp.where(some, index, -1), axis=0)
-    before = jnp.concatenate([jnp.full_like(latest[:1], -1), latest[:-1]])
+    before = jnp.concatenate([jnp.zeros_like(latest[:1]), latest[:-1]])
     held = jnp.take_along_axis(page, jnp.maximum(before, 0), axis=0)
-    step = jnp.arange(specs.steps, dtype=jnp.int32)[:, None]
-    at = jnp.minimum(lo[..., None] + step, final[:, None]) * specs.pages + place
-    seen = at >= first[..., None]
-    rows = table[index[..., None], jnp.maximum(at, 0)]
-    return jnp.where(seen, rows, held[:, None])
+    at = lo + jnp.arange(specs.steps, dtype=jnp.int32)  # [tiles, steps]
+    own = table[index, jnp.minimum(at, specs.steps - 1)]
+    seen = at[..., None] * specs.pages + place >= first[..., None]
+    own = jnp.where(at[..., None] <= final[:, None], own, page[:, None])
+    return jnp.where(seen & some[:, None], own, held[:, None])
 
 
 def _of_tile(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -283,7 +296,7 @@ def _of_tile(shape: tuple[int, ...]) -> pl.BlockSpec:
 def _blocks(inputs: Inputs, specs: Specs) -> Inputs:
     def page(x: Array, place: int) -> pl.BlockSpec:
         def index(i: Array, t: Array, numbers: Ref, shown: Ref) -> tuple[Any, ...]:
-            return (shown[(i * specs.steps + t) * specs.pages + place], 0, 0, 0)
+            return (page_at(shown, specs, i, t, place), 0, 0, 0)
 
         return pl.BlockSpec((1, *x.shape[1:]), index)
 
@@ -318,6 +331,16 @@ class Numbers(NamedTuple):
         return Numbers(first, Sight(*rest))
 
 
+class Heads(NamedTuple):
+    """What a program has of some key heads, or, without their axis, of one."""
+
+    query: Array  # [heads, R, D]
+    key: Array | None = None  # [heads, n, D]
+    value: Array | None = None  # [heads, n, E]
+    kappa: Array | None = None  # [heads, rows, D], rows that are all equal
+    sinks: Array | None = None  # [heads, R, 1]
+
+
 def _run(
     numbers: Ref,
     shown: Ref,
@@ -331,14 +354,18 @@ def _run(
     value_size: int,
     dtype: str,
 ) -> None:
-    """The kernel: one key tile of every key head, for one query tile."""
+    """The kernel: one key tile of every key head, for one query tile.
+
+    The heads of a straight-line body are computed side by side (`vmap`): a compiler for one head
+    after another would wait for each of its products.
+    """
     del shown
     i, t = pl.program_id(0), pl.program_id(1)
     sight = Numbers.of(numbers, i).sight
     refs = tile.State(*state)
-    j = sight.lo + t
+    start, j = sight.start, sight.lo + t
 
-    def walk_of(head: Index) -> RefWalk:
+    def walk_of(arrays: Heads) -> RefWalk:
         return RefWalk(
             mask=replace(mask, query_lengths=sight.count, key_lengths=sight.length),
             plan=plan,
@@ -346,30 +373,35 @@ def _run(
             groups=specs.groups,
             block_q=specs.block_q,
             value_size=value_size,
-            start=sight.start,
-            refs=inputs,
-            head=head,
-            dtype=dtype,
+            start=start,
+            scale=inputs.scale[0],
+            arrays=arrays,
         )
 
     def begin() -> None:
-        for ref, x in zip(refs, walk_of(0).begin()[0], strict=True):
+        first, _ = walk_of(Heads(inputs.query)).begin()
+        for ref, x in zip(refs, first, strict=True):
             ref[...] = jnp.broadcast_to(x[None], ref.shape)
 
-    def fold(masked: bool, head: Index) -> None:
-        walk = walk_of(head)
-        seen = walk.seen(walk.start, j) if masked else None
-        carry = tile.State(*(ref[head] for ref in refs)), jnp.float32(0)
-        new, _ = walk.fold(walk.start, walk.query(walk.start), j, seen, carry)
-        for ref, x in zip(refs, new, strict=True):
-            ref[head] = x
+    def fold(masked: bool, heads: Any) -> None:
+        def of_head(arrays: Heads, held: tile.State) -> tile.State:
+            walk = walk_of(arrays)
+            seen = walk.seen(start, j) if masked else None
+            return walk.fold(start, walk.query(start), j, seen, (held, jnp.float32(0)))[0]
 
-    def finish(head: Index) -> None:
-        walk = walk_of(head)
-        held = tile.State(*(ref[head] for ref in refs))
-        done = walk.close(walk.start, walk.query(walk.start), held)
-        out[0, head] = done.out
-        lse[0, head] = done.lse
+        held = tile.State(*(ref[heads] for ref in refs))
+        new = jax.vmap(of_head)(_key_tiles(inputs, heads, dtype), held)
+        for ref, x in zip(refs, new, strict=True):
+            ref[heads] = x
+
+    def finish(heads: Any) -> None:
+        def of_head(arrays: Heads, held: tile.State) -> Rows:
+            walk = walk_of(arrays)
+            return walk.close(start, walk.query(start), held)
+
+        held = tile.State(*(ref[heads] for ref in refs))
+        done = jax.vmap(of_head)(_ends(inputs, heads, specs), held)
+        out[0, heads], lse[0, heads] = done.out, done.lse
 
     whole = (j >= sight.full_lo) & (j < sight.full_hi)
     over = partial(_over_heads, specs)
@@ -379,55 +411,71 @@ def _run(
     pl.when(t == pl.num_programs(1) - 1)(lambda: over(finish))
 
 
-def _over_heads(specs: Specs, body: Callable[[Index], None]) -> None:
-    """``body(head)`` of every key head, some of them in one straight line."""
+def _over_heads(specs: Specs, body: Callable[[Any], None]) -> None:
+    """``body(heads)`` of every key head, ``specs.at_once`` of them at a time."""
     if specs.at_once == specs.heads:
-        for head in range(specs.heads):
-            body(head)
+        body(slice(None))
         return
 
     def several(x: Array, none: None) -> None:
-        for head in range(specs.at_once):
-            body(x * specs.at_once + head)
+        body(pl.ds(x * specs.at_once, specs.at_once))
 
     lax.fori_loop(0, specs.heads // specs.at_once, several, None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RefWalk(PagesWalk):
-    """One key head of a program's query tile, in VMEM."""
+def _key_tiles(inputs: Inputs, heads: Any, dtype: str) -> Heads:
+    """The queries and the key tile of some key heads."""
 
-    refs: Inputs
-    head: Index
-    dtype: str
-
-    def query(self, start: Index) -> tile.QueryTile:
-        q = self._read(self.refs.query[0, self.head])
-        scale = self.refs.scale[0].astype(self.numerics.product)
-        return tile.query_tile(q, scale, None, self.numerics)
-
-    def stored(self, j: Index) -> tuple[Array, Array]:
-        return self._of_pages(self.refs.key), self._of_pages(self.refs.value)
-
-    def _of_pages(self, refs: list[Ref]) -> Array:
-        pages = [self._read(ref[0, self.head]) for ref in refs]
-        return pages[0] if len(pages) == 1 else jnp.concatenate(pages)
-
-    def _read(self, x: Array) -> Array:
-        """The numbers of what is stored, by their bits where they have 16."""
-        if self.dtype == "bfloat16" and x.dtype == jnp.uint16:
-            return pltpu.bitcast(x, jnp.bfloat16)
+    def read(x: Array) -> Array:
+        if dtype == "bfloat16" and x.dtype == jnp.uint16:
+            return lax.bitcast_convert_type(x, jnp.bfloat16)
         return from_bits(x)
 
+    def of_pages(refs: list[Ref]) -> Array:
+        pages = [read(ref[0, heads]) for ref in refs]
+        return pages[0] if len(pages) == 1 else jnp.concatenate(pages, axis=1)
+
+    kappa = None
+    if inputs.kappa is not None:
+        kappa = inputs.kappa[0, 0, heads][:, None]
+        kappa = jnp.broadcast_to(kappa, (len(kappa), MATRIX_ROWS, kappa.shape[2]))
+    query = from_bits(inputs.query[0, heads])
+    return Heads(query, of_pages(inputs.key), of_pages(inputs.value), kappa)
+
+
+def _ends(inputs: Inputs, heads: Any, specs: Specs) -> Heads:
+    """The queries and the sinks of some key heads."""
+    query = from_bits(inputs.query[0, heads])
+    if inputs.sinks is None:
+        return Heads(query)
+    first = 0 if specs.at_once == specs.heads else heads.start
+
+    def of_head(h: int) -> Array:
+        place = (first + h) * specs.groups
+        each = [jnp.full((specs.block_q, 1), inputs.sinks[place + g]) for g in range(specs.groups)]
+        return each[0] if len(each) == 1 else jnp.concatenate(each)
+
+    return Heads(query, sinks=jnp.stack([of_head(h) for h in range(specs.at_once)]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefWalk(PagesWalk):
+    """One key head of a program's query tile, and one key tile."""
+
+    scale: Array
+    arrays: Heads
+
+    def query(self, start: Index) -> tile.QueryTile:
+        scale = self.scale.astype(self.numerics.product)
+        return tile.query_tile(self.arrays.query, scale, None, self.numerics)
+
+    def stored(self, j: Index) -> tuple[Array, Array]:
+        assert self.arrays.key is not None
+        assert self.arrays.value is not None
+        return self.arrays.key, self.arrays.value
+
     def kappa(self, j: Index) -> Array | None:
-        if self.refs.kappa is None:
-            return None
-        kappa = self.refs.kappa[0, 0, pl.ds(self.head, 1)]
-        return jnp.broadcast_to(kappa, (MATRIX_ROWS, kappa.shape[1]))
+        return self.arrays.kappa
 
     def sinks(self) -> Array | None:
-        if self.refs.sinks is None:
-            return None
-        first, shape = self.head * self.groups, (self.block_q, 1)
-        columns = [jnp.full(shape, self.refs.sinks[first + g]) for g in range(self.groups)]
-        return columns[0] if self.groups == 1 else jnp.concatenate(columns)
+        return self.arrays.sinks
