@@ -279,9 +279,9 @@ class Outputs(NamedTuple):
         return Outputs(out, flag, column if wanted == "lse" else None)
 
 
-def shape_maker(operands: Operands, mask: Mask) -> Callable[..., jax.ShapeDtypeStruct]:
+def shape_maker(*inputs: Any) -> Callable[..., jax.ShapeDtypeStruct]:
     """Makes shapes of outputs that vary over the mesh axes over which the inputs vary."""
-    varies = jax.typeof(varying(jnp.zeros(()), (operands, mask))).manual_axis_type
+    varies = jax.typeof(varying(jnp.zeros(()), inputs)).manual_axis_type
     return partial(jax.ShapeDtypeStruct, manual_axis_type=varies)
 
 

@@ -20,30 +20,14 @@ from pallas_kernels._common import only_on, repairing
 from pasa_jax.core import tile
 from pasa_jax.core.guard import divides_values, guards
 from pasa_jax.core.heads import varying
-from pasa_jax.core.mask import Index
-from pasa_jax.core.pages import Pages
+from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.walk import Walk
 from pasa_jax.implementations import page_walk
-from pasa_jax.implementations.page_walk import Outputs, Queries, Sequences
+from pasa_jax.implementations.page_walk import Call, Outputs
 
 Array = jax.Array
 Ref = Any
-
-
-class Call(NamedTuple):
-    """The arguments of `page_walk.attend` but the plan."""
-
-    pages: Pages
-    queries: Queries
-    sequences: Sequences
-    most: int
-    window: tuple[int, int] | None
-
-    @property
-    def groups(self) -> int:
-        """G."""
-        return self.queries.query.shape[1] // self.pages.key.shape[1]
 
 
 class Tiles(NamedTuple):
@@ -72,6 +56,12 @@ class Tiles(NamedTuple):
         token = jnp.where(there, first[sequence][:, None] + row, tokens)
         return Tiles(sequence, start, token, end[-1])
 
+    def part(self, first: int, most: int) -> Tiles:
+        """At most so many of the tiles, from ``first`` on."""
+        some = slice(first, first + most)
+        count = jnp.clip(self.count - first, 0, most)
+        return Tiles(self.sequence[some], self.start[some], self.token[some], count)
+
     def gathered(self, x: Array, kv_heads: int) -> Array:
         """[tiles, K, G·block_q, …] of x [tokens, N, …]; zeros where there is no query."""
         x = x.at[self.token].get(mode="fill", fill_value=0)  # [tiles, block_q, N, …]
@@ -82,7 +72,9 @@ class Tiles(NamedTuple):
         """``buffer`` [tokens, N, …] with x [tiles, K, G·block_q, …] in its place."""
         x = x.reshape(*x.shape[:2], -1, self.token.shape[1], *x.shape[3:])
         x = jnp.moveaxis(x, 3, 1)  # [tiles, block_q, K, G, …]
-        return buffer.at[self.token].set(x.reshape(*self.token.shape, *buffer.shape[1:]), mode="drop")
+        return buffer.at[self.token].set(
+            x.reshape(*self.token.shape, *buffer.shape[1:]), mode="drop"
+        )
 
 
 class Sight(NamedTuple):
@@ -119,6 +111,13 @@ class Sight(NamedTuple):
         return jax.vmap(one)(tiles.sequence, tiles.start, used)
 
 
+def mask_of(call: Call) -> Mask:
+    """The mask that a kernel is traced with: that of a sequence, without its lengths."""
+    one = jax.tree.map(lambda x: x[0], call.sequences)
+    mask = page_walk.mask_of(one, call.most, call.window, call.pages.page_size)
+    return replace(mask, query_lengths=None, key_lengths=None)
+
+
 def with_pages(plan: Plan, pages: int, n: int) -> Plan:
     """The plan with key tiles of so many pages of n tokens."""
     return replace(plan, schedule=replace(plan.schedule, block_kv=pages * n))
@@ -126,7 +125,9 @@ def with_pages(plan: Plan, pages: int, n: int) -> Plan:
 
 def pages_of_tile(call: Call, plan: Plan) -> int:
     """How many pages the plan's ``block_kv`` keys are: a power of two, as in the lax walk."""
-    pages = max(1, min(plan.schedule.block_kv // call.pages.page_size, call.sequences.table.shape[1]))
+    pages = max(
+        1, min(plan.schedule.block_kv // call.pages.page_size, call.sequences.table.shape[1])
+    )
     return 1 << (pages.bit_length() - 1)
 
 
@@ -167,9 +168,7 @@ class PagesWalk(Walk):
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         return self.key_beneath(j, None, value_gain)
 
-    def key_beneath(
-        self, j: Index, seen: Array | None, value_gain: Array | None
-    ) -> tile.KeyTile:
+    def key_beneath(self, j: Index, seen: Array | None, value_gain: Array | None) -> tile.KeyTile:
         """Hidden keys may be NaN, since their scores are replaced; hidden values are multiplied."""
         assert value_gain is None  # the lax walk repairs calls that would need one
         k, v = self.stored(j)
@@ -223,15 +222,14 @@ def repaired(
     if not plan.interpret:
         query = only_on(platform, query)
         call = call._replace(queries=call.queries._replace(query=query))
+    outputs = kernel(call, plan)
     if not (guards(plan, query.dtype) or divides_values(plan, query.dtype)):
-        return kernel(call, plan)
-    arrays = call[:3]
+        return outputs
 
-    def by_kernel(*arrays: Any) -> Outputs:
-        return kernel(Call(*arrays, *call[3:]), plan)
+    def again(carry: tuple[Array, Outputs]) -> tuple[Array, Outputs]:
+        guarded = page_walk.attend(*call, repairing(plan))
+        return varying((jnp.zeros_like(carry[0]), guarded), call.arrays)
 
-    def by_lax(*arrays: Any) -> Outputs:
-        found = page_walk.attend(*arrays, *call[3:], repairing(plan))
-        return varying(found, arrays)
-
-    return lax.cond(page_walk.are_plain(*call, plan), by_kernel, by_lax, *arrays)
+    # A loop, not a cond: under vmap a cond would always compute both sides.
+    start = varying((~page_walk.are_plain(*call, plan), outputs), call.arrays)
+    return lax.while_loop(lambda carry: carry[0], again, start)[1]

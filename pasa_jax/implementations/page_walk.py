@@ -66,6 +66,35 @@ class Queries(NamedTuple):
     scale: Array
 
 
+class Call(NamedTuple):
+    """What the pages, the queries and the sequences of a call are.
+
+    Arguments:
+      most: no sequence has more queries.
+      window: as in `Mask`.
+    """
+
+    pages: Pages
+    queries: Queries
+    sequences: Sequences
+    most: int
+    window: tuple[int, int] | None
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.queries.query.shape[1] // self.pages.key.shape[1]
+
+    @property
+    def arrays(self) -> tuple[Pages, Queries, Sequences]:
+        """What is not static."""
+        return self.pages, self.queries, self.sequences
+
+    def beside(self, pages: Pages, queries: Queries, sequences: Sequences) -> Call:
+        """The call with other arrays."""
+        return Call(pages, queries, sequences, self.most, self.window)
+
+
 class Outputs(NamedTuple):
     """The results of all tokens, in the product's type."""
 

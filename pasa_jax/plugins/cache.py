@@ -135,11 +135,13 @@ class KVCache:
           query: [B, T, N, D] of the T tokens that were appended last, of the cache's type.
           lengths: [B], how many of them are no padding, as given to `append`.
           options: ``scale``, ``local_window_size``, ``logits_soft_cap``, ``sinks``, ``shift``,
-            ``beta``, ``precision``, as in `pasa_jax.dot_product_attention`. Where ``"auto"`` would
-            choose by all keys, it is ``"mean"``.
+            ``beta``, ``precision``, ``interpret``, as in `pasa_jax.dot_product_attention`, and
+            ``implementation``: "pallas_tpu", "pallas_gpu", "lax", or None for the kernel of the
+            schedule's target, if it supports the call, else "lax". Where ``"auto"`` would choose by
+            all keys, it is ``"mean"``.
 
         Returns:
-          [B, T, N, E] of query's type, computed by the lax walk. It equals what one causal call
+          [B, T, N, E] of query's type. It equals what one causal call
           over all tokens gives for the last T, within the rounding of stored scores: the block
           means differ, as later keys are not in them yet. NaN for a batch entry whose tokens did
           not fit, or that has fewer tokens than there are queries. There is no gradient.

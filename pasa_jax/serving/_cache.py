@@ -196,8 +196,10 @@ class PagedCache:
           layer: as in `write`.
           return_residual: also return the log-sum-exp [T, N].
           options: ``scale``, ``local_window_size``, ``logits_soft_cap``, ``sinks``, ``shift``,
-            ``beta``, ``precision``, as in `pasa_jax.dot_product_attention`. Where ``"auto"`` would
-            choose by all keys, it is ``"mean"``.
+            ``beta``, ``precision``, ``interpret``, as in `pasa_jax.dot_product_attention`, and
+            ``implementation``: "pallas_tpu", "pallas_gpu", "lax", or None for the kernel of the
+            schedule's target, if it supports the call, else "lax". Where ``"auto"`` would choose by
+            all keys, it is ``"mean"``.
 
         Returns:
           [T, N, E] of query's type. Padding gives 0. The tokens of a sequence that is lost, or that

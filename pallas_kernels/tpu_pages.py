@@ -20,19 +20,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu as _kernel
+from pallas_kernels._common import shape_maker
 from pallas_kernels._float16 import from_bits, to_bits
 from pallas_kernels._pages import (
-    Call,
     PagesWalk,
     Sight,
     Tiles,
     kappas,
+    mask_of,
     pages_of_tile,
     refusal,
     repaired,
     with_pages,
 )
-from pallas_kernels._tpu_inputs import LANES, padded
+from pallas_kernels._tpu_inputs import padded
 from pallas_kernels._tpu_lists import LISTED
 from pallas_kernels._tpu_walk import MATRIX_ROWS, vmem
 from pasa_jax.core import tile
@@ -40,8 +41,7 @@ from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import MIB
 from pasa_jax.core.walk import Rows
-from pasa_jax.implementations import page_walk
-from pasa_jax.implementations.page_walk import Outputs
+from pasa_jax.implementations.page_walk import Call, Outputs
 
 Array = jax.Array
 Ref = Any
@@ -124,9 +124,10 @@ def supports(call: Call, plan: Plan) -> str | None:
         return f"a page of {call.pages.dtype} must have a multiple of {unit} tokens, and has {n}"
     specs = Specs.of(call, plan, _tile_sizes(call, plan)[-1])
     if specs.pages > _MOST_PAGES:
-        return f"a key tile may have {_MOST_PAGES} pages, and has {specs.pages}: use a smaller block_kv"
+        most = f"a key tile may have {_MOST_PAGES} pages, and has {specs.pages}"
+        return f"{most}: use a smaller block_kv"
     if specs.bytes > vmem(plan):
-        return f"a tile with its queries and pages wants {specs.bytes} bytes of VMEM's {vmem(plan)}"
+        return f"a tile with its pages wants {specs.bytes} bytes of VMEM's {vmem(plan)}"
     if specs.steps * specs.pages > LISTED:
         return f"a sequence may have {LISTED} pages, and has {specs.steps * specs.pages}"
     return None
@@ -159,16 +160,16 @@ def kernel(call: Call, plan: Plan) -> Outputs:
 
 
 def _tile_sizes(call: Call, plan: Plan) -> tuple[int, ...]:
-    """Positions of a query tile of a sequence with few queries, and with more, if there may be one."""
+    """Positions of a query tile: of a sequence with few queries, and, if there may be one with
+    more, of that.
+    """
     few = -(-_FEW_ROWS // call.groups)
     many = max(1, plan.schedule.block_q // call.groups)
     many = min(many, -(-call.most // few) * few)
     return (few, many) if many > few else (few,)
 
 
-def _of_sequences(
-    call: Call, plan: Plan, which: Array, block_q: int, outputs: Outputs
-) -> Outputs:
+def _of_sequences(call: Call, plan: Plan, which: Array, block_q: int, outputs: Outputs) -> Outputs:
     """``outputs`` with those of the sequences ``which`` [B] bool."""
     specs = Specs.of(call, plan, block_q)
     plan = with_pages(plan, specs.pages, specs.page_size)
@@ -178,8 +179,7 @@ def _of_sequences(
     # The lists of a program must fit SMEM.
     at_once = max(1, LISTED // (specs.steps * specs.pages + len(Sight._fields)))
     for first in range(0, len(tiles.start), at_once):
-        some = slice(first, first + at_once)
-        part = Tiles(*(x[some] for x in tiles[:3]), jnp.clip(tiles.count - first, 0, at_once))
+        part = tiles.part(first, at_once)
         found = _program(call, plan, specs, part)
         outputs = Outputs(*(part.scattered(x, y) for x, y in zip(found, outputs, strict=True)))
     return outputs
@@ -220,22 +220,23 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
     state = jax.eval_shape(
         partial(tile.initial_state, specs.rows, e, plan.numerics(plan.schedule.block_kv))
     )
-    mask = page_walk.mask_of(sequences, call.most, call.window, specs.page_size)
+    shape = shape_maker(call.arrays)
     run = pl.pallas_call(
-        partial(_run, mask=mask, plan=plan, specs=specs, value_size=e, dtype=pages.dtype),
+        partial(_run, mask=mask_of(call), plan=plan, specs=specs, value_size=e, dtype=pages.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid_of(tiles, sight, specs, plan),
             in_specs=(_blocks(inputs, specs),),
-            out_specs=Outputs(
-                _of_tile((1, specs.heads, specs.rows, e)), _of_tile((1, specs.heads, specs.rows, 1))
-            ),
+            out_specs=[
+                _of_tile((1, specs.heads, specs.rows, e)),
+                _of_tile((1, specs.heads, specs.rows, 1)),
+            ],
             scratch_shapes=[pltpu.VMEM((specs.heads, *x.shape), x.dtype) for x in state],
         ),
-        out_shape=Outputs(
-            jax.ShapeDtypeStruct((count, specs.heads, specs.rows, e), jnp.float32),
-            jax.ShapeDtypeStruct((count, specs.heads, specs.rows, 1), jnp.float32),
-        ),
+        out_shape=[
+            shape((count, specs.heads, specs.rows, e), jnp.float32),
+            shape((count, specs.heads, specs.rows, 1), jnp.float32),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=min(vmem(plan), specs.bytes + specs.bytes // 4 + 8 * MIB),
@@ -244,8 +245,8 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
         name="pasa_tpu_pages",
     )
     with jax.enable_x64(False):  # Pallas' compilers have no 64-bit loop counters
-        found = run(numbers, shown.reshape(-1), inputs)
-    return Outputs(found.out, found.lse[..., 0])
+        out, lse = run(numbers, shown.reshape(-1), inputs)
+    return Outputs(out, lse[..., 0])
 
 
 def grid_of(tiles: Tiles, sight: Sight, specs: Specs, plan: Plan) -> tuple[Any, Any]:
