@@ -279,9 +279,9 @@ class Outputs(NamedTuple):
         return Outputs(out, flag, column if wanted == "lse" else None)
 
 
-def shape_maker(operands: Operands, mask: Mask) -> Callable[..., jax.ShapeDtypeStruct]:
+def shape_maker(*inputs: Any) -> Callable[..., jax.ShapeDtypeStruct]:
     """Makes shapes of outputs that vary over the mesh axes over which the inputs vary."""
-    varies = jax.typeof(varying(jnp.zeros(()), (operands, mask))).manual_axis_type
+    varies = jax.typeof(varying(jnp.zeros(()), inputs)).manual_axis_type
     return partial(jax.ShapeDtypeStruct, manual_axis_type=varies)
 
 
@@ -307,6 +307,11 @@ def _only_on(platform: str) -> Primitive:
     return primitive
 
 
+def only_on(platform: str, x: Array) -> Array:
+    """x, in a program that must be compiled for ``platform``."""
+    return _only_on(platform).bind(x)
+
+
 def repaired(
     kernel: Callable[..., tuple[Result, Array]],
     operands: Operands,
@@ -322,7 +327,7 @@ def repaired(
       kernel: returns a result, and [] bool, whether something in it is not finite or not certain.
     """
     if not plan.interpret:
-        operands = operands._replace(query=_only_on(platform).bind(operands.query))
+        operands = operands._replace(query=only_on(platform, operands.query))
     result, bad = kernel(operands, mask, plan, wanted=wanted)
     residuals = wanted == "residuals"
     if residuals:
@@ -330,7 +335,7 @@ def repaired(
 
     def again(carry: tuple[Array, Result]) -> tuple[Array, Result]:
         del carry
-        guarded = _lax.forward(operands, mask, _repairing(plan), wanted=wanted)
+        guarded = _lax.forward(operands, mask, repairing(plan), wanted=wanted)
         if residuals:
             guarded = guarded._replace(by_lax=jnp.ones_like(bad))
         return varying((jnp.zeros_like(bad), guarded), (operands, mask))
@@ -358,21 +363,21 @@ def repaired_backward(
       kernel, platform: the kernel's backward pass, and what JAX calls its machines.
     """
     if not plan.interpret:
-        operands = operands._replace(query=_only_on(platform).bind(operands.query))
+        operands = operands._replace(query=only_on(platform, operands.query))
     found = kernel(operands, mask, plan, result, d_out, d_lse)
     finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(found)]
     bad = result.by_lax | ~jnp.all(jnp.stack(finite))
 
     def again(carry: tuple[Array, Operands]) -> tuple[Array, Operands]:
         del carry
-        guarded = _lax.backward(operands, mask, _repairing(plan), result, d_out, d_lse)
+        guarded = _lax.backward(operands, mask, repairing(plan), result, d_out, d_lse)
         return varying((jnp.zeros_like(bad), guarded), (operands, mask, d_out))
 
     start = varying((bad, found), (operands, mask, d_out))
     return lax.while_loop(lambda carry: carry[0], again, start)[1]
 
 
-def _repairing(plan: Plan) -> Plan:
+def repairing(plan: Plan) -> Plan:
     """The plan of the lax walk that repairs: forward and backward, since guards depend on it.
 
     It is seldom run: it should compile fast and need little memory.

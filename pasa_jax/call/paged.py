@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import jax
 from jax.typing import ArrayLike
 
 from pasa_jax.call import checks
-from pasa_jax.core.checks import window
+from pasa_jax.call.page_backends import BACKENDS, choose
+from pasa_jax.core.checks import flag, window
 from pasa_jax.core.errors import wrong
 from pasa_jax.core.packed import Store
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.tile import rounded
-from pasa_jax.implementations import lax as _lax
-from pasa_jax.implementations import page_walk
-from pasa_jax.implementations.page_walk import Outputs, Queries, Sequences
+from pasa_jax.implementations.page_walk import Call, Queries, Sequences
 
 Array = jax.Array
 # The options of `dot_product_attention` that a call over pages has.
@@ -30,6 +28,8 @@ OPTIONS = (
     "shift",
     "beta",
     "precision",
+    "implementation",
+    "interpret",
 )
 
 
@@ -47,6 +47,8 @@ def attend(
     shift: str = "auto",
     beta: float | None = None,
     precision: str | Precision | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
 ) -> tuple[Array, Array]:
     """Output [tokens, N, E] of query's type and log-sum-exp [tokens, N] of the last tokens of each
     sequence; each sees itself and the tokens before it.
@@ -54,10 +56,13 @@ def attend(
     Arguments:
       query: [tokens, N, D].
       most: no sequence has more queries.
+      implementation: "pallas_tpu", "pallas_gpu" or "lax"; None: the kernel for the schedule's
+        target, if it supports the call, in programs for such chips; else the lax walk.
       others: as in `pasa_jax.dot_product_attention`.
 
     Raises:
       ValueError: a wrong shape, type or option.
+      BackendUnsupported: ``implementation`` cannot run the call.
     """
     kv_heads, size = pages.key.shape[1], pages.key.shape[3]
     if query.ndim != 3 or query.shape[2] != size or query.shape[1] % kv_heads:
@@ -78,18 +83,17 @@ def attend(
         beta=beta,
         scale=number,
         explicit_precision=precision is not None,
+        interpret=flag("interpret", interpret),
     )
     checks.shift(plan)
-    plan = _lax.adapt(plan)
-    if plan.chooses_per_head:  # by all keys
-        plan = replace(plan, shift="mean")
     queries = Queries(query, checks.sinks(sinks, query.shape[1]), scale)
-    reach = window(local_window_size)
+    call = Call(pages, queries, sequences, most, window(local_window_size))
+    name, plan = choose(implementation, call, plan)
     with jax.disable_jit(False):
-        return _compiled(pages, queries, sequences, most, reach, plan)
+        return _compiled(*call, plan, name, implementation is None)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+@partial(jax.jit, static_argnums=(3, 4, 5, 6, 7), inline=True)
 def _compiled(
     pages: Store,
     queries: Queries,
@@ -97,7 +101,10 @@ def _compiled(
     most: int,
     reach: tuple[int, int] | None,
     plan: Plan,
+    name: str,
+    anywhere: bool,
 ) -> tuple[Array, Array]:
-    found: Outputs = page_walk.attend(pages, queries, sequences, most, reach, plan)
+    call = Call(pages, queries, sequences, most, reach)
+    found = BACKENDS[name].run(call, plan, anywhere=anywhere)
     out, _ = rounded(found.out, queries.query.dtype, clip=plan.promises_finite)
     return out, found.lse

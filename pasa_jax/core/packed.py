@@ -1,13 +1,14 @@
 """`PackedPages`: pages whose keys and values have 8 bits.
 
-A page is packed once, when it is full: each head's mean key is taken off, as PASA takes it off the
-scores, and each channel of what is left has a scale of its own; each value has one. The open page
-of a sequence, to which tokens are still added, keeps the type of the model. Letters as in `Pages`;
-R rows, one for each sequence (and layer).
+Tokens are packed by groups, each once, when it is full: the mean key of a head is taken off, as
+PASA takes it off the scores, and each channel of what is left has a scale of its own; each value
+has one. The open group of a sequence, to which tokens are still added, keeps the type of the model.
+Letters as in `Pages`; R rows, one for each sequence (and layer).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -16,14 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from pasa_jax.core import bits
-from pasa_jax.core.mask import Index
-from pasa_jax.core.pages import PageFacts, Pages, for_each, put_tokens, soundness
+from pasa_jax.core.mask import Index, div
+from pasa_jax.core.pages import PageFacts, Pages, cut, for_each, put_tokens, soundness
 from pasa_jax.core.tile import wide_type
 
 if TYPE_CHECKING:
     from pasa_jax.core.shapes import Float, Int
 
 Array = jax.Array
+GROUP = 64  # tokens that are packed at once, or fewer
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ FORMATS = {
 def pack_keys(
     k: Float[Array, "*H n D"], format: Format, *, centred: bool = True
 ) -> tuple[Array, Array, Array]:
-    """Codes [*H, n, D], scales [*H, D] and means [*H, D] float32 of the keys of a page.
+    """Codes [*H, n, D], scales [*H, D] and means [*H, D] float32 of the keys of a group.
 
     Arguments:
       k: a key that is not finite is NaN; it has codes of 0.
@@ -92,16 +94,15 @@ def _scale(largest: Array, format: Format) -> Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PackedPages:
-    """P pages of 8-bit keys and values, and R open pages in the model's type.
-
-    A table names an open page by P and its row.
+    """P pages of n tokens with 8-bit keys and values, packed by groups of g tokens.
 
     Arguments:
       key, value: [P, K, n, D], [P, K, n, E] int8, codes of the format.
-      key_scale, key_mean: [P, K, D] float32.
+      key_scale, key_mean: [P, K, n/g, D] float32.
       value_scale: [P, K, n] float32; NaN for a token whose key or value is not finite.
-      open_key, open_value: [R, K, n, D], [R, K, n, E], stored as in `Pages`.
-      facts: of all P + R pages.
+      open_key, open_value: [R, K, g, D], [R, K, g, E], stored as in `Pages`: the last tokens of
+        each sequence, until they are g.
+      facts: as in `Pages`, of keys and values as they were given.
       dtype: the type of keys and values before they are packed, by name.
       format: a name of `FORMATS`.
     """
@@ -121,6 +122,7 @@ class PackedPages:
     def empty(
         pages: int,
         rows: int,
+        group: int,
         kv_heads: int,
         page_size: int,
         size: int,
@@ -129,16 +131,16 @@ class PackedPages:
         format: str,
     ) -> PackedPages:
         stored = bits.stored_type(jnp.dtype(dtype))
-        heads = (pages, kv_heads)
+        heads, groups = (pages, kv_heads), page_size // group
         return PackedPages(
             key=jnp.zeros((*heads, page_size, size), jnp.int8),
             value=jnp.zeros((*heads, page_size, value_size), jnp.int8),
-            key_scale=jnp.ones((*heads, size), jnp.float32),
-            key_mean=jnp.zeros((*heads, size), jnp.float32),
+            key_scale=jnp.ones((*heads, groups, size), jnp.float32),
+            key_mean=jnp.zeros((*heads, groups, size), jnp.float32),
             value_scale=jnp.ones((*heads, page_size), jnp.float32),
-            open_key=jnp.zeros((rows, kv_heads, page_size, size), stored),
-            open_value=jnp.zeros((rows, kv_heads, page_size, value_size), stored),
-            facts=PageFacts.empty(pages + rows, kv_heads, size, wide_type(jnp.dtype(dtype))),
+            open_key=jnp.zeros((rows, kv_heads, group, size), stored),
+            open_value=jnp.zeros((rows, kv_heads, group, value_size), stored),
+            facts=PageFacts.empty(pages, kv_heads, size, wide_type(jnp.dtype(dtype))),
             dtype=dtype,
             format=format,
         )
@@ -149,48 +151,53 @@ class PackedPages:
         return self.key.shape[0]
 
     @property
-    def places(self) -> int:
-        """P + R."""
-        return self.count + self.open_key.shape[0]
-
-    @property
     def page_size(self) -> int:
         """n; of all heads."""
         return self.key.shape[2]
 
-    def tile(self, page: Index) -> tuple[Float[Array, "*K n D"], Float[Array, "*K n E"]]:
-        """Keys and values of a page in float32; of one head where the arrays are those of one."""
+    @property
+    def group(self) -> int:
+        """g."""
+        return self.open_key.shape[-2]
 
-        def at(x: Array, i: Index) -> Array:
-            return lax.dynamic_index_in_dim(x, i, keepdims=False)
-
-        def of_open() -> tuple[Array, Array]:
-            arrays = (at(x, page - self.count) for x in (self.open_key, self.open_value))
-            k, v = (bits.read(x, jnp.dtype(self.dtype)).astype(jnp.float32) for x in arrays)
-            return k, v
-
-        def of_packed() -> tuple[Array, Array]:
-            format, scale = FORMATS[self.format], at(self.value_scale, page)[..., None]
-            k = format.read(at(self.key, page)) * at(self.key_scale, page)[..., None, :]
-            k = k + at(self.key_mean, page)[..., None, :]
-            v = format.read(at(self.value, page)) * scale
-            sound = scale == scale
-            return jnp.where(sound, k, jnp.nan), jnp.where(sound, v, 0)
-
-        return lax.cond(page >= self.count, of_open, of_packed)
-
-    def read_by(self, table: Array, length: Array, row: Array) -> Array:
-        """The table by which the pages are read: the last page of a sequence may be open.
+    def tile(
+        self, page: Index, start: Index, size: int
+    ) -> tuple[Float[Array, "n D"], Float[Array, "n E"]]:
+        """``size`` keys and values of a page in float32, from slot ``start`` on, of one head.
 
         Arguments:
-          table: [B, M] int32.
-          length, row: [B] int32.
+          start, size: whole groups.
         """
-        block = jnp.arange(table.shape[1], dtype=jnp.int32)
-        is_open = (block == (length // self.page_size)[:, None]) & (length % self.page_size > 0)[
-            :, None
-        ]
-        return jnp.where(is_open, self.count + row[:, None], table)
+        format, g = FORMATS[self.format], self.group
+        scale, mean = (
+            cut(x, page, div(start, g), size // g)[:, None] for x in (self.key_scale, self.key_mean)
+        )
+        k = format.read(cut(self.key, page, start, size)).reshape(-1, g, scale.shape[-1])
+        k = (k * scale + mean).reshape(size, -1)
+        of_value = cut(self.value_scale, page, start, size)[:, None]
+        v = format.read(cut(self.value, page, start, size)) * of_value
+        sound = of_value == of_value
+        return jnp.where(sound, k, jnp.nan), jnp.where(sound, v, 0)
+
+    def with_open(
+        self, k: Array, v: Array, start: Index, length: Array, row: Array
+    ) -> tuple[Array, Array]:
+        """Keys and values [n, …] of a tile, with those that are not packed yet.
+
+        Arguments:
+          start: [] where the tile begins in its sequence.
+          length: [] the tokens of the sequence.
+          row: [] which of the open groups it has.
+        """
+        place = start + jnp.arange(len(k), dtype=jnp.int32) - length // self.group * self.group
+        is_open = (place >= 0)[:, None]
+
+        def beside(x: Array, held: Array) -> Array:
+            own = lax.dynamic_index_in_dim(held, row, keepdims=False)
+            own = bits.read(own, jnp.dtype(self.dtype)).astype(x.dtype)
+            return jnp.where(is_open, own[jnp.clip(place, 0, self.group - 1)], x)
+
+        return beside(k, self.open_key), beside(v, self.open_value)
 
     def written(
         self,
@@ -200,84 +207,100 @@ class PackedPages:
         value: Float[Array, "T K E"],
         row: Int[Array, " T"],
     ) -> PackedPages:
-        """With tokens added to the open pages of their rows, one page of each row after another;
-        those that become full are packed.
+        """With tokens added to the open groups of their rows, one group of each row after another;
+        a group that is full is packed.
 
         Arguments:
-          page, slot: [T] int32, where each token will stand when its page is full. A token whose
-            page is out of range is not written.
+          page, slot: [T] int32, where each token stands when it is packed. A token whose page is
+            out of range is not written.
           row: [T] int32. The tokens of a row stand one after another.
         """
-        rows, there = self.open_key.shape[0], (page >= 0) & (page < self.count)
-        begins = there & (slot == 0)
-        opened = jnp.cumsum(begins, dtype=jnp.int32)
+        rows, g = self.open_key.shape[0], self.group
+        there = (page >= 0) & (page < self.count)
+        begins = (there & (slot % g == 0)).astype(jnp.int32)
+        begun = jnp.cumsum(begins, dtype=jnp.int32)
         row = jnp.where(there, row, rows)
-        before = opened - begins.astype(jnp.int32)  # it does not fall, so that a row's first is its least
-        least = jnp.full(rows, len(page), jnp.int32).at[row].min(before, mode="drop")
-        turn = jnp.where(there, opened - least.at[row].get(mode="fill", fill_value=0), -1)
+        # It does not fall, so that a row's first is its least.
+        first = jnp.full(rows, len(page), jnp.int32).at[row].min(begun - begins, mode="drop")
+        turn = jnp.where(there, begun - first.at[row].get(mode="fill", fill_value=0), -1)
         sound = soundness(key, value)
 
         def step(i: Array, pages: PackedPages) -> PackedPages:
             now = turn == i.astype(jnp.int32)
             at = jnp.where(now, row, rows)
-            fact = jnp.where(now, self.count + row, self.places)
-            begun = jnp.where(slot == 0, fact, self.places)
             pages = replace(
                 pages,
-                open_key=put_tokens(pages.open_key, at, slot, key, sound, jnp.nan),
-                open_value=put_tokens(pages.open_value, at, slot, value, sound, 0.0),
-                facts=pages.facts.begun(begun).beside(fact, key, value, sound),
+                open_key=put_tokens(pages.open_key, at, slot % g, key, sound, jnp.nan),
+                open_value=put_tokens(pages.open_value, at, slot % g, value, sound, 0.0),
             )
-            full = now & (slot == self.page_size - 1)
-            return for_each(full, lambda p, t: p._packed(row[t], page[t]), pages)
+            full = now & (slot % g == g - 1)
+            return for_each(full, lambda p, t: p._packed(row[t], page[t], slot[t] // g), pages)
 
-        return lax.fori_loop(0, jnp.max(turn, initial=-1) + 1, step, self)
+        pages = lax.fori_loop(0, jnp.max(turn, initial=-1) + 1, step, self)
+        facts = self.facts.begun(jnp.where(slot == 0, page, self.count))
+        return replace(pages, facts=facts.beside(page, key, value, sound))
 
-    def _packed(self, row: Array, page: Array) -> PackedPages:
-        """With the open page of a row packed as ``page``."""
-        format = FORMATS[self.format]
-        k, v = self.tile(self.count + row)
+    def _packed(self, row: Array, page: Array, group: Array) -> PackedPages:
+        """With the open group of a row packed as a group of a page."""
+        format, dtype = FORMATS[self.format], jnp.dtype(self.dtype)
+        k, v = (bits.read(x[row], dtype) for x in (self.open_key, self.open_value))
         codes, scale, mean = pack_keys(k, format)
-        values, value_scale = pack_values(v, format)
-        value_scale = jnp.where(jnp.isfinite(k[..., 0]), value_scale, jnp.nan)
+        values, of_value = pack_values(v, format)
+        of_value = jnp.where(jnp.isfinite(k[..., 0]), of_value, jnp.nan)
+        slot = group * self.group
 
-        def put(old: Array, x: Array) -> Array:
-            return lax.dynamic_update_index_in_dim(old, x, page, 0)
+        def put(old: Array, x: Array, at: Array) -> Array:
+            return bits.put(
+                old, x[None], (page, jnp.int32(0), at, *[jnp.int32(0)] * (old.ndim - 3))
+            )
 
         return replace(
             self,
-            key=put(self.key, codes),
-            value=put(self.value, values),
-            key_scale=put(self.key_scale, scale),
-            key_mean=put(self.key_mean, mean),
-            value_scale=put(self.value_scale, value_scale),
-            facts=jax.tree.map(lambda x: put(x, x[self.count + row]), self.facts),
+            key=put(self.key, codes, slot),
+            value=put(self.value, values, slot),
+            key_scale=put(self.key_scale, scale[:, None], group),
+            key_mean=put(self.key_mean, mean[:, None], group),
+            value_scale=put(self.value_scale, of_value, slot),
         )
 
-    def copied(self, source: Array, target: Array) -> PackedPages:
-        """These: a page that is shared and written to is an open one, see `begun_as`."""
-        del source, target
-        return self
-
-    def begun_as(self, row: Array, page: Array) -> PackedPages:
-        """With what stands in pages ``page`` [L], open ones or not, in the open pages of rows
-        ``row`` [L]; a row out of range is none.
-        """
+    def copied(self, source: Int[Array, " B"], target: Int[Array, " B"]) -> PackedPages:
+        """With pages copied; a target out of range is none. Open groups are those of sequences."""
+        by_page = ("key", "value", "key_scale", "key_mean", "value_scale", "facts")
 
         def copy(pages: PackedPages, i: Array) -> PackedPages:
-            k, v = (bits.stored(x.astype(self.dtype)) for x in pages.tile(page[i]))
+            def one(x: Array) -> Array:
+                return lax.dynamic_update_index_in_dim(x, x[source[i]], target[i], 0)
+
+            return replace(pages, **{x: jax.tree.map(one, getattr(pages, x)) for x in by_page})
+
+        return for_each((target >= 0) & (target < self.count), copy, self)
+
+    def begun_as(
+        self, row: Array, page: Array, source: Array, length: Array, of_source: Array
+    ) -> PackedPages:
+        """With open groups that begin as another sequence does.
+
+        Arguments:
+          row: [L] int32, whose; a row out of range is none.
+          page: [L] int32, where the group stands or will stand.
+          source: [L] int32, the rows of the other sequence.
+          length, of_source: [] int32, the tokens of both.
+        """
+        g, wide = self.group, jnp.dtype(self.dtype)
+        is_open = length // g == of_source // g
+
+        def copy(pages: PackedPages, i: Array) -> PackedPages:
+            slot = length // g * g % self.page_size
+            packed = jax.vmap(lambda x: x.tile(page[i], slot, g), 1)(pages)
 
             def put(old: Array, x: Array) -> Array:
-                return lax.dynamic_update_index_in_dim(old, x, row[i], 0)
-
-            def fact(x: Array) -> Array:
-                return lax.dynamic_update_index_in_dim(x, x[page[i]], self.count + row[i], 0)
+                new = jnp.where(is_open, old[source[i]], bits.stored(x.astype(wide)))
+                return lax.dynamic_update_index_in_dim(old, new, row[i], 0)
 
             return replace(
                 pages,
-                open_key=put(pages.open_key, k),
-                open_value=put(pages.open_value, v),
-                facts=jax.tree.map(fact, pages.facts),
+                open_key=put(pages.open_key, packed[0]),
+                open_value=put(pages.open_value, packed[1]),
             )
 
         return for_each((row >= 0) & (row < self.open_key.shape[0]), copy, self)
@@ -289,6 +312,7 @@ Store = Pages | PackedPages
 def empty_store(
     pages: int,
     rows: int,
+    block_kv: int,
     kv_heads: int,
     page_size: int,
     size: int,
@@ -296,8 +320,14 @@ def empty_store(
     dtype: str,
     format: str | None,
 ) -> Store:
-    """Pages in the model's type, or, with a ``format``, in 8 bits."""
+    """Pages in the model's type, or, with a ``format``, in 8 bits.
+
+    Arguments:
+      block_kv: the keys of a tile, which has whole groups.
+    """
     sizes = (kv_heads, page_size, size, value_size, dtype)
     if format is None:
         return Pages.empty(pages, *sizes)
-    return PackedPages.empty(pages, rows, *sizes, format)
+    group = math.gcd(page_size, block_kv)
+    group = next(g for g in range(min(GROUP, group), 0, -1) if group % g == 0)
+    return PackedPages.empty(pages, rows, group, *sizes, format)

@@ -117,25 +117,26 @@ class Pages:
         return self.key.shape[0]
 
     @property
-    def places(self) -> int:
-        """How many pages a table may name: those of `PackedPages` that are still open as well."""
-        return self.count
-
-    @property
     def page_size(self) -> int:
         """n; of all heads."""
         return self.key.shape[2]
 
-    def tile(self, page: Index) -> tuple[Float[Array, "*K n D"], Float[Array, "*K n E"]]:
-        """Keys and values of a page; of one head where the arrays are those of one."""
-        k, v = (lax.dynamic_index_in_dim(x, page, keepdims=False) for x in (self.key, self.value))
+    def tile(
+        self, page: Index, start: Index, size: int
+    ) -> tuple[Float[Array, "n D"], Float[Array, "n E"]]:
+        """``size`` keys and values of a page, from slot ``start`` on, of the pages of one head."""
         dtype = jnp.dtype(self.dtype)
-        return bits.read(k, dtype), bits.read(v, dtype)
+        return (
+            bits.read(cut(self.key, page, start, size), dtype),
+            bits.read(cut(self.value, page, start, size), dtype),
+        )
 
-    def read_by(self, table: Array, length: Array, row: Array) -> Array:
-        """The table by which the pages are read, of sequences of ``length`` [B] tokens."""
-        del length, row
-        return table
+    def with_open(
+        self, k: Array, v: Array, start: Index, length: Array, row: Array | None
+    ) -> tuple[Array, Array]:
+        """Keys and values of a tile with those that are not packed yet; for `PackedPages`."""
+        del start, length, row
+        return k, v
 
     def written(
         self,
@@ -175,10 +176,20 @@ class Pages:
 
         return for_each((target >= 0) & (target < self.count), copy, self)
 
-    def begun_as(self, row: Array, page: Array) -> Pages:
-        """Where the open page of ``row`` begins as ``page`` does; for `PackedPages`."""
-        del row, page
+    def begun_as(
+        self, row: Array, page: Array, source: Array, length: Array, of_source: Array
+    ) -> Pages:
+        """For `PackedPages`, whose last tokens lie elsewhere."""
+        del row, page, source, length, of_source
         return self
+
+
+def cut(x: Array, page: Index, start: Index, size: int) -> Array:
+    """[size, …] of x [P, n, …]: a part of one page."""
+    rest = x.shape[2:]
+    at = (page, start, *[0] * len(rest))
+    at = tuple(jnp.asarray(i, jnp.int32) for i in at)
+    return lax.dynamic_slice(x, at, (1, size, *rest))[0]
 
 
 def soundness(key: Float[Array, "T K D"], value: Float[Array, "T K E"]) -> Array:

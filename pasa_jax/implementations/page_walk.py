@@ -7,6 +7,7 @@ after another, each as far as its own keys reach.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -45,12 +46,14 @@ class Sequences(NamedTuple):
       first, count: [B] int32, where the queries of each begin, and how many they are.
       length: [B] int32, how many keys each has, those of its queries included.
       table: [B, M] int32, the page of each block of keys.
+      row: [B] int32, which open group of `PackedPages` each has.
     """
 
     first: Array
     count: Array
     length: Array
     table: Array
+    row: Array | None = None
 
 
 class Queries(NamedTuple):
@@ -65,6 +68,35 @@ class Queries(NamedTuple):
     query: Array
     sinks: Array | None
     scale: Array
+
+
+class Call(NamedTuple):
+    """What the pages, the queries and the sequences of a call are.
+
+    Arguments:
+      most: no sequence has more queries.
+      window: as in `Mask`.
+    """
+
+    pages: Store
+    queries: Queries
+    sequences: Sequences
+    most: int
+    window: tuple[int, int] | None
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.queries.query.shape[1] // self.pages.key.shape[1]
+
+    @property
+    def arrays(self) -> tuple[Store, Queries, Sequences]:
+        """What is not static."""
+        return self.pages, self.queries, self.sequences
+
+    def beside(self, pages: Store, queries: Queries, sequences: Sequences) -> Call:
+        """The call with other arrays."""
+        return Call(pages, queries, sequences, self.most, self.window)
 
 
 class Outputs(NamedTuple):
@@ -89,14 +121,12 @@ class PageWalk(HeadWalk):
 
     Arguments:
       pages: of this head, arrays [P, n, …].
-      table: [M] int32, the pages of the sequence.
-      first: [] int32, where its queries begin.
+      sequence: the one.
       sizes: of this head, where scores or sums of values may leave their range; else None.
     """
 
     pages: Store
-    table: Array
-    first: Array
+    sequence: Sequences
     sizes: Sizes | None = None
 
     @property
@@ -104,7 +134,7 @@ class PageWalk(HeadWalk):
         return div(self.mask.valid_queries() + self.block_q - 1, self.block_q)
 
     def typed(self, carry: Any) -> Any:
-        return varying(carry, (self.head, self.mask, self.pages, self.table))
+        return varying(carry, (self.head, self.mask, self.pages, self.sequence))
 
     def query_start(self, i: Array) -> Index:
         return i.astype(jnp.int32) * self.block_q
@@ -113,12 +143,12 @@ class PageWalk(HeadWalk):
         return j * self.block_kv
 
     def rows(self, x: Array, start: Index) -> Array:
-        return super().rows(x, self.first + start)
+        return super().rows(x, self.sequence.first + start)
 
     def put_rows(self, buffer: Array, x: Array, start: Index, which: Array | None) -> Array:
         if which is not None:
             x = jnp.where(which, x, self.rows(buffer, start))
-        return super().put_rows(buffer, x, self.first + start, None)
+        return super().put_rows(buffer, x, self.sequence.first + start, None)
 
     def query(self, start: Index) -> tile.QueryTile:
         q = tile.zero_unusable(self.rows(self.head.query, start), self.in_use(start))
@@ -134,7 +164,9 @@ class PageWalk(HeadWalk):
     def raw_keys(
         self, j: Index
     ) -> tuple[Float[Array, "n D"], Float[Array, "n E"], Bool[Array, "n 1"]]:
-        tiles = [self.pages.tile(page) for page in self._pages_of(j)]
+        n, size = self._page_size, self.block_kv
+        start = j * size % n if size < n else jnp.int32(0)
+        tiles = [self.pages.tile(page, start, min(n, size)) for page in self._pages_of(j)]
         k, v = (jnp.concatenate(x) for x in zip(*tiles, strict=True))
         return k, v, k[:, :1] == k[:, :1]
 
@@ -142,6 +174,10 @@ class PageWalk(HeadWalk):
         self, j: Index, seen: Bool[Array, "R n"] | None, value_gain: Array | None
     ) -> tile.KeyTile:
         k, v, usable = self.raw_keys(j)
+        if seen is not None:  # the last tokens are in a tile that is partly seen
+            one = self.sequence
+            k, v = self.pages.with_open(k, v, self.key_start(j), one.length, one.row)
+            usable = k[:, :1] == k[:, :1]
         extra: dict[str, Any] = {}
         paper = self.numerics.storage is Storage.PAPER
         if paper:  # M mixes the keys of a block, so that none may be NaN
@@ -163,19 +199,78 @@ class PageWalk(HeadWalk):
         """
         if self.numerics.storage is Storage.PAST_MEAN:
             j = jnp.maximum(j - 1, 0)
-        facts, at = self.pages.facts, jnp.stack(self._pages_of(j))
-        total, count, top = (x[at] for x in (facts.total, facts.count, facts.key_top))
-        dtype = jnp.dtype(self.pages.dtype)
-        kappa = mean_key(jnp.sum(total, axis=0), jnp.sum(count), total.dtype)
-        # The sum may not be finite, nor what is less the mean.
-        fits = jnp.all(jnp.isfinite(kappa)) & (jnp.max(top) < float(jnp.finfo(dtype).max) / 4)
-        return jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(dtype)[None]
+        pages = jnp.stack(self._pages_of(j))
+        facts = jax.tree.map(lambda x: x[pages], self.pages.facts)
+        return mean_of_pages(facts, jnp.dtype(self.pages.dtype))[None]
+
+    @property
+    def _page_size(self) -> int:
+        return self.pages.key.shape[1]
 
     def _pages_of(self, j: Index) -> list[Array]:
-        """The pages of tile j."""
-        each = self.block_kv // self.pages.key.shape[1]
-        pages = lax.dynamic_slice_in_dim(self.table, j * each, each)
+        """The pages of tile j, or the page of which it is a part."""
+        n, size = self._page_size, self.block_kv
+        if size < n:
+            return [self.sequence.table[div(jnp.asarray(j, jnp.int32), n // size)]]
+        each = size // n
+        pages = lax.dynamic_slice_in_dim(self.sequence.table, j * each, each)
         return [pages[i] for i in range(each)]
+
+
+def mean_of_pages(facts: PageFacts, dtype: jnp.dtype) -> Float[Array, " D"]:
+    """[D] the mean of the keys of some pages of one head, of their type.
+
+    Arguments:
+      facts: each with the pages as its first axis, and no axis of heads.
+    """
+    kappa = mean_key(jnp.sum(facts.total, axis=0), jnp.sum(facts.count), facts.total.dtype)
+    # The sum may not be finite, nor what is less the mean.
+    top = jnp.max(facts.key_top)
+    fits = jnp.all(jnp.isfinite(kappa)) & (top < float(jnp.finfo(dtype).max) / 4)
+    return jnp.where(fits, kappa, jnp.zeros_like(kappa)).astype(dtype)
+
+
+def mask_of(one: Sequences, most: int, window: tuple[int, int] | None, n: int) -> Mask:
+    """What the queries of one sequence see, which has pages of n tokens.
+
+    Arguments:
+      most, window: as of `attend`.
+    """
+    return Mask(
+        query_length=most,
+        key_length=len(one.table) * n,
+        is_causal=True,
+        causal_alignment="bottom_right",
+        window=window,
+        query_lengths=one.count,
+        key_lengths=one.length,
+    )
+
+
+def are_plain(
+    pages: Store,
+    queries: Queries,
+    sequences: Sequences,
+    most: int,
+    window: tuple[int, int] | None,
+    plan: Plan,
+) -> Array:
+    """[] bool: True only where no score and no sum of values can leave its range.
+
+    Arguments: as of `attend`.
+    """
+    table = jnp.clip(sequences.table, 0, pages.count - 1)
+    dtype = queries.query.dtype
+
+    def visited(one: Sequences) -> Array:
+        return _visited(one, mask_of(one, most, window, pages.page_size), pages.page_size)
+
+    token = jnp.arange(len(queries.query), dtype=jnp.int32)[:, None]
+    own = (token >= sequences.first) & (token < sequences.first + sequences.count)
+    of_q = jnp.where(jnp.any(own, axis=1)[:, None], log2_norm(queries.query), -jnp.inf)
+    of_q = jnp.max(of_q, axis=0, initial=-jnp.inf)
+    seen = jax.vmap(visited)(sequences)
+    return _sizes(pages.facts, of_q, table, seen, queries.scale, plan, dtype).plain
 
 
 def attend(
@@ -197,11 +292,11 @@ def attend(
     """
     n, (tokens, heads, size) = pages.page_size, queries.query.shape
     kv_heads, groups = pages.key.shape[1], heads // pages.key.shape[1]
-    block_q = max(1, min(plan.schedule.block_q // groups, most))
-    plans = {x: _with_tiles(plan, x * groups, n, sequences.table.shape[1]) for x in (1, block_q)}
-    most_keys = max(x.schedule.block_kv for x in plans.values())
-    table = jnp.pad(sequences.table, ((0, 0), (0, -sequences.table.shape[1] % (most_keys // n))))
-    sequences = sequences._replace(table=jnp.clip(table, 0, pages.places - 1))
+    block_q, blocks = max(1, min(plan.schedule.block_q // groups, most)), sequences.table.shape[1]
+    usual, long = (_with_tiles(plan, x, n, blocks) for x in (block_q * groups, groups))
+    long_tile = long.schedule.block_kv
+    table = jnp.pad(sequences.table, ((0, 0), (0, -blocks % max(1, long_tile // n))))
+    sequences = sequences._replace(table=jnp.clip(table, 0, pages.count - 1))
     # Rows are cut out of these by whole tiles.
     spare = 0 if block_q == 1 else block_q
     query = jnp.pad(queries.query, ((0, spare), (0, 0), (0, 0)))
@@ -211,18 +306,14 @@ def attend(
 
     def of_sequence(b: Array, outputs: Outputs) -> Outputs:
         one = jax.tree.map(lambda x: x[b], sequences)
-        mask = Mask(
-            query_length=most,
-            key_length=sequences.table.shape[1] * n,
-            is_causal=True,
-            causal_alignment="bottom_right",
-            window=window,
-            query_lengths=one.count,
-            key_lengths=one.length,
-        )
-        sizes = _sizes(pages.facts, of_q, one, mask, n, queries.scale, plan, query.dtype)
+        mask = mask_of(one, most, window, n)
+        token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+        own = (token >= one.first) & (token < one.first + one.count)
+        of_rows = jnp.max(jnp.where(own, of_q, -jnp.inf), axis=0)
+        at = (one.table, _visited(one, mask, n))
+        sizes = _sizes(pages.facts, of_rows, *at, queries.scale, plan, query.dtype)
 
-        def walked(outputs: Outputs, block_q: int, careful: bool) -> Outputs:
+        def walked(block_q: int, plan: Plan, outputs: Outputs, careful: bool = False) -> Outputs:
             def of_head(
                 pages: Store,
                 query: Array,
@@ -231,19 +322,17 @@ def attend(
                 outputs: Outputs,
             ) -> Outputs:
                 head = Operands(query, *[None] * 3, sinks, queries.scale)  # type: ignore[arg-type]
-                tiled = plans[block_q]
                 walk = PageWalk(
                     mask=mask,
-                    plan=tiled,
-                    numerics=tiled.numerics(tiled.schedule.block_kv),
+                    plan=plan,
+                    numerics=plan.numerics(plan.schedule.block_kv),
                     groups=groups,
                     block_q=block_q,
                     value_size=pages.value.shape[-1],
                     head=head,
                     facts=_NO_FACTS,
                     pages=pages,
-                    table=one.table,
-                    first=one.first,
+                    sequence=one,
                     sizes=sizes if careful else None,
                 )
                 return _of_head(walk, outputs)
@@ -254,14 +343,16 @@ def attend(
             axes = (1, 1, None if sinks is None else 0, 0, 1)
             return jax.vmap(of_head, axes, 1)(pages, query, sinks, of_heads, outputs)
 
-        branches = [
-            lambda outputs: walked(outputs, block_q, True),
-            lambda outputs: walked(outputs, block_q, False),
-        ]
+        branches = [partial(walked, block_q, usual, careful=True), partial(walked, block_q, usual)]
         which = sizes.plain.astype(jnp.int32)
+        one_row = sizes.plain & (one.count == 1)
         if block_q > 1:  # a tile of many rows would be computed for one
-            branches.append(lambda outputs: walked(outputs, 1, False))
-            which = jnp.where(sizes.plain & (one.count == 1), jnp.int32(2), which)
+            which = jnp.where(one_row, jnp.int32(len(branches)), which)
+            branches.append(partial(walked, 1, usual))
+        if long_tile > usual.schedule.block_kv:
+            keys = one.length if window is None else jnp.minimum(one.length, window[0] + 1)
+            which = jnp.where(one_row & (keys > long_tile), jnp.int32(len(branches)), which)
+            branches.append(partial(walked, 1, long))
         return lax.switch(which, branches, outputs)
 
     rows = query.shape[:3]
@@ -275,14 +366,18 @@ def attend(
 
 
 def _with_tiles(plan: Plan, rows: int, n: int, blocks: int) -> Plan:
-    """The plan with tiles of whole pages for ``rows`` rows, of which a sequence has ``blocks``."""
+    """The plan with tiles for ``rows`` rows: a part of a page of n keys, or whole pages, of which a
+    sequence has ``blocks``.
+    """
     keys = plan.schedule.block_kv
     if not (plan.storage.uses_kappa or plan.storage is Storage.PAPER):  # a tile has one mean
         keys = plan.schedule.keys_beside(rows)
-    pages = max(1, min(keys // n, blocks))
-    # A part of a table is a whole number of tiles, for tiles of every size.
-    pages = 1 << (pages.bit_length() - 1)
-    return replace(plan, schedule=replace(plan.schedule, block_kv=pages * n))
+    if keys < n:
+        parts = next(x for x in range(-(-n // keys), n + 1) if n % x == 0)
+        keys = n // parts
+    else:  # a table has whole tiles of every size
+        keys = n * (1 << (min(keys // n, blocks).bit_length() - 1))
+    return replace(plan, schedule=replace(plan.schedule, block_kv=keys))
 
 
 _NO_FACTS = HeadFacts(usable=None, kappa=None, chosen=None, guard=None, value_gain=None)  # type: ignore[arg-type]
@@ -303,27 +398,32 @@ def _of_head(walk: PageWalk, outputs: Outputs) -> Outputs:
     return walk.over_queries(query_tile, outputs)
 
 
+def _visited(one: Sequences, mask: Mask, n: int) -> Array:
+    """[M] bool: the blocks of a sequence, of n keys each, that some query of it sees."""
+    r = mask.key_range(jnp.int32(0), one.count, n)
+    block = jnp.arange(len(one.table), dtype=jnp.int32)
+    return (block >= r.lo) & (block < r.hi)
+
+
 def _sizes(
     facts: PageFacts,
     of_q: Array,
-    one: Sequences,
-    mask: Mask,
-    n: int,
+    table: Array,
+    visited: Array,
     scale: Array,
     plan: Plan,
     dtype: jnp.dtype,
 ) -> Sizes:
-    """What the pages that a sequence sees say of their keys.
+    """What the pages that are visited say of their keys.
 
     Arguments:
-      of_q: [tokens, N] log2 of the norms of all queries.
+      of_q: [N] log2 of the largest norm of a query.
+      table, visited: of one shape, pages, and bool: which of them some query sees.
     """
-    r = mask.key_range(jnp.int32(0), one.count, n)
-    block = jnp.arange(len(one.table), dtype=jnp.int32)
-    visited = ((block >= r.lo) & (block < r.hi))[:, None]
 
     def largest(x: Array, least: float) -> Array:  # [P, K] -> [K]
-        return jnp.max(jnp.where(visited, x[one.table], least), axis=0)
+        x = jnp.where(visited[..., None], x[table], least)
+        return jnp.max(x, axis=range(visited.ndim))
 
     key = largest(facts.key_norm, -jnp.inf)
     unshifted = (Storage.PLAIN, Storage.BENEATH_MAXIMUM, Storage.LAGGING)
@@ -334,9 +434,7 @@ def _sizes(
         value_gain = gain_of_values(largest(facts.value_top, 0), plan)
         plain = plain & jnp.all(value_gain == 1)
     if guards(plan, dtype):
-        token = jnp.arange(len(of_q), dtype=jnp.int32)[:, None]
-        own = (token >= one.first) & (token < one.first + one.count)
-        of_rows = jnp.max(jnp.where(own, of_q, -jnp.inf), axis=0).reshape(len(key), -1)
+        of_rows = of_q.reshape(len(key), -1)
         beyond = excess(of_rows, key[:, None], shifted[:, None], scale, plan, dtype)
         plain = plain & jnp.all(beyond <= 0)
     return Sizes(key, shifted, value_gain, plain)

@@ -22,7 +22,7 @@ from pasa_jax.core.target import target_of_device
 from pasa_jax.implementations.page_walk import Sequences
 
 Array = jax.Array
-_PACKED_PAGE = 64  # tokens: a page of 8 bits has one mean
+_LONG = 16  # tiles of a long sequence
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +41,11 @@ class KVCache:
     Arguments:
       pages: M of them for each batch entry.
       table: [B, M] int32, which.
-      row: [B] int32, which of the open pages each has, where pages have 8 bits.
+      row: [B] int32, which of the open groups each has, where pages have 8 bits.
       length: [B] int32, tokens appended to each batch entry so far; more than S if they did not
         fit.
       max_length: S.
-      schedule: tile sizes; a page has its ``block_kv`` keys.
+      schedule: tile sizes; a page has as many keys as a tile, or four times as many.
     """
 
     pages: Store
@@ -75,9 +75,9 @@ class KVCache:
           value_head_dim: E; default D.
           schedule: default that of the device.
           format: None: keys and values keep their type; ``"int8"``, ``"float8_e4m3"`` or
-            ``"float8_e5m2"``: a page is packed into 8 bits when it is full, less the mean key of
-            each head, with a scale for each channel of the keys and for each value (docs/serving.md
-            says what that costs). A page then has 64 tokens, if ``schedule`` does not say.
+            ``"float8_e5m2"``: 64 tokens at a time are packed into 8 bits, less the mean key of each
+            head, with a scale for each channel of the keys and for each value; docs/serving.md says
+            what that costs.
 
         Raises:
           ValueError: a size, a type or a format that is not allowed.
@@ -144,11 +144,13 @@ class KVCache:
           query: [B, T, N, D] of the T tokens that were appended last, of the cache's type.
           lengths: [B], how many of them are no padding, as given to `append`.
           options: ``scale``, ``local_window_size``, ``logits_soft_cap``, ``sinks``, ``shift``,
-            ``beta``, ``precision``, as in `pasa_jax.dot_product_attention`. Where ``"auto"`` would
-            choose by all keys, it is ``"mean"``.
+            ``beta``, ``precision``, ``interpret``, as in `pasa_jax.dot_product_attention`, and
+            ``implementation``: "pallas_tpu", "pallas_gpu", "lax", or None for the kernel of the
+            schedule's target, if it supports the call, else "lax". Where ``"auto"`` would choose by
+            all keys, it is ``"mean"``.
 
         Returns:
-          [B, T, N, E] of query's type, computed by the lax walk. It equals what one causal call
+          [B, T, N, E] of query's type. It equals what one causal call
           over all tokens gives for the last T, within the rounding of stored scores: the block
           means differ, as later keys are not in them yet. NaN for a batch entry whose tokens did
           not fit, or that has fewer tokens than there are queries. There is no gradient.
@@ -176,7 +178,8 @@ class KVCache:
             first=jnp.arange(batch, dtype=jnp.int32) * most,
             count=asked,
             length=self.length,
-            table=self.pages.read_by(self.table, self.length, self.row),
+            table=self.table,
+            row=self.row,
         )
         flat = query.reshape(-1, *query.shape[2:])
         out, _ = paged.attend(self.pages, flat, sequences, self.schedule, most, **options)
@@ -202,11 +205,16 @@ class KVCache:
 
     def _in_order(self, which: int) -> Array:
         """Keys (0) or values (1), [B, S, K, D]."""
-        table = self.pages.read_by(self.table, self.length, self.row)
-        x = jax.lax.map(lambda page: self.pages.tile(page)[which], table.reshape(-1))
-        x = jnp.moveaxis(x.reshape(*table.shape, *x.shape[1:]), 3, 2)  # [B, M, n, K, D]
-        x = x.reshape(len(x), -1, *x.shape[3:])[:, : self.max_length]
-        return x.astype(self.pages.dtype)
+        n = self.pages.page_size
+
+        def of_head(pages: Store, table: Array, length: Array, row: Array) -> Array:
+            parts = jax.lax.map(lambda page: pages.tile(page, 0, n), table)
+            k, v = (x.reshape(-1, x.shape[-1]) for x in parts)
+            return pages.with_open(k, v, jnp.int32(0), length, row)[which]
+
+        of_heads = jax.vmap(of_head, (1, None, None, None), 1)
+        one = jax.vmap(of_heads, (None, 0, 0, 0))(self.pages, self.table, self.length, self.row)
+        return one[:, : self.max_length].astype(self.pages.dtype)
 
     def _check_new(self, key: Array, value: Array) -> int:
         """The number of tokens in ``key`` and ``value``."""
@@ -274,13 +282,14 @@ class KVCaches:
             raise wrong("dtype", f"be one of {', '.join(FLOATS)}", str(dtype))
         if format is not None:
             check_choice("format", format, tuple(FORMATS))
-        page = None if format is None or schedule is not None else _PACKED_PAGE
         schedule = _fitted(schedule, max_length, head_dim, value_size, str(dtype))
-        n = min(page or schedule.block_kv, max_length)
+        n = schedule.block_kv
+        if max_length >= _LONG * n:  # what a step of decoding reads at once
+            n = schedule.keys_beside(1)
         rows = layers * batch
         sizes = (kv_heads, n, head_dim, value_size, str(dtype))
         return KVCaches(
-            pages=empty_store(rows * -(-max_length // n), rows, *sizes, format),
+            pages=empty_store(rows * -(-max_length // n), rows, schedule.block_kv, *sizes, format),
             length=jnp.zeros((layers, batch), jnp.int32),
             max_length=int(max_length),
             schedule=schedule,

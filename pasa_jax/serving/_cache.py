@@ -125,7 +125,9 @@ class PagedCache:
             raise wrong("schedule", "be a pasa_jax.Schedule or None", repr(schedule))
         sizes_of_page = (kv_heads, page_size, head_dim, value_size, dtype)
         return PagedCache(
-            pages=empty_store(layers * pages, layers * sequences, *sizes_of_page, format),
+            pages=empty_store(
+                layers * pages, layers * sequences, schedule.block_kv, *sizes_of_page, format
+            ),
             table=table,
             schedule=schedule,
         )
@@ -203,8 +205,10 @@ class PagedCache:
           layer: as in `write`.
           return_residual: also return the log-sum-exp [T, N].
           options: ``scale``, ``local_window_size``, ``logits_soft_cap``, ``sinks``, ``shift``,
-            ``beta``, ``precision``, as in `pasa_jax.dot_product_attention`. Where ``"auto"`` would
-            choose by all keys, it is ``"mean"``.
+            ``beta``, ``precision``, ``interpret``, as in `pasa_jax.dot_product_attention`, and
+            ``implementation``: "pallas_tpu", "pallas_gpu", "lax", or None for the kernel of the
+            schedule's target, if it supports the call, else "lax". Where ``"auto"`` would choose by
+            all keys, it is ``"mean"``.
 
         Returns:
           [T, N, E] of query's type. Padding gives 0. The tokens of a sequence that is lost, or that
@@ -221,8 +225,8 @@ class PagedCache:
             raise wrong("query", f"be [T, N, D] with T = {len(batch.position)}", query.shape)
         layer = jnp.asarray(layer, jnp.int32)
         table = self._of_layer(self.table.pages, layer)
-        table = self.pages.read_by(table, self.length, self._rows(layer))
-        sequences = Sequences(batch.first, batch.count, self.length, table)
+        row = self._rows(layer)
+        sequences = Sequences(batch.first, batch.count, self.length, table, row)
         most = len(query)
         out, lse = paged.attend(self.pages, query, sequences, self.schedule, most, **options)
         unfit = ~self._valid(batch, options.get("local_window_size"))
@@ -243,14 +247,13 @@ class PagedCache:
         """
         table = self.table.forked(source, target, length=length)
         source, target = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
-        block = table.length[target] // table.page_size
-        layer = jnp.arange(self.layers, dtype=jnp.int32)
-        begins = ~table.lost[target] & (table.length[target] % table.page_size > 0)
-        page = self._of_layer(table.pages[target, block], layer)
-        was_open = self.table.length[source] // table.page_size == block
-        page = jnp.where(was_open, self.pages.count + self._rows(layer)[:, source], page)
-        row = jnp.where(begins, self._rows(layer)[:, target], self.pages.places)
-        return replace(self, pages=self.pages.begun_as(row, page), table=table)
+        layer, length = jnp.arange(self.layers, dtype=jnp.int32), table.length[target]
+        page = self._of_layer(table.pages[target, length // table.page_size], layer)
+        row = self._rows(layer)
+        to = jnp.where(table.lost[target], -1, row[:, target])
+        lengths = (length, self.table.length[source])
+        pages = self.pages.begun_as(to, page, row[:, source], *lengths)
+        return replace(self, pages=pages, table=table)
 
     def freed(self, which: ArrayLike) -> PagedCache:
         """The sequences ``which`` [B] bool have no tokens; pages of theirs alone are free."""
@@ -266,7 +269,7 @@ class PagedCache:
         return len(self.table.references)
 
     def _rows(self, layer: Array) -> Array:
-        """[..., B] int32, of ``layer`` [...]: where the sequences' open pages lie."""
+        """[..., B] int32, of ``layer`` [...]: where the sequences' open groups lie."""
         sequences = len(self.length)
         row = jnp.arange(sequences, dtype=jnp.int32)
         return row + layer[..., None] * jnp.int32(sequences)
