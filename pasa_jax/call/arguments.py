@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ from pasa_jax.core.operands import Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
-from pasa_jax.core.tile import wide_type
+from pasa_jax.core.target import find_target
+from pasa_jax.core.tile import Storage, wide_type
 
 Array = jax.Array
 # Those that are arrays: `explain` takes their shapes alone.
@@ -167,6 +168,8 @@ class Call:
             array=checks.mask(given.mask, full),
             dropout=checks.seeds(plan.dropout_rate, given.dropout_key, given.dropout_broadcast, q),
         )
+        if given.schedule is None:
+            plan = _for_few_rows(plan, operands, mask)
         return Call(operands, mask, plan, batched=np.ndim(given.query) == 4)
 
     def unbatch(self, x: Array) -> Array:
@@ -177,3 +180,19 @@ class Call:
     def empty(self) -> bool:
         """Whether there is no query or no key to compute with."""
         return 0 in self.operands.query.shape or 0 in self.operands.key.shape
+
+
+def _for_few_rows(plan: Plan, o: Operands, mask: Mask) -> Plan:
+    """The plan with longer tiles where rows are few, all see all keys, and slices are what costs:
+    those of numbers of 16 bits on CPUs. Only where a block of keys has no mean.
+    """
+    rows, schedule = o.query.shape[1] * o.query.shape[2] // max(1, o.key.shape[2]), plan.schedule
+    narrowed = mask.listed or mask.any_partial(1)
+    copies = find_target(schedule.target).kind == "cpu" and o.query.dtype.itemsize == 2
+    if not copies or narrowed or rows == 0 or plan.storage not in _WITHOUT_MEAN:
+        return plan
+    keys = min(schedule.keys_beside(rows, most=64), max(1, mask.key_length))
+    return replace(plan, schedule=replace(schedule, block_kv=max(keys, schedule.block_kv)))
+
+
+_WITHOUT_MEAN = (Storage.PLAIN, Storage.BENEATH_MAXIMUM)

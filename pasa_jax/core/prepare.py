@@ -47,6 +47,7 @@ class HeadFacts(NamedTuple):
     # of queries, so that sums of them stay in range; None where they always do.
     value_gain: Array | None
     bound: Bound | None = None  # for `Storage.BOUND`; the rest is then for heads without proof
+    ordinary: Array | None = None  # [] bool, as `guard.ordinary`, where it was asked
 
 
 def prepare(
@@ -107,4 +108,4 @@ def prepare(
     guard = None
     if guards(plan, q.dtype):
         guard = usual(no_guard(q), found_guard)
-    return HeadFacts(usable, kappa, chosen, guard, value_gain)
+    return HeadFacts(usable, kappa, chosen, guard, value_gain, ordinary=is_ordinary)

@@ -185,11 +185,11 @@ class Schedule:
             self, block_q=min(self.block_q, max(16, scores // block_kv)), block_kv=block_kv
         )
 
-    def keys_beside(self, rows: int) -> int:
-        """The keys of a tile of few ``rows``: up to four times ``block_kv``, so that a step of the
-        loop still has work to do.
+    def keys_beside(self, rows: int, most: int = 4) -> int:
+        """The keys of a tile of few ``rows``: up to ``most`` times ``block_kv``, so that a step of
+        the loop still has work to do.
         """
-        return self.block_kv * max(1, min(4, self.block_q // rows))
+        return self.block_kv * max(1, min(most, self.block_q // rows))
 
     def fitted(self, rows: int, keys: int) -> Schedule:
         """This schedule with blocks no larger than the problem (at least 1)."""

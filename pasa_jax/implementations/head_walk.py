@@ -33,6 +33,8 @@ Array = jax.Array
 
 _FEW_TILES = 2  # of a head: each is looked at
 _MANY_TILES = 16  # of queries: their keys are cleaned once for all of them
+_FEW_ROWS = 16  # what is made of keys costs as much as their products
+_KEYS_AS_THEY_ARE = (tile.Storage.PLAIN, tile.Storage.BENEATH_MAXIMUM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,11 @@ class HeadWalk(Walk):
         plan = replace(self.plan, shift="bound")
         facts = self.facts._replace(guard=None, value_gain=None)
         return replace(self, plan=plan, facts=facts, numerics=plan.numerics(len(self.head.key)))
+
+    def without_care(self) -> HeadWalk:
+        """This walk for ordinary keys and values, which nothing must be made of."""
+        facts = self.facts._replace(guard=None, value_gain=None)
+        return replace(self, facts=facts, clean=(self.head.key, self.head.value))
 
     @property
     def query_tiles(self) -> int:
@@ -279,16 +286,19 @@ def over_heads(
     """
     batch, keys, kv_heads, _ = operands.key.shape
     groups = operands.query.shape[2] // kv_heads
+    few = sums is None and operands.query.shape[1] * groups <= _FEW_ROWS
     # An array has no slice that is larger than it is: cut the blocks.
     plan = replace(plan, schedule=plan.schedule.fitted(plan.schedule.block_q, keys))
 
     def one(b: Index, h: Index) -> tuple[Any, Any]:
         walk = HeadWalk.of(operands.head(b, h), mask.head(b, h, groups), plan)
-        bound = walk.facts.bound
-        if bound is None:
-            return program(walk, b, h)
-        either = (lambda w: program(w.by_bound(), b, h), lambda w: program(w, b, h))
-        return lax.cond(bound.proved, *(partial(f, walk) for f in either))
+        bound, careful = walk.facts.bound, partial(program, walk, b, h)
+        if bound is not None:
+            return lax.cond(bound.proved, lambda: program(walk.by_bound(), b, h), careful)
+        if walk.facts.ordinary is None or not few or plan.storage not in _KEYS_AS_THEY_ARE:
+            return careful()
+        easy = partial(program, walk.without_care(), b, h)
+        return lax.cond(walk.facts.ordinary, easy, careful)
 
     if plan.schedule.batch_heads:
         placed, added = heads_at_once(one, batch, kv_heads)
