@@ -1,0 +1,190 @@
+"""What 8-bit keys and values cost: errors of outputs on keys of several kinds, and of two models.
+
+    python benchmarks/formats.py
+    python benchmarks/formats.py --models     # SmolLM2 and a random Qwen2 with biases, 1,024 tokens
+
+Errors are against float64, over the largest number of the output. Groups of 64 tokens share means
+and scales; a query sees its own group packed, which in a cache it sees in the model's type.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pasa_jax import dot_product_attention, models
+from pasa_jax.core.packed import FORMATS, GROUP, Format, pack_keys, pack_values
+from pasa_jax.models import metrics
+
+Array = jax.Array
+# (keys, values), each [..., S, D] float32 -> what a cache gives back of them.
+Stored = Callable[[Array, Array], tuple[Array, Array]]
+
+
+def in_groups(x: Array) -> Array:
+    return x.reshape(*x.shape[:-2], -1, GROUP, x.shape[-1])
+
+
+def packed(name: str, k: Array, v: Array) -> tuple[Array, Array]:
+    """As `PackedPages` stores them."""
+    format = FORMATS[name]
+    codes, scale, mean = pack_keys(in_groups(k), format)
+    keys = format.read(codes) * scale[..., None, :] + mean[..., None, :]
+    return keys.reshape(k.shape), of_tokens(format, v)
+
+
+def of_tokens(format: Format, v: Array) -> Array:
+    codes, scale = pack_values(v, format)
+    return format.read(codes) * scale[..., None]
+
+
+def int8_scaled(axes: tuple[int, ...], k: Array, v: Array) -> tuple[Array, Array]:
+    """int8 with a scale for each group, or for each channel of it, and no mean taken off."""
+    x = in_groups(k)
+    scale = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / 127
+    return (jnp.round(x / scale) * scale).reshape(k.shape), of_tokens(FORMATS["int8"], v)
+
+
+def cast(dtype: str, k: Array, v: Array) -> tuple[Array, Array]:
+    return k.astype(dtype).astype(jnp.float32), v.astype(dtype).astype(jnp.float32)
+
+
+SCHEMES: dict[str, Stored] = {
+    "bfloat16": partial(cast, "bfloat16"),
+    "float8_e4m3, cast": partial(cast, "float8_e4m3fn"),
+    "float8_e5m2, cast": partial(cast, "float8_e5m2"),
+    "int8, a scale a group": partial(int8_scaled, (-2, -1)),
+    "int8, a scale a channel": partial(int8_scaled, (-2,)),
+    **{f"format {name!r}": partial(packed, name) for name in FORMATS},
+}
+
+
+def rotated(x: np.ndarray, base: float = 1e4) -> np.ndarray:
+    """x [S, D] with rotary positions."""
+    size = x.shape[-1]
+    angle = np.arange(len(x))[:, None] * base ** (-np.arange(0, size, 2) / size)
+    first, second = np.split(x, 2, axis=-1)
+    turned = (
+        first * np.cos(angle) - second * np.sin(angle),
+        second * np.cos(angle) + first * np.sin(angle),
+    )
+    return np.concatenate(turned, axis=-1)
+
+
+def kinds_of_keys(tokens: int, size: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name, queries and keys."""
+    rng = np.random.default_rng(0)
+    q, noise = rng.standard_normal((2, tokens, size))
+    signs = rng.choice([-1.0, 1.0], size)
+    for bias in (0, 50, 200):
+        yield f"bias {bias}", q, noise + bias * signs
+    for name, pair in (("a fast", 1), ("a slow", size // 2 - 1)):
+        bias = np.zeros(size)
+        bias[[pair, pair + size // 2]] = 200
+        yield f"bias 200 in {name} pair, rotated", rotated(q), rotated(noise + bias)
+    heavy = rng.standard_t(2, (tokens, size))
+    yield "heavy-tailed (Student's t, 2)", q, heavy
+
+
+def error(stored: Stored, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> float:
+    """Of the outputs of all queries over all keys, in float64 but for what is stored."""
+
+    def output(k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        s = q @ k.T / np.sqrt(q.shape[-1])
+        p = np.exp(s - s.max(-1, keepdims=True))
+        return p / p.sum(-1, keepdims=True) @ v
+
+    held = stored(jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32))
+    true = output(k, v)
+    found = output(*(np.asarray(x, np.float64) for x in held))
+    return float(np.abs(found - true).max() / np.abs(true).max())
+
+
+def errors(tokens: int, size: int) -> Table:
+    kinds = list(kinds_of_keys(tokens, size))
+    v = np.random.default_rng(1).standard_normal((tokens, size))
+    table = Table("stored as", *(name for name, *_ in kinds), title="errors of outputs")
+    for name, stored in SCHEMES.items():
+        table.add_row(name, *(f"{error(stored, q, k, v):.3f}" for _, q, k in kinds))
+    return table
+
+
+@partial(jax.jit, static_argnums=2)
+def log_probabilities(model: models.Decoder, tokens: Array, stored: Stored | None) -> Array:
+    """[1, T, V], with keys and values stored so; None: as they are."""
+
+    def attention(q: Array, k: Array, v: Array, layer: Array) -> Array:
+        if stored is not None:
+            heads_first = (jnp.swapaxes(x.astype(jnp.float32), 1, 2) for x in (k, v))
+            k, v = (jnp.swapaxes(x, 1, 2) for x in stored(*heads_first))
+        return dot_product_attention(q, k, v, is_causal=True)
+
+    return metrics.log_probabilities(model(tokens, attention=attention))
+
+
+def of_model(name: str, model: models.Decoder, tokens: np.ndarray) -> Table:
+    ids = jnp.asarray(tokens)[None]
+    true = log_probabilities(model, ids, None)
+    title = (
+        f"{name}, {len(tokens)} tokens; perplexity in float32 {metrics.perplexity(true, ids):.3f}"
+    )
+    table = Table("stored as", "perplexity", "KL from float32", title=title)
+    for scheme, stored in SCHEMES.items():
+        found = log_probabilities(model, ids, stored)
+        figures = metrics.perplexity(found, ids), metrics.divergence(true, found)
+        table.add_row(scheme, f"{figures[0]:.3f}", f"{figures[1]:.2e}")
+    return table
+
+
+def smollm2(count: int) -> tuple[models.Decoder, np.ndarray]:
+    """The model and the first tokens of a module of the standard library."""
+    import argparse
+
+    model, tokenizer = models.load("smollm2")
+    return model, np.asarray(tokenizer.encode(inspect.getsource(argparse)).ids[:count])
+
+
+def biased_qwen2(count: int) -> tuple[models.Decoder, np.ndarray]:
+    """A random Qwen2 whose keys have biases as large as published ones, and random tokens."""
+    from examples.qwen2_in_float16 import random_qwen2
+
+    with tempfile.TemporaryDirectory() as directory:
+        random_qwen2(6, 512).save_pretrained(directory)
+        model = models.load(Path(directory)).model
+    return model, np.random.default_rng(0).integers(0, 512, count)
+
+
+def main(
+    tokens: Annotated[int, typer.Option(help="Keys, a multiple of 64.")] = 1024,
+    size: Annotated[int, typer.Option(help="Head size.")] = 64,
+    with_models: Annotated[bool, typer.Option("--models", help="The two models too.")] = False,
+) -> None:
+    """Prints tables."""
+    console = Console(width=150)
+    console.print(errors(tokens, size))
+    of_16, of_8 = 2 * size * 2, 2 * size + (2 * size * 4 + GROUP * 4) / GROUP
+    console.print(
+        f"bytes a token and head: {of_16} in 16 bits, {of_8:.0f} in 8: {of_16 / of_8:.2f}"
+    )
+    if with_models:
+        makers: dict[str, Callable[[int], Any]] = {
+            "SmolLM2-135M": smollm2,
+            "a random Qwen2 with biases": biased_qwen2,
+        }
+        for name, make in makers.items():
+            console.print(of_model(name, *make(tokens)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
