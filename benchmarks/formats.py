@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pasa_jax import dot_product_attention, models
-from pasa_jax.core.packed import FORMATS, GROUP, Format, pack_keys, pack_values
+from pasa_jax.core.packed import FORMATS, GROUP, Format, pack_values
 from pasa_jax.models import metrics
+from pasa_jax.serving import as_stored
 
 Array = jax.Array
 # (keys, values), each [..., S, D] float32 -> what a cache gives back of them.
@@ -37,11 +38,10 @@ def in_groups(x: Array) -> Array:
 
 
 def packed(name: str, k: Array, v: Array) -> tuple[Array, Array]:
-    """As `PackedPages` stores them."""
-    format = FORMATS[name]
-    codes, scale, mean = pack_keys(in_groups(k), format)
-    keys = format.read(codes) * scale[..., None, :] + mean[..., None, :]
-    return keys.reshape(k.shape), of_tokens(format, v)
+    """As a cache stores them, which has heads behind tokens."""
+    heads = [jnp.moveaxis(x.reshape(1, -1, *x.shape[-2:]), 1, 2) for x in (k, v)]
+    k_held, v_held = (jnp.moveaxis(x, 2, 1) for x in as_stored(name, *heads))
+    return k_held.reshape(k.shape), v_held.reshape(v.shape)
 
 
 def of_tokens(format: Format, v: Array) -> Array:

@@ -11,7 +11,7 @@ import pytest
 from pasa_jax import Schedule, dot_product_attention
 from pasa_jax.core.packed import FORMATS, pack_keys, pack_values
 from pasa_jax.plugins import KVCache
-from pasa_jax.serving import PagedCache
+from pasa_jax.serving import PagedCache, as_stored, format_errors
 from tests.thin import only
 
 B, N, K, D, E, PAGE = 2, 4, 2, 16, 12, 8
@@ -183,6 +183,26 @@ def test_sequences_share_packed_pages(layers):
     )
     held[1] = [x[:16] for x in held[0]]  # at the edge of a page
     check((1, 5, 1))
+
+
+def test_what_a_format_would_cost_is_what_a_cache_gives_back():
+    q, k, v = arrays("float32", 150, bias=5.0)
+    empty = KVCache.empty(B, 192, K, D, "float32", value_head_dim=E, format="int8")
+    cache = filled(empty, k, v, (150,))
+    assert cache.pages.group == 64
+    stored = as_stored("int8", k, v)
+    for held, expected in zip((cache.key, cache.value), stored, strict=True):
+        apart = np.abs(np.asarray(held)[:, :128] - expected[:, :128])
+        assert np.mean(apart > 1e-5) < 1e-3  # a number between two codes may become either
+    found = format_errors(q, k, v)
+    options = {"is_causal": True, "implementation": "reference"}
+    true = dot_product_attention(q, k, v, **options)
+    error = np.abs(dot_product_attention(q, *stored, **options) - true).max((0, 1, 3))
+    expected = error / np.abs(true).max((0, 1, 3))
+    np.testing.assert_allclose(found["int8"], expected, rtol=1e-2)
+    assert set(found) == {*FORMATS, "bfloat16", "float16"}
+    with pytest.raises(ValueError, match="`format` must be one of"):
+        as_stored("int4", k, v)
 
 
 def test_wrong_format():
