@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 import pasa_jax
 from pasa_jax.core.errors import wrong
+from pasa_jax.core.rotary import Rotation, rotated, rotation
 from pasa_jax.models import _files, _generate, _gguf
 from pasa_jax.models._checks import inside
 from pasa_jax.models._config import DecoderConfig
@@ -33,7 +34,6 @@ Array = jax.Array
 AttentionFn = Callable[[Array, Array, Array, Array], Array]
 # The same arguments -> any pytree of arrays.
 Look = Callable[[Array, Array, Array, Array], Any]
-Rotation = tuple[Array, Array]  # cosine and sine, [B or 1, T, 1, D/2] float32
 # The attention of a block: (its module, q, k, v) -> (output [B, T, N, D], a pytree to stack)
 Mix = Callable[["Attention", Array, Array, Array], tuple[Array, Any]]
 
@@ -81,12 +81,14 @@ class Attention(nnx.Module):
         self.out = Linear(query, config.width, **options)
         self.head_dim = config.head_dim
 
-    def __call__(self, x: Array, rotation: Rotation, mix: Mix) -> tuple[Array, Any]:
+    def __call__(self, x: Array, turn: Rotation | None, mix: Mix) -> tuple[Array, Any]:
         q, k, v = (
             project(x).reshape(*x.shape[:2], -1, self.head_dim)
             for project in (self.query, self.key, self.value)
         )
-        mixed, extra = mix(self, _rotated(q, rotation), _rotated(k, rotation), v)
+        if turn is not None:
+            q, k = rotated(q, turn), rotated(k, turn)
+        mixed, extra = mix(self, q, k, v)
         return self.out(mixed.reshape(*x.shape[:2], -1)), extra
 
     def causal(self, q: Array, k: Array, v: Array) -> Array:
@@ -115,8 +117,8 @@ class Block(nnx.Module):
         self.feed_forward_norm = RMSNorm(config.width, config.epsilon, dtype=dtype)
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, rotation: Rotation, mix: Mix) -> tuple[Array, Any]:
-        mixed, extra = self.attention(self.attention_norm(x), rotation, mix)
+    def __call__(self, x: Array, turn: Rotation | None, mix: Mix) -> tuple[Array, Any]:
+        mixed, extra = self.attention(self.attention_norm(x), turn, mix)
         x = x + mixed
         return x + self.feed_forward(self.feed_forward_norm(x)), extra
 
@@ -250,9 +252,19 @@ class Decoder(nnx.Module):
         return array.astype(jnp.int32)
 
     def walk(
-        self, tokens: Array, attention: AttentionFn | None = None, look: Look | None = None
+        self,
+        tokens: Array,
+        attention: AttentionFn | None = None,
+        look: Look | None = None,
+        *,
+        rotate: bool = True,
     ) -> tuple[Array, Any]:
-        """Final states [B, T, W], normalised, and what ``look`` saw in each layer."""
+        """Final states [B, T, W], normalised, and what ``look`` saw in each layer.
+
+        Arguments:
+          rotate: False gives ``attention`` and ``look`` queries and keys without their rotary
+            positions, which ``attention`` has to add.
+        """
 
         def step(x: Array, inputs: tuple[Block, Array]) -> tuple[Array, Any]:
             block, layer = inputs
@@ -263,15 +275,19 @@ class Decoder(nnx.Module):
                     return module.causal(q, k, v), seen
                 return attention(q, k, v, layer), seen
 
-            return block(x, rotation, mix)
+            return block(x, turn, mix)
 
-        rotation = self._rotation(jnp.arange(tokens.shape[1])[None])
+        turn = self._turn(jnp.arange(tokens.shape[1])[None]) if rotate else None
         layers = jnp.arange(self.config.layers, dtype=jnp.int32)
         x, seen = lax.scan(step, self.embedding[...][tokens], (self.blocks, layers))
         return self.norm(x), seen
 
-    def step(self, tokens: Array, caches: Any) -> tuple[Array, Any]:
-        """Final states [B, 1, W] of the next tokens [B, 1], and the caches [L, …] with them."""
+    def step(self, tokens: Array, caches: Any, *, rotate: bool = True) -> tuple[Array, Any]:
+        """Final states [B, T, W] of the next tokens [B, T], and the caches [L, …] with them.
+
+        Arguments:
+          rotate: False for caches that take queries and keys without their rotary positions.
+        """
 
         def step(x: Array, inputs: tuple[Block, Any]) -> tuple[Array, Any]:
             block, cache = inputs
@@ -280,9 +296,10 @@ class Decoder(nnx.Module):
                 grown = cache.append(k, v)
                 return grown.attend(q), grown
 
-            return block(x, rotation, mix)
+            return block(x, turn, mix)
 
-        rotation = self._rotation(caches.length[0][:, None])
+        at = caches.length[0][:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        turn = self._turn(at) if rotate else None
         x, caches = lax.scan(step, self.embedding[...][tokens], (self.blocks, caches))
         return self.norm(x), caches
 
@@ -292,12 +309,9 @@ class Decoder(nnx.Module):
             return _product(states, self.embedding[...].T)
         return _product(states, self.head.kernel[...])
 
-    def _rotation(self, positions: Array) -> Rotation:
+    def _turn(self, positions: Array) -> Rotation:
         """Of positions [B or 1, T]."""
-        size = self.config.head_dim
-        speed = self.config.rope_base ** (-np.arange(0, size, 2) / size)
-        angle = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(speed, jnp.float32)
-        return jnp.cos(angle), jnp.sin(angle)
+        return rotation(positions, self.config.head_dim, self.config.rope_base)
 
 
 def load(directory: str | Path, dtype: Any = "float32") -> Decoder:
@@ -384,11 +398,3 @@ def _hf_name(path: str, names: dict[str, str]) -> str:
 def _product(x: Array, w: Array) -> Array:
     """x·W in float32, not in the TF32 or bfloat16 that accelerators would take float32 for."""
     return jnp.matmul(x, w, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
-
-
-def _rotated(x: Array, rotation: Rotation) -> Array:
-    """x [B, T, heads, D] with the pairs (i, i + D/2) turned; in float32, rounded once."""
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

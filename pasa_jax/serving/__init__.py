@@ -1,0 +1,1 @@
+"""Keys and values of many sequences in pages, for serving."""
