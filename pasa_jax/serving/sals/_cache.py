@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -218,11 +219,7 @@ class LatentCache:
         if _is_known(lost) and bool(jnp.any(lost)):
             allowed = "hold at most as many tokens as were appended, all of which fit"
             raise wrong("query", allowed, f"{query.shape[1]} beside {self.length.tolist()}")
-        out, clear = self._attended(query, asked, scale, options)
-        step = jnp.arange(query.shape[1], dtype=jnp.int32)
-        out = jnp.where((step < asked[:, None])[..., None, None], out, jnp.zeros_like(out))
-        clear = clear & ~lost[:, None]
-        return jnp.where(clear[..., None, None], out, jnp.full_like(out, jnp.nan))
+        return self._attended(query, asked, lost, scale, tuple(sorted(options.items())))
 
     # How it is written.
 
@@ -275,10 +272,11 @@ class LatentCache:
             return bits
         return lax.bitcast_convert_type(bits, jnp.dtype(self.dtype))
 
+    @partial(jax.jit, static_argnames=("scale", "options"))
     def _attended(
-        self, query: Array, asked: Array, scale: float, options: dict[str, Any]
-    ) -> tuple[Array, Array]:
-        """The output [B, T, N, E], and [B, T] bool: whether no score was NaN.
+        self, query: Array, asked: Array, lost: Array, scale: float, options: tuple[Any, ...]
+    ) -> Array:
+        """The output [B, T, N, E], for ``asked`` [B] queries; NaN for batch entries ``lost``.
 
         What is read is widened to float32, and stays so: it is little.
         """
@@ -288,11 +286,11 @@ class LatentCache:
         place, seen = self._exact_places(at)
         key = self._floats(self.exact).astype(jnp.float32)[:, None]
         key = jnp.broadcast_to(key, (batch, tokens, *key.shape[2:]))
-        clear = jnp.ones((batch, tokens), bool)
+        lost = jnp.broadcast_to(lost[:, None], (batch, tokens))
         count = min(self.top, self.max_length - self.sinks - self.window)
         if count > 0:
             best, weight = self._chosen(wide, scale, count)
-            clear = ~jnp.any(jnp.isnan(weight), axis=-1)
+            lost = lost | jnp.any(jnp.isnan(weight), axis=-1)
             key = jnp.concatenate([key, self._rebuilt(best)], axis=2)
             place = jnp.concatenate([place, best], axis=2)
             seen = jnp.concatenate([seen, weight >= 0], axis=2)
@@ -305,9 +303,13 @@ class LatentCache:
             scale=scale,
             implementation="lax",
             schedule=Schedule(block_q=heads, block_kv=each[1]),
-            **({"shift": "none"} | options),
+            **({"shift": "none"} | dict(options)),
         )
-        return out.reshape(batch, tokens, heads, -1).astype(query.dtype), clear
+        out = out.reshape(batch, tokens, heads, -1)
+        padding = jnp.arange(tokens, dtype=jnp.int32) >= asked[:, None]
+        out = jnp.where(padding[..., None, None], jnp.zeros_like(out), out)
+        out = jnp.where(lost[..., None, None], jnp.full_like(out, jnp.nan), out)
+        return out.astype(query.dtype)
 
     def _exact_places(self, at: Array) -> tuple[Array, Array]:
         """The positions of the slots, and whether the queries ``at`` [B, T] see them; [B, T, n]."""
