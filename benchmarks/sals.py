@@ -18,6 +18,7 @@ import random
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -35,6 +36,8 @@ from pasa_jax.serving import sals
 Array = jax.Array
 KEY_HEADS, HEADS, SIZE, BASE = 4, 16, 64, 5e5
 RANKS = {"25 %": 64, "12.5 %": 32}
+LAYERS = {name: (rank, 8) for name, rank in RANKS.items()}
+LAYERS |= {f"{name}, values of 4 bits": (rank, 4) for name, rank in RANKS.items()}
 console = Console(width=100)
 
 
@@ -76,12 +79,13 @@ def size_and_time(keys: int, rounds: int) -> Table:
     compiled = jax.jit(dense)
     calls: dict[str, Callable[[], Any]] = {"dense": lambda: compiled(query, *first)}
     caches = {}
-    for name, rank in RANKS.items():
+    for name, (rank, bits) in LAYERS.items():
         basis = sals.Basis.of(key[0, :4096], rank)
-        empty = sals.LatentCache.empty(basis, 1, keys, rope_base=BASE)
+        empty = sals.LatentCache.empty(basis, 1, keys, rope_base=BASE, value_bits=bits)
         caches[name] = empty.append(key[:, :-1], value[:, :-1])
         calls[name] = Attend(caches[name].append(key[:, -1:], value[:, -1:]), query)
-        calls[f"{name}, append too"] = Step(caches[name], query, key[:, -1:], value[:, -1:])
+        if bits == 8:
+            calls[f"{name}, append too"] = Step(caches[name], query, key[:, -1:], value[:, -1:])
     table = Table("keys", "times smaller than bfloat16", "than float32", "ms", "times as fast")
     found = minima(calls, rounds)
     for name, seconds in found.items():
@@ -111,11 +115,7 @@ class Step:
 
         def step(cache: sals.LatentCache, query: Array, key: Array, value: Array) -> Any:
             grown = cache.append(key, value)
-            return grown.attend(query), jax.tree.map(lambda x: x, shorter(grown))
-
-        def shorter(cache: sals.LatentCache) -> sals.LatentCache:
-            leaves, structure = jax.tree.flatten(cache)
-            return jax.tree.unflatten(structure, [*leaves[:-1], leaves[-1] - 1])
+            return grown.attend(query), replace(grown, length=cache.length)
 
         self.compiled = jax.jit(step, donate_argnums=0)
 
@@ -127,19 +127,15 @@ class Step:
 # Perplexity.
 
 
-class Setting(NamedTuple):
-    """Options of `LatentCache.empty`; a text of T tokens has few that are not attended."""
-
-    rank: int
-    window: int = 128
-    top: int = 512
-
-
-SETTINGS = {
-    "25 %": Setting(48),
-    "25 %, window 64, top 128": Setting(48, 64, 128),
-    "12.5 %": Setting(24),
-    "12.5 %, window 64, top 128": Setting(24, 64, 128),
+# Rank, and options of `LatentCache.empty`. By default 656 tokens are attended.
+SETTINGS: dict[str, tuple[int, dict[str, int]]] = {
+    "25 %": (48, {}),
+    "25 %, 208 tokens attended": (48, {"window": 64, "top": 128}),
+    "25 %, all attended, few keys exact": (48, {"sinks": 0, "window": 32, "top": 1 << 20}),
+    "25 %, values of 4 bits": (48, {"value_bits": 4}),
+    "12.5 %": (24, {}),
+    "12.5 %, 208 tokens attended": (24, {"window": 64, "top": 128}),
+    "12.5 %, values of 4 bits": (24, {"value_bits": 4}),
 }
 
 
@@ -160,11 +156,11 @@ def perplexity(tokens: int, together: int = 32) -> Table:
     exact = of(jax.jit(type(model).walk)(model, text)[0])
     table = Table("keys", "perplexity", "change", "variance kept, least to most")
     table.add_row("dense", f"{exact:.3f}", "", "")
-    for name, (rank, window, top) in SETTINGS.items():
-        basis = sals.calibrate(model, others, rank)
-        caches = sals.LatentCache.empty(
-            basis, 1, text.shape[1], rope_base=model.config.rope_base, window=window, top=top
-        )
+    base = model.config.rope_base
+    bases = {rank: sals.calibrate(model, others, rank) for rank, _ in SETTINGS.values()}
+    for name, (rank, options) in SETTINGS.items():
+        basis = bases[rank]
+        caches = sals.LatentCache.empty(basis, 1, text.shape[1], rope_base=base, **options)
         states = []
         for start in range(0, text.shape[1], together):
             found, caches = sals.step(model, text[:, start : start + together], caches)

@@ -62,7 +62,8 @@ class Basis:
         if keys.ndim != 3 or 0 in keys.shape or str(keys.dtype) not in FLOATS:
             raise wrong("keys", "be floats [M, K, D]", f"{keys.dtype}{list(keys.shape)}")
         _check_rank(rank, keys.shape[1] * keys.shape[2])
-        return _of_sums(*_sums(keys), len(keys), rank)
+        products, total = _sums(keys)
+        return _of_sums(products, total, len(keys), rank)
 
 
 def calibrate(model: Decoder, tokens: ArrayLike, rank: int, *, skip: int = 16) -> Basis:
@@ -88,8 +89,8 @@ def calibrate(model: Decoder, tokens: ArrayLike, rank: int, *, skip: int = 16) -
     tokens = model.checked(tokens)
     if not is_size(skip) or skip >= tokens.shape[1]:
         raise wrong("skip", f"be an int from 0 to {tokens.shape[1] - 1}, below T", repr(skip))
-    sums = _observed(model, tokens, int(skip))
-    return _of_sums(*sums, tokens.shape[0] * (tokens.shape[1] - int(skip)), rank)
+    products, total = _observed(model, tokens, int(skip))
+    return _of_sums(products, total, tokens.shape[0] * (tokens.shape[1] - int(skip)), rank)
 
 
 @partial(jax.jit, static_argnames="skip")

@@ -1,4 +1,4 @@
-"""`LatentCache`: keys in a joint low-rank space, values in 8 bits, and attention over a few."""
+"""`LatentCache`: keys in a joint low-rank space, values of few bits, and attention over a few."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pasa_jax.core.errors import check_choice, wrong
 from pasa_jax.core.rotary import Rotation, rotated, rotation_below
 from pasa_jax.serving.sals._basis import Basis
 from pasa_jax.serving.sals._choice import chosen, lifted
+from pasa_jax.serving.sals._values import LARGEST, packed, scales, unpacked
 
 Array = jax.Array
 _FLOATS = ("float16", "bfloat16", "float32")
@@ -36,8 +37,8 @@ class LatentCache:
     """Up to S tokens of one layer, made by `empty`, grown by `append`, read by `attend`.
 
     Of each token it stores r coordinates of the keys of all heads, before their rotary positions,
-    and the values in 8 bits. The keys of the first tokens (sinks) and of the last ones (the window)
-    it stores as they are, too: few, whatever S. `attend` scores all tokens on the leading
+    and the values in 8 or 4 bits. The keys of the first tokens (sinks) and of the last ones (the
+    window) it stores as they are, too: few, whatever S. `attend` scores all tokens on the leading
     coordinates, rebuilds and rotates the best, and attends them, the sinks and the window.
 
     It is a pytree and works with jit, scan and vmap; if it is donated, `append` writes in place.
@@ -47,8 +48,8 @@ class LatentCache:
     Arguments:
       basis: of this layer.
       latents: [B, r, S].
-      value: [B, S, K, E] int8.
-      value_scale: [B, S] float32: a value is ``value_scale`` times the integer.
+      value: [B, S, K, E] int8, or [B, S, K, E/2] uint8 of 4 bits each.
+      value_scale: [B, S, 1] or, of 4 bits, [B, S, K] uint16: bfloat16 factors of the integers.
       exact: [B, sinks + window, K, D] rotated keys; token p ≥ sinks is in slot
         sinks + (p − sinks) mod window.
       length: [B] int32, tokens appended so far; more than S if they did not fit.
@@ -56,6 +57,7 @@ class LatentCache:
       scored: r* ≤ r, the coordinates that scores are of.
       rope_base: of the rotary positions, see `pasa_jax.core.rotary`.
       dtype: float16, bfloat16 or float32, of latents and exact keys.
+      value_bits: 8 or 4.
 
     Source: SALS, arXiv 2510.24273.
     """
@@ -72,6 +74,7 @@ class LatentCache:
     scored: int = _static()
     rope_base: float = _static()
     dtype: str = _static()
+    value_bits: int = _static()
 
     @staticmethod
     def empty(
@@ -82,6 +85,7 @@ class LatentCache:
         rope_base: float,
         dtype: Any = "bfloat16",
         value_head_dim: int | None = None,
+        value_bits: int = 8,
         sinks: int = 16,
         window: int = 128,
         top: int = 512,
@@ -95,6 +99,7 @@ class LatentCache:
           rope_base: θ ≥ 1; pair (i, i + D/2) of a head turns by θ^(−2i/D) a position.
           dtype: float16, bfloat16 or float32.
           value_head_dim: E; default D.
+          value_bits: 8, or 4 for an even E.
           sinks: at least 0.
           window: at least 1, and at least as many as there are queries in a call of `attend`.
           top: at least 1.
@@ -121,6 +126,10 @@ class LatentCache:
             raise wrong("sinks", "be an int of at least 0", repr(sinks))
         if scored > rank:
             raise wrong("scored", f"be at most the basis's rank r = {rank}", scored)
+        if value_bits not in LARGEST:
+            raise wrong("value_bits", "be 8 or 4", repr(value_bits))
+        if value_size * value_bits % 8:
+            raise wrong("value_head_dim", "be even, for two values in a byte", value_size)
         if not is_real(rope_base) or not 1 <= rope_base < math.inf:
             raise wrong("rope_base", "be a finite number of at least 1", repr(rope_base))
         if size % 2:
@@ -132,8 +141,13 @@ class LatentCache:
         return LatentCache(
             basis=basis,
             latents=jnp.zeros((*layers, batch, rank, max_length), bits),
-            value=jnp.zeros((*layers, batch, max_length, heads, value_size), jnp.int8),
-            value_scale=jnp.zeros((*layers, batch, max_length), jnp.float32),
+            value=jnp.zeros(
+                (*layers, batch, max_length, heads, value_size * value_bits // 8),
+                jnp.int8 if value_bits == 8 else jnp.uint8,
+            ),
+            value_scale=jnp.zeros(
+                (*layers, batch, max_length, scales(value_bits, heads)), jnp.uint16
+            ),
             exact=jnp.zeros((*layers, batch, slots, heads, size), bits),
             length=jnp.zeros((*layers, batch), jnp.int32),
             sinks=int(sinks),
@@ -142,6 +156,7 @@ class LatentCache:
             scored=int(scored),
             rope_base=float(rope_base),
             dtype=name,
+            value_bits=int(value_bits),
         )
 
     @property
@@ -235,7 +250,7 @@ class LatentCache:
         lasting = (at < self.sinks) | (at >= length[:, None] - self.window)
         slot = jnp.where(new & lasting, self._slot(at), self.exact.shape[1])
         turned = rotated(key, self._turn(at))
-        whole, scale = _in_8_bits(value)
+        whole, scale = packed(value, self.value_bits)
         return replace(
             self,
             latents=self.latents.at[rows, :, place].set(
@@ -294,16 +309,18 @@ class LatentCache:
             key = jnp.concatenate([key, self._rebuilt(best)], axis=2)
             place = jnp.concatenate([place, best], axis=2)
             seen = jnp.concatenate([seen, weight >= 0], axis=2)
+        value = self._values(place)
         each = (batch * tokens, place.shape[2])  # every query has keys of its own
+        given: dict[str, Any] = {"shift": "none"} | dict(options)
         out = dot_product_attention(
             rotated(wide, self._turn(at)).reshape(batch * tokens, 1, heads, size),
             key.reshape(*each, *key.shape[3:]),
-            self._values(place).reshape(*each, *self.value.shape[2:]),
+            value.reshape(*each, *value.shape[3:]),
             mask=seen.reshape(each[0], 1, 1, each[1]),
             scale=scale,
             implementation="lax",
             schedule=Schedule(block_q=heads, block_kv=each[1]),
-            **({"shift": "none"} | dict(options)),
+            **given,
         )
         out = out.reshape(batch, tokens, heads, -1)
         padding = jnp.arange(tokens, dtype=jnp.int32) >= asked[:, None]
@@ -348,16 +365,17 @@ class LatentCache:
         def taken(x: Array) -> Array:
             return jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode="clip"))(x, place)
 
-        whole = taken(self.value.reshape(batch, most, heads * size)).astype(jnp.float32)
-        value = whole * taken(self.value_scale)[..., None]
-        return value.reshape(*place.shape, heads, size)
+        whole = taken(self.value.reshape(batch, most, heads * size))
+        whole = whole.reshape(*place.shape, heads, size)
+        return unpacked(whole, taken(self.value_scale), self.value_bits)
 
     # What is wrong.
 
     def _check_new(self, key: Array, value: Array) -> None:
         self._check_one_layer()
         tokens = key.shape[1] if key.ndim == 4 else 0
-        sizes = {"key": self.exact.shape[2:], "value": self.value.shape[2:]}
+        *_, heads, packed_size = self.value.shape
+        sizes = {"key": self.exact.shape[2:], "value": (heads, packed_size * 8 // self.value_bits)}
         for name, x in (("key", key), ("value", value)):
             expected = (len(self.length), tokens, *sizes[name])
             if x.shape != expected or tokens == 0:
@@ -398,16 +416,6 @@ class LatentCache:
         if self.length.ndim != 1:
             way_out = "`jax.lax.scan` or `jax.vmap` goes through the layers."
             raise wrong("cache", "be of one layer", f"{self.length.shape[:-1]} of them", way_out)
-
-
-def _in_8_bits(value: Array) -> tuple[Array, Array]:
-    """Integers [B, T, K, E] int8, their scales [B, T] float32; NaN where a value is not finite."""
-    wide = value.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=(2, 3)) / 127
-    divisor = jnp.where((scale > 0) & jnp.isfinite(scale), scale, jnp.ones_like(scale))
-    whole = jnp.clip(jnp.round(wide / divisor[..., None, None]), -127, 127)
-    whole = jnp.where(jnp.isnan(whole), jnp.ones_like(whole), whole)
-    return whole.astype(jnp.int8), jnp.where(jnp.isfinite(scale), scale, jnp.nan)
 
 
 def _is_known(x: Array) -> bool:

@@ -48,11 +48,10 @@ def _weights(query: Array, latents: Array, far: Array) -> Array:
     batch, tokens, heads, _ = query.shape
     rows = query.reshape(batch, tokens * heads, -1).astype(latents.dtype)
     scores = jnp.einsum("bnr,brs->bns", rows, latents, preferred_element_type=jnp.float32)
-    seen = far[:, None]
-    largest = jnp.max(jnp.where(seen, scores, -jnp.inf), axis=-1, keepdims=True)
+    scores = jnp.where(far[:, None], scores, -jnp.inf)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
     raised = jnp.exp(scores - jnp.maximum(largest, jnp.finfo(jnp.float32).min))
-    total = jnp.sum(jnp.where(seen, raised, jnp.zeros_like(raised)), axis=-1)
-    share = 1 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    share = 1 / jnp.maximum(jnp.sum(raised, axis=-1), jnp.finfo(jnp.float32).tiny)
     raised, share = raised.reshape(*query.shape[:3], -1), share.reshape(*query.shape[:3], 1)
     # As a sum of rows: XLA for CPUs is slow at reducing an axis before the last one.
     each = (share[:, :, h] * raised[:, :, h] for h in range(1, heads))

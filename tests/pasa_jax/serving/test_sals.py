@@ -16,6 +16,7 @@ from pasa_jax.core.rotary import rotated, rotation, rotation_below
 from pasa_jax.evidence.plain import numpy_attention
 from pasa_jax.models.decoder import Decoder, DecoderConfig
 from pasa_jax.serving import sals
+from pasa_jax.serving.sals._values import packed, unpacked
 from tests.pasa_jax.sparse.draws import arrays, relative
 from tests.weights import needs_smollm2
 
@@ -72,6 +73,31 @@ def test_integer_values_are_exact():
     assert relative(out[0], dense(q, k, v, 3)) < 1e-5
 
 
+def test_integer_values_of_4_bits_are_exact():
+    v = np.random.default_rng(1).integers(-7, 8, (1, 3, K, D))
+    v[..., 0] = [7, -7]
+    v = jnp.asarray(v * np.array([[0.5], [4]]), jnp.float32)  # a scale for each head
+    whole, scale = packed(v, 4)
+    assert whole.shape == (1, 3, K, D // 2)
+    assert np.array_equal(unpacked(whole, scale, 4), v)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_values_are_off_by_half_a_step(bits):
+    v = arrays(s=50, k=K, d=D)[2].at[0, 7].set(0)
+    found = np.asarray(unpacked(*packed(v, bits), bits))
+    step = np.abs(v).max(axis=(2, 3) if bits == 8 else 3, keepdims=True) / {8: 127, 4: 7}[bits]
+    room = {8: 1.01, 4: 0.52}[bits]  # the largest is cut where bfloat16 rounds the scale down
+    assert np.all(np.abs(found - v) <= room * step)
+
+
+@pytest.mark.full
+def test_values_of_4_bits():
+    q, k, v, basis = draws()
+    out = cache_of(basis, k, v, value_bits=4).attend(q[:, -3:])
+    assert 0.02 < relative(out[0], dense(q, k, v, 3)) < 0.2
+
+
 @pytest.mark.full
 def test_tokens_may_come_one_at_a_time():
     q, k, v, basis = draws(20)
@@ -107,6 +133,7 @@ def test_padding_behind_the_queries():
     assert not out[1, 2:].any()
 
 
+@pytest.mark.full
 def test_few_tokens_in_a_short_cache():
     """No token is beyond the sinks and the window."""
     q, k, v, basis = draws(5)
@@ -163,6 +190,7 @@ def test_the_token_that_one_head_asks_for_is_attended():
     assert relative(out[0, :, head], exact[:, head]) < 0.01
 
 
+@pytest.mark.full
 def test_scores_have_no_rotary_positions():
     """Tokens alike but for their place are chosen alike."""
     q, k, v, basis = draws(seed=4)
@@ -192,15 +220,16 @@ def test_what_stands_in_slots_that_are_not_used():
     clean = cache_of(basis, k, v, window=16)
     used = {
         "latents": np.arange(64) < 9,
-        "value_scale": np.arange(64) < 9,
         "exact": (np.arange(18) < 9)[:, None, None],
     }
     dirty = {name: jnp.where(x, getattr(clean, name), jnp.nan) for name, x in used.items()}
     assert all(bool(jnp.isnan(x).any()) for x in dirty.values())
+    unused = np.arange(64)[:, None] >= 9
+    dirty["value_scale"] = jnp.where(unused, jnp.uint16(0x7FC0), clean.value_scale)  # NaN
     assert np.array_equal(replace(clean, **dirty).attend(q[:, -2:]), clean.attend(q[:, -2:]))
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("number", [np.nan, pytest.param(np.inf, marks=pytest.mark.full)])
 def test_a_token_that_is_seen_and_not_finite_shows(number):
     q, k, v, basis = draws(b=2)
     for bad in ((k.at[0, 20].set(number), v), (k, v.at[0, 20].set(number))):
@@ -276,7 +305,9 @@ def test_the_share_kept_is_that_of_the_squares():
 def test_the_cache_is_as_small_as_it_is_said_to_be():
     basis = sals.Basis.of(jnp.ones((2, 4, 64)), 32)
     cache = sals.LatentCache.empty(basis, 1, 32768, rope_base=1e4)
-    assert cache.nbytes == 32768 * (32 * 2 + 256 + 4) + (16 + 128) * 256 * 2
+    half = sals.LatentCache.empty(basis, 1, 32768, rope_base=1e4, value_bits=4)
+    assert cache.nbytes - half.nbytes == 32768 * (128 - 3 * 2)
+    assert cache.nbytes == 32768 * (32 * 2 + 256 + 2) + (16 + 128) * 256 * 2
 
 
 def test_angles_from_tables():
@@ -356,6 +387,11 @@ def refused(message, call):
         ({"top": 1.5}, "`top` must be a positive int; got 1.5."),
         ({"sinks": -1}, "`sinks` must be an int of at least 0; got -1."),
         ({"scored": 9}, "`scored` must be at most the basis's rank r = 8; got 9."),
+        ({"value_bits": 3}, "`value_bits` must be 8 or 4; got 3."),
+        (
+            {"value_bits": 4, "value_head_dim": 5},
+            "`value_head_dim` must be even, for two values in a byte; got 5.",
+        ),
         ({"rope_base": 0}, "`rope_base` must be a finite number of at least 1; got 0."),
         (
             {"dtype": "int8"},
