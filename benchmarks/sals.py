@@ -214,8 +214,8 @@ def needle(rng: np.random.Generator, key: Any, others: Any, value: Any) -> Task:
 
 def by_place(rng: np.random.Generator, value: Any, distance: int) -> Task:
     """All keys are alike; the rotation lets a query see what is ``distance`` tokens back."""
-    key, others = (1 + 0.1 * rng.standard_normal(value.shape) for _ in range(2))
-    last = jnp.ones((1, HEADS, SIZE), jnp.float32) * 4
+    key, others = (1 + 0.05 * rng.standard_normal(value.shape) for _ in range(2))
+    last = jnp.full((1, HEADS, SIZE), 16, jnp.float32)
     limit = len(value)
     back = rotation_below(limit, jnp.asarray([distance], jnp.int32), SIZE, BASE)
     query = rotated(last, (back[0], -back[1]))[0]
