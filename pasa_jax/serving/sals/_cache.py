@@ -88,7 +88,7 @@ class LatentCache:
         value_bits: int = 8,
         sinks: int = 16,
         window: int = 128,
-        top: int = 512,
+        top: int = 368,
         scored: int | None = None,
     ) -> LatentCache:
         """A cache of no tokens; of one layer, or of all layers that ``basis`` is of, stacked.
@@ -97,12 +97,13 @@ class LatentCache:
           basis: from `calibrate` or `Basis.of`.
           batch, max_length: B and S, positive.
           rope_base: θ ≥ 1; pair (i, i + D/2) of a head turns by θ^(−2i/D) a position.
-          dtype: float16, bfloat16 or float32.
+          dtype: float16, bfloat16 or float32. Coordinates may be √(K·D) times as large as keys, and
+            float16 ends at 65504.
           value_head_dim: E; default D.
           value_bits: 8, or 4 for an even E.
           sinks: at least 0.
           window: at least 1, and at least as many as there are queries in a call of `attend`.
-          top: at least 1.
+          top: at least 1. By default 512 tokens are attended in all.
           scored: from 1 to r; default r/2.
 
         Raises:
@@ -297,36 +298,46 @@ class LatentCache:
         """
         wide = query.astype(jnp.float32)
         batch, tokens, heads, size = query.shape
-        at = (self.length - asked)[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-        place, seen = self._exact_places(at)
-        key = self._floats(self.exact).astype(jnp.float32)[:, None]
-        key = jnp.broadcast_to(key, (batch, tokens, *key.shape[2:]))
-        lost = jnp.broadcast_to(lost[:, None], (batch, tokens))
-        count = min(self.top, self.max_length - self.sinks - self.window)
-        if count > 0:
-            best, weight = self._chosen(wide, scale, count)
-            lost = lost | jnp.any(jnp.isnan(weight), axis=-1)
-            key = jnp.concatenate([key, self._rebuilt(best)], axis=2)
-            place = jnp.concatenate([place, best], axis=2)
-            seen = jnp.concatenate([seen, weight >= 0], axis=2)
-        value = self._values(place)
-        each = (batch * tokens, place.shape[2])  # every query has keys of its own
+        step = jnp.arange(tokens, dtype=jnp.int32)
+        at = (self.length - asked)[:, None] + step
+        key, value, seen, unclear = self._read(wide, at, scale)
+        rows, most = batch * tokens, key.shape[2]  # every query has keys of its own
         given: dict[str, Any] = {"shift": "none"} | dict(options)
         out = dot_product_attention(
-            rotated(wide, self._turn(at)).reshape(batch * tokens, 1, heads, size),
-            key.reshape(*each, *key.shape[3:]),
-            value.reshape(*each, *value.shape[3:]),
-            mask=seen.reshape(each[0], 1, 1, each[1]),
+            rotated(wide, self._turn(at)).reshape(rows, 1, heads, size),
+            key.reshape(rows, most, *key.shape[3:]),
+            value.reshape(rows, most, *value.shape[3:]),
+            mask=seen.reshape(rows, 1, 1, most),
             scale=scale,
             implementation="lax",
-            schedule=Schedule(block_q=heads, block_kv=each[1]),
+            schedule=Schedule(block_q=heads, block_kv=most),
             **given,
         )
         out = out.reshape(batch, tokens, heads, -1)
-        padding = jnp.arange(tokens, dtype=jnp.int32) >= asked[:, None]
-        out = jnp.where(padding[..., None, None], jnp.zeros_like(out), out)
-        out = jnp.where(lost[..., None, None], jnp.full_like(out, jnp.nan), out)
-        return out.astype(query.dtype)
+        padding = (step >= asked[:, None])[..., None, None]
+        out = jnp.where(padding, jnp.zeros_like(out), out)
+        lost = (lost[:, None] | unclear)[..., None, None]
+        return jnp.where(lost, jnp.full_like(out, jnp.nan), out).astype(query.dtype)
+
+    def _read(self, query: Array, at: Array, scale: float) -> tuple[Array, Array, Array, Array]:
+        """What the queries at positions ``at`` [B, T] attend, n tokens each.
+
+        Returns:
+          Rotated keys [B, T, n, K, D] and values [B, T, n, K, E], float32; [B, T, n] bool, whether
+          they are seen; and [B, T] bool, whether a score was NaN.
+        """
+        place, seen = self._exact_places(at)
+        key = self._floats(self.exact).astype(jnp.float32)[:, None]
+        key = jnp.broadcast_to(key, (*at.shape, *key.shape[2:]))
+        unclear = jnp.zeros(at.shape, bool)
+        count = min(self.top, self.max_length - self.sinks - self.window)
+        if count > 0:
+            best, weight = self._chosen(query, scale, count)
+            key = jnp.concatenate([key, self._rebuilt(best)], axis=2)
+            place = jnp.concatenate([place, best], axis=2)
+            seen = jnp.concatenate([seen, weight >= 0], axis=2)
+            unclear = jnp.any(jnp.isnan(weight), axis=-1)
+        return key, self._values(place), seen, unclear
 
     def _exact_places(self, at: Array) -> tuple[Array, Array]:
         """The positions of the slots, and whether the queries ``at`` [B, T] see them; [B, T, n]."""
