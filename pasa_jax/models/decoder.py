@@ -22,11 +22,13 @@ from jax.typing import ArrayLike
 import pasa_jax
 from pasa_jax.core import bits
 from pasa_jax.core.errors import wrong
+from pasa_jax.core.rotary import Rotation, rotated, rotation
 from pasa_jax.models import _files, _generate, _gguf
 from pasa_jax.models._checks import inside
 from pasa_jax.models._config import DecoderConfig
 from pasa_jax.models._weights import Tensors, checked_dtype, fill
-from pasa_jax.plugins.cache import KVCache, KVCaches
+from pasa_jax.plugins.cache import KVCaches
+from pasa_jax.serving import Batch, PagedCache
 
 __all__ = ["Decoder", "DecoderConfig", "load", "load_gguf"]
 
@@ -35,9 +37,10 @@ Array = jax.Array
 AttentionFn = Callable[[Array, Array, Array, Array], Array]
 # The same arguments -> any pytree of arrays.
 Look = Callable[[Array, Array, Array, Array], Any]
-Rotation = tuple[Array, Array]  # cosine and sine, [B or 1, T, 1, D/2] float32
 # The attention of a block: (its module, q, k, v) -> (output [B, T, N, D], a pytree to stack)
 Mix = Callable[["Attention", Array, Array, Array], tuple[Array, Any]]
+# (memory, layer, q, k, v) -> (output [B, T, N, D], the memory with k and v)
+Remember = Callable[[Any, Array, Array, Array, Array], tuple[Array, Any]]
 
 
 class Linear(nnx.Module):
@@ -83,12 +86,14 @@ class Attention(nnx.Module):
         self.out = Linear(query, config.width, **options)
         self.head_dim = config.head_dim
 
-    def __call__(self, x: Array, rotation: Rotation, mix: Mix) -> tuple[Array, Any]:
+    def __call__(self, x: Array, turn: Rotation | None, mix: Mix) -> tuple[Array, Any]:
         q, k, v = (
             project(x).reshape(*x.shape[:2], -1, self.head_dim)
             for project in (self.query, self.key, self.value)
         )
-        mixed, extra = mix(self, _rotated(q, rotation), _rotated(k, rotation), v)
+        if turn is not None:
+            q, k = rotated(q, turn), rotated(k, turn)
+        mixed, extra = mix(self, q, k, v)
         return self.out(mixed.reshape(*x.shape[:2], -1)), extra
 
     def causal(self, q: Array, k: Array, v: Array) -> Array:
@@ -117,8 +122,8 @@ class Block(nnx.Module):
         self.feed_forward_norm = RMSNorm(config.width, config.epsilon, dtype=dtype)
         self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, rotation: Rotation, mix: Mix) -> tuple[Array, Any]:
-        mixed, extra = self.attention(self.attention_norm(x), rotation, mix)
+    def __call__(self, x: Array, turn: Rotation | None, mix: Mix) -> tuple[Array, Any]:
+        mixed, extra = self.attention(self.attention_norm(x), turn, mix)
         x = x + mixed
         return x + self.feed_forward(self.feed_forward_norm(x)), extra
 
@@ -252,9 +257,19 @@ class Decoder(nnx.Module):
         return array.astype(jnp.int32)
 
     def walk(
-        self, tokens: Array, attention: AttentionFn | None = None, look: Look | None = None
+        self,
+        tokens: Array,
+        attention: AttentionFn | None = None,
+        look: Look | None = None,
+        *,
+        rotate: bool = True,
     ) -> tuple[Array, Any]:
-        """Final states [B, T, W], normalised, and what ``look`` saw in each layer."""
+        """Final states [B, T, W], normalised, and what ``look`` saw in each layer.
+
+        Arguments:
+          rotate: False gives ``attention`` and ``look`` queries and keys without their rotary
+            positions, which ``attention`` has to add.
+        """
 
         def step(x: Array, inputs: tuple[Block, Array]) -> tuple[Array, Any]:
             block, layer = inputs
@@ -265,9 +280,9 @@ class Decoder(nnx.Module):
                     return module.causal(q, k, v), seen
                 return attention(q, k, v, layer), seen
 
-            return block(x, rotation, mix)
+            return block(x, turn, mix)
 
-        rotation = self._rotation(jnp.arange(tokens.shape[1])[None])
+        turn = self._turn(jnp.arange(tokens.shape[1])[None]) if rotate else None
         layers = jnp.arange(self.config.layers, dtype=jnp.int32)
         x, seen = lax.scan(step, self.embedding[...][tokens], (self.blocks, layers))
         return self.norm(x), seen
@@ -279,22 +294,58 @@ class Decoder(nnx.Module):
           blocks: `bits.stored_tree` of this model's, of which the loop takes a layer in place.
         """
 
-        def step(carry: tuple[Array, KVCaches], inputs: tuple[Block, Array]) -> tuple[Any, None]:
-            (x, caches), (block, layer) = carry, inputs
+        def attend(caches: KVCaches, layer: Array, q: Array, k: Array, v: Array) -> Any:
+            grown = caches[layer].append(k, v)
+            return grown.attend(q), caches.beside(layer, grown)
+
+        turn = self._turn(caches.length[0][:, None])
+        return self.remember(tokens, turn, caches, blocks, attend)
+
+    def paged_step(
+        self, tokens: Array, cache: PagedCache, batch: Batch, blocks: Block
+    ) -> tuple[Array, PagedCache]:
+        """Final states [T, W] of the new tokens [T] of many sequences, and the cache with them.
+
+        Inside `jax.jit`, the cache donated, its pages are written in place.
+
+        Arguments:
+          tokens: one sequence after another, as the batch has them.
+          cache, batch: as `PagedCache.grown` returns them; the cache has L layers.
+          blocks: as in `step`.
+        """
+
+        def attend(cache: PagedCache, layer: Array, q: Array, k: Array, v: Array) -> Any:
+            cache = cache.write(batch, k[0], v[0], layer=layer)
+            return cache.attend(q[0], batch, layer=layer)[None], cache
+
+        turn = self._turn(batch.position[None])
+        states, cache = self.remember(tokens[None], turn, cache, blocks, attend)
+        return states[0], cache
+
+    def remember(
+        self, tokens: Array, turn: Rotation | None, memory: Any, blocks: Block, attend: Remember
+    ) -> tuple[Array, Any]:
+        """Final states [B, T, W], and the memory that each layer leaves to the next.
+
+        Arguments:
+          turn: of the tokens' positions; None: ``attend`` is given queries and keys without.
+          memory: what ``attend`` stores keys and values in.
+          blocks: as in `step`.
+        """
+
+        def step(carry: tuple[Array, Any], inputs: tuple[Block, Array]) -> tuple[Any, None]:
+            (x, memory), (block, layer) = carry, inputs
             block = bits.read_tree(block, self.dtype)
 
-            def mix(_: Attention, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
-                grown = caches[layer].append(k, v)
-                return grown.attend(q), grown
+            def mix(_: Attention, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                return attend(memory, layer, q, k, v)
 
-            x, grown = block(x, rotation, mix)
-            return (x, caches.beside(layer, grown)), None
+            return block(x, turn, mix), None
 
-        rotation = self._rotation(caches.length[0][:, None])
         layers = jnp.arange(self.config.layers, dtype=jnp.int32)
         x = self.embedding[...][tokens]
-        (x, caches), _ = lax.scan(step, (x, caches), (blocks, layers))
-        return self.norm(x), caches
+        (x, memory), _ = lax.scan(step, (x, memory), (blocks, layers))
+        return self.norm(x), memory
 
     def logits(self, states: Array) -> Array:
         """Logits [..., V] float32 of final states [..., W]."""
@@ -302,12 +353,9 @@ class Decoder(nnx.Module):
             return _product(states, self.embedding[...].T)
         return _product(states, self.head.kernel[...])
 
-    def _rotation(self, positions: Array) -> Rotation:
+    def _turn(self, positions: Array) -> Rotation:
         """Of positions [B or 1, T]."""
-        size = self.config.head_dim
-        speed = self.config.rope_base ** (-np.arange(0, size, 2) / size)
-        angle = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(speed, jnp.float32)
-        return jnp.cos(angle), jnp.sin(angle)
+        return rotation(positions, self.config.head_dim, self.config.rope_base)
 
 
 def load(directory: str | Path, dtype: Any = "float32") -> Decoder:
@@ -394,11 +442,3 @@ def _hf_name(path: str, names: dict[str, str]) -> str:
 def _product(x: Array, w: Array) -> Array:
     """x·W in float32, not in the TF32 or bfloat16 that accelerators would take float32 for."""
     return jnp.matmul(x, w, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
-
-
-def _rotated(x: Array, rotation: Rotation) -> Array:
-    """x [B, T, heads, D] with the pairs (i, i + D/2) turned; in float32, rounded once."""
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

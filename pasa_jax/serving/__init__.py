@@ -3,6 +3,7 @@
 `PagedCache`     pages, a table and attention of a step's new tokens, under one `jax.jit`
 `Table`          which page holds which tokens: append, fork, free, trim
 `format_errors`  what 8-bit keys and values would cost a call, head by head
+`sals`           keys in few coordinates, and attention over the tokens that matter
 `layouts`        pages and tables as other libraries lay them out, and back
 
 docs/serving.md shows each at work.
