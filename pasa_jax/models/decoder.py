@@ -26,7 +26,8 @@ from pasa_jax.models import _files, _generate, _gguf
 from pasa_jax.models._checks import inside
 from pasa_jax.models._config import DecoderConfig
 from pasa_jax.models._weights import Tensors, checked_dtype, fill
-from pasa_jax.plugins.cache import KVCache, KVCaches
+from pasa_jax.plugins.cache import KVCaches
+from pasa_jax.serving import Batch, PagedCache
 
 __all__ = ["Decoder", "DecoderConfig", "load", "load_gguf"]
 
@@ -38,6 +39,8 @@ Look = Callable[[Array, Array, Array, Array], Any]
 Rotation = tuple[Array, Array]  # cosine and sine, [B or 1, T, 1, D/2] float32
 # The attention of a block: (its module, q, k, v) -> (output [B, T, N, D], a pytree to stack)
 Mix = Callable[["Attention", Array, Array, Array], tuple[Array, Any]]
+# (memory, layer, q, k, v) -> (output [B, T, N, D], the memory with k and v)
+Remember = Callable[[Any, Array, Array, Array, Array], tuple[Array, Any]]
 
 
 class Linear(nnx.Module):
@@ -279,22 +282,52 @@ class Decoder(nnx.Module):
           blocks: `bits.stored_tree` of this model's, of which the loop takes a layer in place.
         """
 
-        def step(carry: tuple[Array, KVCaches], inputs: tuple[Block, Array]) -> tuple[Any, None]:
-            (x, caches), (block, layer) = carry, inputs
+        def attend(caches: KVCaches, layer: Array, q: Array, k: Array, v: Array) -> Any:
+            grown = caches[layer].append(k, v)
+            return grown.attend(q), caches.beside(layer, grown)
+
+        return self._remembering(tokens, caches.length[0][:, None], caches, blocks, attend)
+
+    def paged_step(
+        self, tokens: Array, cache: PagedCache, batch: Batch, blocks: Block
+    ) -> tuple[Array, PagedCache]:
+        """Final states [T, W] of the new tokens [T] of many sequences, and the cache with them.
+
+        Inside `jax.jit`, the cache donated, its pages are written in place.
+
+        Arguments:
+          tokens: one sequence after another, as the batch has them.
+          cache, batch: as `PagedCache.grown` returns them; the cache has L layers.
+          blocks: as in `step`.
+        """
+
+        def attend(cache: PagedCache, layer: Array, q: Array, k: Array, v: Array) -> Any:
+            cache = cache.write(batch, k[0], v[0], layer=layer)
+            return cache.attend(q[0], batch, layer=layer)[None], cache
+
+        positions = batch.position[None]
+        states, cache = self._remembering(tokens[None], positions, cache, blocks, attend)
+        return states[0], cache
+
+    def _remembering(
+        self, tokens: Array, positions: Array, memory: Any, blocks: Block, attend: Remember
+    ) -> tuple[Array, Any]:
+        """Final states [B, T, W], and the memory that each layer leaves to the next."""
+
+        def step(carry: tuple[Array, Any], inputs: tuple[Block, Array]) -> tuple[Any, None]:
+            (x, memory), (block, layer) = carry, inputs
             block = bits.read_tree(block, self.dtype)
 
-            def mix(_: Attention, q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
-                grown = caches[layer].append(k, v)
-                return grown.attend(q), grown
+            def mix(_: Attention, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                return attend(memory, layer, q, k, v)
 
-            x, grown = block(x, rotation, mix)
-            return (x, caches.beside(layer, grown)), None
+            return block(x, rotation, mix), None
 
-        rotation = self._rotation(caches.length[0][:, None])
+        rotation = self._rotation(positions)
         layers = jnp.arange(self.config.layers, dtype=jnp.int32)
         x = self.embedding[...][tokens]
-        (x, caches), _ = lax.scan(step, (x, caches), (blocks, layers))
-        return self.norm(x), caches
+        (x, memory), _ = lax.scan(step, (x, memory), (blocks, layers))
+        return self.norm(x), memory
 
     def logits(self, states: Array) -> Array:
         """Logits [..., V] float32 of final states [..., W]."""
