@@ -58,7 +58,7 @@ class Batching:
     ) -> None:
         self.max_length = max_length
         self.pool = Pool(model, Sizes(sequences, pages, page_size, max_length, tuple(rows), kept))
-        self._ends, self._most_waiting = frozenset(ends), waiting
+        self.ends, self._most_waiting = frozenset(ends), waiting
         self._since, self._made = time.monotonic(), 0  # of the log
         # Of all threads, under the lock.
         self._changed = threading.Condition()
@@ -169,11 +169,11 @@ class Batching:
                 self._end(text.request, RuntimeError(f"The sequence is lost: {reason}."))
                 self.pool.drop([text])
                 continue
-            if token is not None and token not in self._ends:
+            if token is not None and token not in self.ends:
                 text.tokens.append(token)
                 text.request.tokens.put(token)
                 self._made += 1
-            if token in self._ends or text.made == text.request.limit:
+            if token in self.ends or text.made == text.request.limit:
                 self.pool.keep(text)
                 self._end(text.request)
 

@@ -20,8 +20,10 @@ from examples.serving.row import Ask, Row, chosen
 from examples.serving.sequences import alike, shares
 from pasa_jax.models import Decoder, DecoderConfig
 from pasa_jax.models._generate import choose
+from tests.examples import load
 from tests.examples.test_serving import asking, events, found_error, served, wait_for
 from tests.thin import only
+from tests.weights import needs_smollm2
 
 CONFIG = DecoderConfig(
     vocabulary=258,
@@ -288,3 +290,38 @@ def test_wrong_sizes(model, name):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         Batching(model, **SIZES | options)
     assert str(error.value) == message
+
+
+@pytest.mark.full
+@needs_smollm2
+@pytest.mark.usefixtures("optimized")
+def test_32_requests_of_smollm2(capsys):
+    engine, chat = load("serve").loaded("float32", 16, 256, 16, 256)
+    system = "Answer in one sentence, and say so if you are not sure of what you say. " * 3
+    asked = [f"What is the {i + 1}th letter, and a word with it?" for i in range(32)]
+    prompts = [chat.tokens([Message("system", system), Message("user", x)]) for x in asked]
+    model = engine.pool._model
+    with engine, served(engine, chat.tokenizer) as client, ThreadPoolExecutor(32) as threads:
+        client.timeout = httpx.Timeout(600)
+
+        def ask(i):
+            body = asking(asked[i], max_tokens=16, stream=i % 2 > 0, temperature=0)
+            body["messages"].insert(0, {"role": "system", "content": system})
+            return said(client.post("/chat/completions", json=body), body["stream"])
+
+        found = list(threads.map(ask, range(32)))
+        wait_for(lambda: engine.is_idle)
+    padded = np.zeros((1, 128), np.int32)
+    for (text, _), prompt in zip(found, prompts, strict=True):
+        padded[0, : len(prompt)] = prompt
+        alone = model.generate(padded, 16, lengths=[len(prompt)], eos=sorted(engine.ends))
+        tokens = [x for x in alone[0].tolist() if x not in engine.ends]
+        assert text == chat.tokenizer.decode(tokens)
+
+
+@pytest.mark.full
+@needs_smollm2
+@pytest.mark.usefixtures("optimized")
+def test_the_speed_of_smollm2(capsys):
+    load("serve").bench([1, 2], ["bfloat16"], 3)
+    assert capsys.readouterr().out.count("tokens per second") == 2
