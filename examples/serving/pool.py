@@ -127,6 +127,7 @@ class Pool:
 
     def keep(self, text: Text) -> None:
         """The text has ended; its pages may be shared until others need them."""
+        del text.tokens[text.written :]  # the last one, which is not in the cache
         self.running.remove(text)
         self.kept.append(text)
         if len(self.kept) > self.sizes.kept:

@@ -17,7 +17,7 @@ from examples.serving import pool
 from examples.serving.batching import Batching
 from examples.serving.chat import END, START, Chat, Message
 from examples.serving.row import Ask, Row, chosen
-from examples.serving.sequences import alike, shares
+from examples.serving.sequences import Request, alike, shares
 from pasa_jax.models import Decoder, DecoderConfig
 from pasa_jax.models._generate import choose
 from tests.examples import load
@@ -246,6 +246,29 @@ def test_a_step_that_fails(model, monkeypatch, caplog):
         found = client.post("/chat/completions", json=asking(max_tokens=NEW))
         assert len(said(found, False)[0]) == NEW
         check_pages(engine, kept=1)
+
+
+def test_a_prompt_that_goes_on_where_an_answer_ended(model):
+    found = pool.Pool(model, pool.Sizes(**SIZES, kept=4))
+
+    def answer(prompt):
+        """The prompt and its answer, and how many tokens were shared."""
+        assert found.admit(Request(prompt, NEW, 0.0, 0, tokens=None)) is True
+        (text,) = found.running
+        shared = text.written
+        while text.made < NEW:
+            tokens, lost = found.read()
+            assert not lost
+            text.tokens += tokens.values()
+        said = list(text.tokens)
+        found.keep(text)
+        return said, shared
+
+    first, shared = answer([*range(2 * PAGE + PAGE - NEW % PAGE)])  # ends where a page ends
+    assert (len(first) % PAGE, shared) == (0, 0)
+    second, shared = answer([*first, 1, 2, 3])
+    assert shared == len(first) - PAGE  # its last token was never read
+    assert second[-NEW:] == alone(model, [*first, 1, 2, 3])
 
 
 def test_samples_are_those_of_a_text_alone():
