@@ -73,10 +73,12 @@ def run(
     max_length: Longest = 2048,
 ) -> None:
     """Serves until it is interrupted. The first answer comes when the steps are compiled."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log = logging.getLogger("examples")
+    log.setLevel(logging.INFO)
     engine, chat = loaded(dtype, sequences, pages, page_size, max_length)
     with engine:
-        logging.info("%s in %s: http://%s:%d/v1", NAME, dtype, host, port)
+        log.info("%s in %s: http://%s:%d/v1", NAME, dtype, host, port)
         uvicorn.run(routes(engine, chat, NAME), host=host, port=port, log_level="warning")
 
 

@@ -24,6 +24,7 @@ from .engine import Overloaded, Tokens
 from .pool import Pool, Sizes
 from .sequences import Request, Text
 
+_log = logging.getLogger(__name__)
 _SECONDS = 5.0  # between two lines of the log
 
 
@@ -59,7 +60,7 @@ class Batching:
         self.max_length = max_length
         self.pool = Pool(model, Sizes(sequences, pages, page_size, max_length, tuple(rows), kept))
         self.ends, self._most_waiting = frozenset(ends), waiting
-        self._since, self._made = time.monotonic(), 0  # of the log
+        self._begin_line()
         # Of all threads, under the lock.
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
@@ -117,12 +118,13 @@ class Batching:
 
     def _work(self) -> None:
         try:
-            seconds = self.pool.compile()
-            logging.info("compiled for rows of %s tokens in %.0f s", self.pool.rows, seconds)
+            _log.info("compiling steps of %s tokens", self.pool.rows)
+            _log.info("compiled in %.0f s", self.pool.compile())
+            self._begin_line()
             while self._has_work():
                 self._try_step()
         except Exception as error:
-            logging.exception("The engine ends.")
+            _log.exception("The engine ends.")
             return self._stop(error)
         return self._stop(RuntimeError("The engine is closed."))
 
@@ -130,9 +132,9 @@ class Batching:
         """Waits until there is something to do; False when the engine is closed."""
         with self._changed:
             if not self.pool.running and not self._waiting:
-                self._log(at_once=True)
+                self._write_line(at_once=True)
                 self._changed.wait_for(lambda: self._waiting or self._closed)
-                self._since, self._made = time.monotonic(), 0
+                self._begin_line()
             return not self._closed
 
     def _try_step(self) -> None:
@@ -143,9 +145,9 @@ class Batching:
             if self.pool.running:
                 self._answer(*self.pool.read())
         except Exception as error:
-            logging.exception("A step failed.")
+            _log.exception("A step failed.")
             self._fail(error)
-        self._log()
+        self._write_line()
 
     def _admit(self) -> None:
         """Takes requests in, in their order; one may overtake others that wait for a beginning
@@ -196,17 +198,20 @@ class Batching:
             self._end(request, error)
         self._fail(error)
 
-    def _log(self, at_once: bool = False) -> None:
-        """One line every few seconds, and one at the end of work."""
+    def _begin_line(self) -> None:
+        self._since, self._made = time.monotonic(), 0
+
+    def _write_line(self, at_once: bool = False) -> None:
+        """One line of the log every few seconds, and one at the end of work."""
         seconds = time.monotonic() - self._since
         if not self._made or (seconds < _SECONDS and not at_once):
             return
-        logging.info(
-            "%d requests are answered, %d wait; %.0f tokens per second; %d of %d pages in use",
+        _log.info(
+            "requests: %d running, %d waiting; %.0f tokens per second; %d of %d pages in use",
             len(self.pool.running),
             self.waiting,
             self._made / seconds,
             self.pool.sizes.pages - self.pool.free,
             self.pool.sizes.pages,
         )
-        self._since, self._made = time.monotonic(), 0
+        self._begin_line()

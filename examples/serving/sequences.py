@@ -93,15 +93,16 @@ def shares(pending: Sequence[int], room: int) -> list[int]:
     """How many tokens of each text the next row of ``room`` tokens has.
 
     One of each, so that no answer waits for a prompt. Prompts share the rest: the oldest gets half
-    of it, the next one half of what is left, and so on, so that no short prompt waits for a long
-    one; then the oldest gets what nobody needed.
+    of it, the next one half of what is left, and so on; then the youngest gets what is left, so
+    that no short prompt waits for a long one.
 
     >>> shares([1, 500, 1, 20], 100)
     [1, 78, 1, 20]
     """
     counts = [1] * len(pending)
-    for part in (2, 1):
-        for i, wanted in enumerate(pending):
+    oldest_first = range(len(pending))
+    for part, order in ((2, oldest_first), (1, reversed(oldest_first))):
+        for i in order:
             left = room - sum(counts)
-            counts[i] += min(wanted - counts[i], -(-left // part))
+            counts[i] += min(pending[i] - counts[i], -(-left // part))
     return counts
