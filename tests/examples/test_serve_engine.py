@@ -372,3 +372,30 @@ def test_32_requests_of_smollm2(capsys):
 def test_the_speed_of_smollm2(capsys):
     load("serve").bench([1, 2], ["bfloat16"], 3)
     assert capsys.readouterr().out.count("tokens per second") == 2
+
+
+@pytest.mark.full
+def test_clients_that_come_and_go(model, monkeypatch):
+    """Of 150 requests every third one is given up, somewhere; no page is lost."""
+    Watched(monkeypatch, pause=0.005)
+    rng = np.random.default_rng(0)
+    texts = [BEGINNINGS[i % 3 % 2] + str(i) * rng.integers(1, 9) for i in range(150)]
+    new, given_up = rng.integers(1, NEW + 1, 150), rng.integers(0, 8, 150)
+    with answering(model, waiting=150) as (engine, client), ThreadPoolExecutor(24) as threads:
+
+        def ask(i):
+            body = asking(texts[i], max_tokens=int(new[i]), stream=True, temperature=0)
+            if i % 3:
+                return said(client.post("/chat/completions", json=body), True)[0]
+            with client.stream("POST", "/chat/completions", json=body) as response:
+                for _, _ in zip(range(given_up[i]), response.iter_lines(), strict=False):
+                    pass
+            return None
+
+        found = list(threads.map(ask, range(150)))
+        check_pages(engine)
+        assert client.get("/models").status_code == 200
+    for i, text in enumerate(found):
+        if text is not None:
+            prompt = Chat(Letters()).tokens([Message("user", texts[i])])
+            assert text == Letters().decode(alone(model, prompt)[: new[i]])
