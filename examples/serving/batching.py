@@ -138,7 +138,7 @@ class Batching:
             return not self._closed
 
     def _try_step(self) -> None:
-        """A step; if it fails, all that run fail, and the next one begins with no texts."""
+        """A step; if it fails, so do requests, and the next one begins with no texts."""
         try:
             self.pool.drop([x for x in self.pool.running if x.request.cancelled])
             self._admit()
@@ -185,16 +185,22 @@ class Batching:
         request.tokens.end(error)
 
     def _fail(self, error: Exception) -> None:
-        for text in self.pool.running:
-            self._end(text.request, error)
+        """All that run end with the error; where none does, those that wait."""
+        for request in [x.request for x in self.pool.running] or self._turned_away():
+            self._end(request, error)
         self.pool.reset()
+
+    def _turned_away(self) -> list[Request]:
+        """Those that waited."""
+        with self._changed:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        return waiting
 
     def _stop(self, error: Exception) -> None:
         with self._changed:
             self._closed = True
-            waiting = list(self._waiting)
-            self._waiting.clear()
-        for request in waiting:
+        for request in self._turned_away():
             self._end(request, error)
         self._fail(error)
 

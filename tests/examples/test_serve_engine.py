@@ -252,6 +252,9 @@ def test_a_step_that_fails(model, monkeypatch, caplog):
         failed = client.post("/chat/completions", json=asking(stream=True))
         assert events(failed.text.splitlines())[-1] == found_error(caplog)
         watched.fails = False
+        with monkeypatch.context() as broken:
+            broken.setattr(pool.Pool, "admit", None)
+            assert client.post("/chat/completions", json=asking()).status_code == 500
         found = client.post("/chat/completions", json=asking(max_tokens=NEW))
         assert len(said(found, False)[0]) == NEW
         check_pages(engine, kept=1)
