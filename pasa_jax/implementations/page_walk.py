@@ -27,7 +27,7 @@ from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Index, Mask, div
 from pasa_jax.core.operands import Operands
 from pasa_jax.core.packed import Store
-from pasa_jax.core.pages import PageFacts
+from pasa_jax.core.pages import PageFacts, for_each
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.prepare import HeadFacts
 from pasa_jax.core.tile import Storage, lowest, mean_key, wide_type
@@ -361,7 +361,7 @@ def attend(
         lse=jnp.full(rows, lowest(wide), wide),
     )
     outputs = varying(outputs, (pages, queries, sequences))
-    outputs = lax.fori_loop(0, len(sequences.first), of_sequence, outputs)
+    outputs = for_each(sequences.count > 0, lambda outputs, b: of_sequence(b, outputs), outputs)
     return jax.tree.map(lambda x: x[:tokens].reshape(tokens, heads, *x.shape[3:]), outputs)
 
 

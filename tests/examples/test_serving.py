@@ -74,9 +74,9 @@ class Repeater:
 
 
 @contextmanager
-def served(engine):
+def served(engine, tokenizer=None):
     """A client of a server with this engine, on a port of its own."""
-    chat = Chat(Bytes())
+    chat = Chat(tokenizer or Bytes())
     config = uvicorn.Config(app(engine, chat, MODEL), port=0, log_level="critical", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

@@ -1,5 +1,7 @@
 """Texts against Hugging Face's `generate`, and one text against a batch."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from flax import nnx
 
 import pasa_jax
+from pasa_jax.core import bits
 from pasa_jax.models import Decoder, _generate, decoder
+from pasa_jax.serving import PagedCache
 from tests.pasa_jax.models.answers import LENGTHS, PROMPTS, recorded, write_decoder
 from tests.pasa_jax.models.test_decoder import SMALL
 
@@ -47,6 +51,35 @@ def test_the_cache_gives_what_reading_again_gives(model, free):
 
     found = model.generate(PROMPTS, 8, lengths=LENGTHS, attention=attention)
     assert found.tolist() == free.tolist()
+
+
+def test_many_sequences_in_one_row_of_a_paged_cache():
+    model = Decoder(SMALL, dtype="bfloat16", rngs=nnx.Rngs(0))
+    heads = (SMALL.kv_heads, SMALL.head_dim, "bfloat16")
+    cache = PagedCache.empty(3, 4096, 4, 16, *heads, layers=SMALL.layers)
+    stored = cache.pages.key.nbytes + cache.pages.value.nbytes
+
+    @partial(jax.jit, donate_argnames="cache")
+    def step(model, blocks, cache, tokens, counts):
+        cache, batch = cache.grown(counts, total=len(tokens))
+        states, cache = model.paged_step(tokens, cache, batch, blocks)
+        return model.logits(states[batch.last]), cache
+
+    blocks, row = bits.stored_tree(model.blocks), np.zeros(12, np.int32)
+    step = step.lower(model, blocks, cache, row, np.zeros(3, np.int32)).compile()
+    memory = step.memory_analysis()
+    assert memory.alias_size_in_bytes > stored  # written in place,
+    assert memory.temp_size_in_bytes < stored // 4  # and never copied
+    read, expected = np.zeros(3, int), np.asarray(model(PROMPTS))
+    for counts in [(4, 0, 5), (1, 6, 1), (1, 1, 1)]:
+        parts = [p[r : r + c] for p, r, c in zip(PROMPTS, read, counts, strict=True)]
+        row[: sum(counts)] = np.concatenate(parts)
+        logits, cache = step(model, blocks, cache, row, np.asarray(counts, np.int32))
+        read += counts
+        for b in np.flatnonzero(counts):
+            error = np.abs(logits[b] - expected[b, read[b] - 1]).max()
+            assert error < 0.05 * np.abs(expected[b]).max()
+    assert cache.length.tolist() == read.tolist()
 
 
 @pytest.mark.full
