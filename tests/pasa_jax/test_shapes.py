@@ -45,7 +45,9 @@ def functions(module):
     owners = [x for x in vars(module).values() if inspect.isclass(x)]
     for owner in [module, *owners]:
         for name, x in list(vars(owner).items()):
-            if inspect.isfunction(x) and x.__module__ == module.__name__ and has_shape(x):
+            made = name == "__init__"  # by `dataclass`, with the names of other modules
+            own = inspect.isfunction(x) and x.__module__ == module.__name__ and not made
+            if own and has_shape(x):
                 yield owner, name, x
 
 
@@ -76,7 +78,8 @@ def checked():
 
 
 def test_the_central_functions_have_shapes(checked):
-    for module, least in {"tile": 20, "walk": 6, "prepare": 2, "guard": 4, "lax": 2}.items():
+    expected = {"tile": 20, "walk": 6, "prepare": 1, "guard": 4, "lax": 2, "pages": 4, "packed": 3}
+    for module, least in expected.items():
         assert sum(f".{module}." in name for name in checked) >= least, module
 
 
