@@ -166,6 +166,21 @@ def test_pages_in_any_order_give_the_same_bits(dtype):
     assert np.any(np.asarray(caches[0].table.pages) != np.asarray(caches[1].table.pages))
 
 
+def test_a_page_that_begins_again_forgets_what_it_held():
+    cache, plain = empty(), Plain()
+    q, k, v = plain.tokens()
+    cache, *_ = step(cache, jnp.asarray((9, 0, 0, 0)), q, 1e6 * k, 1e6 * v)
+    cache = cache.freed(jnp.asarray([True, False, False, False]))
+    cache, *_ = step(cache, jnp.asarray((0, 9, 0, 0)), q, k, v)
+    pages = cache.table.pages[1, :3]
+    assert set(pages.tolist()) == {0, 1, 2}  # the same
+    facts = jax.tree.map(lambda x: x[pages], cache.pages.facts)
+    np.testing.assert_array_equal(facts.count.sum(0), [9, 9])
+    np.testing.assert_allclose(facts.total.sum(0), k[:9].sum(0), rtol=1e-5, atol=1e-5)
+    assert float(facts.key_top.max()) == float(jnp.abs(k[:9]).max())
+    assert float(facts.value_top.max()) == float(jnp.abs(v[:9]).max())
+
+
 def test_a_missing_page_spoils_its_own_sequence():
     plain, cache = Plain(), empty()
     first, then = (9, 6, 7, 5), (1, 1, 2, 1)
