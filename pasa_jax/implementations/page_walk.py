@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pasa_jax.core.shapes import Bool, Float
 
 Array = jax.Array
+_FEW_QUERIES = 32  # of a sequence
 
 
 class Sequences(NamedTuple):
@@ -292,7 +293,10 @@ def attend(
     """
     n, (tokens, heads, size) = pages.page_size, queries.query.shape
     kv_heads, groups = pages.key.shape[1], heads // pages.key.shape[1]
-    block_q, blocks = max(1, min(plan.schedule.block_q // groups, most)), sequences.table.shape[1]
+    # Sequences of a few queries each do not pay for the tile of a long one.
+    usual_rows = max(_FEW_QUERIES, 4 * -(-tokens // len(sequences.first)))
+    block_q = max(1, min(plan.schedule.block_q // groups, most, usual_rows))
+    blocks = sequences.table.shape[1]
     usual, long = (_with_tiles(plan, x, n, blocks) for x in (block_q * groups, groups))
     long_tile = long.schedule.block_kv
     table = jnp.pad(sequences.table, ((0, 0), (0, -blocks % max(1, long_tile // n))))
