@@ -31,6 +31,16 @@ COUNTS, LENGTHS = (1, 0, 11, 5), (70, 0, 41, 5)
 BOUND = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 2e-2}
 
 
+@partial(jax.jit, static_argnums=4)
+def filled(page, slot, k, v, sizes):
+    """Pages with NaN in every slot but these."""
+    (count, n, dtype), nan = sizes, jnp.full((), jnp.nan, sizes[2])
+    pages = Pages.empty(count, k.shape[1], n, k.shape[2], v.shape[2], dtype)
+    nan = nan.view(pages.key.dtype)
+    pages = replace(pages, key=jnp.full_like(pages.key, nan), value=jnp.full_like(pages.value, nan))
+    return pages.written(page, slot, k.astype(dtype), v.astype(dtype))
+
+
 def call_of(
     dtype="float32",
     *,
@@ -54,23 +64,18 @@ def call_of(
       huge: what queries and keys are multiplied by.
     """
     rng, blocks = np.random.default_rng(1), -(-max(lengths) // n) + 1
-    pages = Pages.empty(len(counts) * blocks + 3, kv_heads, n, size, value_size, dtype)
-    nan = jnp.full((), jnp.nan, dtype).view(pages.key.dtype)
-    pages = replace(
-        pages, key=jnp.full_like(pages.key, nan), value=jnp.full_like(pages.value, nan)
-    )
-    shuffled = np.random.default_rng(order).permutation(pages.count).astype(np.int32)
+    count = len(counts) * blocks + 3
+    shuffled = np.random.default_rng(order).permutation(count).astype(np.int32)
     table = np.full((len(counts), blocks), -1, np.int32)
     for b, length in enumerate(lengths):
-        k, v = (
-            jnp.asarray(rng.standard_normal((length, kv_heads, x)) * size_of, dtype)
-            for x, size_of in ((size, huge), (value_size, 1.0))
-        )
         used = -(-length // n)
         table[b, :used] = shuffled[b * blocks : b * blocks + used]
-        at = np.arange(length)
-        if length:
-            pages = pages.written(jnp.asarray(table[b][at // n]), jnp.asarray(at % n), k, v)
+    at = np.concatenate([np.arange(x) for x in lengths])
+    page = table[np.repeat(np.arange(len(counts)), lengths), at // n]
+    k, v = (
+        rng.standard_normal((len(at), kv_heads, x)) * y for x, y in ((size, huge), (value_size, 1))
+    )
+    pages = filled(page, at % n, k.astype(np.float32), v.astype(np.float32), (count, n, dtype))
     tokens, heads = sum(counts) + 2, kv_heads * groups
     q = np.full((tokens, heads, size), np.nan)
     q[:-2] = rng.standard_normal((tokens - 2, heads, size)) * huge
@@ -159,26 +164,25 @@ class TestTpu:
 
 def test_a_page_that_is_not_seen_is_not_fetched():
     """Every block stays where it is until a page that is seen comes."""
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        tiles, steps, pages = rng.integers(1, 6), int(rng.integers(1, 5)), 2 ** rng.integers(0, 4)
+    rng, (tiles, steps, pages) = np.random.default_rng(0), (5, 3, 4)
+    specs = tpu_pages.Specs(1, 1, 1, pages, 1, steps, 1, 0)
+    choose = jax.jit(partial(tpu_pages.fetched, specs=specs))
+    for _ in range(50):
         first = rng.integers(0, steps * pages, tiles)
         last = np.maximum(first, rng.integers(0, steps * pages + 1, tiles))
         lo, hi = first // pages, np.where(last > first, -(-last // pages), first // pages)
         table = rng.integers(0, 1000, (tiles, steps, pages)).astype(np.int32)
         none = np.zeros(tiles, np.int32)
         sight = [jnp.asarray(x) for x in (none, none, none, lo, none, none, hi, first, last)]
-        specs = tpu_pages.Specs(1, 1, 1, int(pages), 1, steps, 1, 0)
-        found = np.asarray(tpu_pages.fetched(jnp.asarray(table), Sight(*sight), specs))
+        found = np.asarray(choose(jnp.asarray(table), Sight(*sight)))
         for p in range(pages):
             held = None
-            for i in range(tiles):
-                for t in range(steps):
-                    block = (lo[i] + t) * pages + p
-                    if first[i] <= block < last[i]:
-                        held = table[i].reshape(-1)[block]
-                    if held is not None:
-                        assert found[i, t, p] == held
+            for i, t in np.ndindex(tiles, steps):
+                block = (lo[i] + t) * pages + p
+                if first[i] <= block < last[i]:
+                    held = table[i].reshape(-1)[block]
+                if held is not None:
+                    assert found[i, t, p] == held
 
 
 class TestChoice:
