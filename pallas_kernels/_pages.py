@@ -123,11 +123,9 @@ def with_pages(plan: Plan, pages: int, n: int) -> Plan:
     return replace(plan, schedule=replace(plan.schedule, block_kv=pages * n))
 
 
-def pages_of_tile(call: Call, plan: Plan) -> int:
-    """How many pages the plan's ``block_kv`` keys are: a power of two, as in the lax walk."""
-    pages = max(
-        1, min(plan.schedule.block_kv // call.pages.page_size, call.sequences.table.shape[1])
-    )
+def pages_of_tile(call: Call, keys: int) -> int:
+    """How many pages hold at most so many keys: a power of two, as in the lax walk."""
+    pages = max(1, min(keys // call.pages.page_size, call.sequences.table.shape[1]))
     return 1 << (pages.bit_length() - 1)
 
 

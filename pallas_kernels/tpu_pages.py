@@ -46,8 +46,10 @@ from pasa_jax.implementations.page_walk import Call, Outputs
 Array = jax.Array
 Ref = Any
 
-# Pages of one step, each of which is two blocks.
-_MOST_PAGES = 32
+# Pages of one step, each of which is two blocks: as many as are useful, and as may be.
+_PAGES, _MOST_PAGES = 16, 32
+# Keys of one step of few rows. More would be computed in vain for short sequences.
+_KEYS = 1024
 # Rows of a tile of a sequence with few queries: whole vectors of 32-bit numbers.
 _FEW_ROWS = 8
 # The scores that a straight-line body computes, of several key heads: they cost compile time.
@@ -76,10 +78,13 @@ class Specs:
     @staticmethod
     def of(call: Call, plan: Plan, block_q: int) -> Specs:
         heads, groups = call.pages.key.shape[1], call.groups
-        n, pages = call.pages.page_size, pages_of_tile(call, plan)
+        n, keys = call.pages.page_size, plan.schedule.block_kv
         bytes_of = partial(_bytes, call, groups * block_q)
-        if not plan.storage.uses_kappa:  # a tile has one mean
-            pages = min(pages, _MOST_PAGES)
+        if plan.storage.uses_kappa:  # a tile has one mean
+            pages = pages_of_tile(call, keys)
+        else:
+            beside = min(plan.schedule.keys_beside(groups * block_q), _KEYS)
+            pages = min(pages_of_tile(call, max(keys, beside)), _PAGES)
             while pages > 1 and bytes_of(pages) > vmem(plan):
                 pages //= 2
         scores = groups * block_q * pages * n
@@ -239,6 +244,7 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,  # every page is one of the pages
             vmem_limit_bytes=min(vmem(plan), specs.bytes + specs.bytes // 4 + 8 * MIB),
         ),
         interpret=pltpu.InterpretParams() if plan.interpret else False,
