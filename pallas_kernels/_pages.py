@@ -30,6 +30,10 @@ Array = jax.Array
 Ref = Any
 
 
+# Rows of a matrix operand that holds a single one: the least that both kinds of chips multiply.
+_MATRIX_ROWS = 16
+
+
 class Tiles(NamedTuple):
     """Query tiles of ``block_q`` positions; those in use come first."""
 
@@ -161,7 +165,7 @@ class PagesWalk(Walk):
 
     @abstractmethod
     def kappa(self, j: Index) -> Array | None:
-        """[rows, D] κ of tile j in float32, rows that are all equal; None where nobody asks."""
+        """[1, D] κ of tile j in float32; None where nobody asks."""
 
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         return self.key_beneath(j, None, value_gain)
@@ -173,8 +177,11 @@ class PagesWalk(Walk):
         if seen is not None:
             v = tile.zero_unusable(v, self.shown(j))
         kappa = self.kappa(j)
-        kappa = None if kappa is None else kappa.astype(k.dtype)
-        return tile.key_tile(k, v, None, self.numerics, kappa=kappa)
+        if kappa is None:
+            return tile.key_tile(k, v, None, self.numerics)
+        kappa = kappa.astype(k.dtype)
+        key = tile.key_tile(k, v, None, self.numerics, kappa=kappa)
+        return key._replace(kappa=jnp.broadcast_to(kappa, (_MATRIX_ROWS, kappa.shape[1])))
 
     def shown(self, j: Index) -> Array:
         """[n, 1] bool: the keys of tile j that some row sees."""
@@ -208,20 +215,26 @@ def refusal(call: Call, plan: Plan) -> str | None:
 
 
 def repaired(
-    kernel: Callable[[Call, Plan], Outputs], call: Call, plan: Plan, platform: str
+    kernel: Callable[[Call, Plan], Outputs],
+    call: Call,
+    plan: Plan,
+    platform: str,
+    largest_log2: float | None = None,
 ) -> Outputs:
     """The results of ``kernel``, which has no guard; those of the lax walk where queries, keys or
     values are so large that it would need one.
 
     Arguments:
       platform: what JAX calls the kernel's machines.
+      largest_log2: log2 of the largest score that the kernel may have, or None.
     """
     query = call.queries.query
     if not plan.interpret:
         query = only_on(platform, query)
         call = call._replace(queries=call.queries._replace(query=query))
     outputs = kernel(call, plan)
-    if not (guards(plan, query.dtype) or divides_values(plan, query.dtype)):
+    guarded = guards(plan, query.dtype) or divides_values(plan, query.dtype)
+    if not guarded and largest_log2 is None:
         return outputs
 
     def again(carry: tuple[Array, Outputs]) -> tuple[Array, Outputs]:
@@ -229,5 +242,5 @@ def repaired(
         return varying((jnp.zeros_like(carry[0]), guarded), call.arrays)
 
     # A loop, not a cond: under vmap a cond would always compute both sides.
-    start = varying((~page_walk.are_plain(*call, plan), outputs), call.arrays)
+    start = varying((~page_walk.are_plain(call, plan, largest_log2), outputs), call.arrays)
     return lax.while_loop(lambda carry: carry[0], again, start)[1]

@@ -35,7 +35,7 @@ from pallas_kernels._pages import (
 )
 from pallas_kernels._tpu_inputs import padded
 from pallas_kernels._tpu_lists import LISTED
-from pallas_kernels._tpu_walk import MATRIX_ROWS, vmem
+from pallas_kernels._tpu_walk import vmem
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.plan import Plan
@@ -344,7 +344,7 @@ class Heads(NamedTuple):
     query: Array  # [heads, R, D]
     key: Array | None = None  # [heads, n, D]
     value: Array | None = None  # [heads, n, E]
-    kappa: Array | None = None  # [heads, rows, D], rows that are all equal
+    kappa: Array | None = None  # [heads, 1, D]
     sinks: Array | None = None  # [heads, R, 1]
 
 
@@ -445,7 +445,6 @@ def _key_tiles(inputs: Inputs, heads: Any, dtype: str) -> Heads:
     kappa = None
     if inputs.kappa is not None:
         kappa = inputs.kappa[0, 0, heads][:, None]
-        kappa = jnp.broadcast_to(kappa, (len(kappa), MATRIX_ROWS, kappa.shape[2]))
     query = from_bits(inputs.query[0, heads])
     return Heads(query, of_pages(inputs.key), of_pages(inputs.value), kappa)
 
