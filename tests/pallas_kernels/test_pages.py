@@ -1,5 +1,6 @@
 """The kernels over pages against the lax walk: ragged chunks and single tokens in one row."""
 
+import importlib
 from dataclasses import replace
 from functools import partial
 
@@ -104,12 +105,16 @@ def walked(pages, queries, sequences, most, window, plan):
     return page_walk.attend(pages, queries, sequences, most, window, plan)
 
 
+@partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def by_kernel(kind, pages, queries, sequences, most, window, plan):
+    module = importlib.import_module(f"pallas_kernels.{kind}_pages")
+    return module.kernel(Call(pages, queries, sequences, most, window), plan)
+
+
 def computed(kind, call, plan):
     """What the kernel alone gives."""
-    backend = BACKENDS[f"pallas_{kind}"]
-    assert backend.supports(call, plan) is None
-    kernel = partial(backend._module.kernel, plan=plan)
-    return jax.jit(lambda *arrays: kernel(call.beside(*arrays)))(*call.arrays)
+    assert BACKENDS[f"pallas_{kind}"].supports(call, plan) is None
+    return by_kernel(kind, *call, plan)
 
 
 def compare(kind, call, plan):
@@ -140,7 +145,7 @@ CASES = [
 
 @pytest.mark.usefixtures("tpu_interpreter")
 class TestTpu:
-    @pytest.mark.parametrize(("dtype", "given", "options"), some_tuples(CASES, 5))
+    @pytest.mark.parametrize(("dtype", "given", "options"), some_tuples(CASES, len(CASES)))
     def test_chunks_and_single_tokens(self, dtype, given, options):
         compare("tpu", call_of(dtype, **given), plan_of("tpu", dtype, **options))
 
@@ -154,12 +159,31 @@ class TestTpu:
             np.testing.assert_array_equal(a, b)
 
     @pytest.mark.full
-    def test_huge_numbers_are_computed_by_the_lax_walk(self):
-        call, plan = call_of(huge=1e19), plan_of("tpu")
-        found = tpu_pages.attend(call, plan)
+    @pytest.mark.parametrize("kind", TARGETS)
+    def test_huge_numbers_are_computed_by_the_lax_walk(self, kind):
+        call, plan = call_of(huge=1e19), plan_of(kind)
+        found = BACKENDS[f"pallas_{kind}"].run(call, plan, anywhere=False)
         for a, b in zip(found, walked(*call, plan), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
         assert np.isfinite(np.asarray(found.out)).all()
+
+
+class TestGpu:
+    @pytest.mark.parametrize(("dtype", "given", "options"), some_tuples(CASES, len(CASES)))
+    def test_chunks_and_single_tokens(self, dtype, given, options):
+        compare("gpu", call_of(dtype, **given), plan_of("gpu", dtype, **options))
+
+    @pytest.mark.full
+    def test_any_order_of_pages_gives_the_same_bits(self):
+        calls, plan = [call_of("float16", order=x) for x in (0, 1)], plan_of("gpu", "float16")
+        found = [computed("gpu", call, plan) for call in calls]
+        for a, b in zip(*found, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("n", [4, 24])
+    def test_pages_of_any_size(self, n):
+        compare("gpu", call_of(n=n, groups=3), plan_of("gpu"))
 
 
 def test_a_page_that_is_not_seen_is_not_fetched():
@@ -194,25 +218,29 @@ class TestChoice:
     def query(self, dtype="bfloat16"):
         return jnp.ones((4, 4, 32), dtype)
 
-    def lowered(self, platform, **options):
-        cache, batch = self.cache()
+    def lowered(self, platform, target="tpu_v6e", **options):
+        cache, batch = self.cache(target)
         with named(platform):
             traced = jax.jit(lambda q: cache.attend(q, batch, **options)).trace(self.query())
             return traced.lower(lowering_platforms=(platform,)).as_text()
 
-    @pytest.mark.parametrize("platform", ["tpu", "cpu"])
-    def test_none_takes_the_kernel_where_the_program_is_for_a_tpu(self, platform):
-        assert ("tpu_custom_call" in self.lowered(platform)) == (platform == "tpu")
+    @pytest.mark.parametrize("kind", TARGETS)
+    @pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
+    def test_none_takes_the_kernel_where_the_program_is_for_its_chip(self, kind, platform):
+        text = self.lowered(platform, TARGETS[kind])
+        assert (CALLS[kind] in text) == (platform == PLATFORMS[kind])
 
     @pytest.mark.parametrize(
         "options",
         [
             {"local_window_size": (8, 0), "sinks": np.zeros(4, np.float32)},
-            {"shift": "mean", "logits_soft_cap": 3.0, "implementation": "pallas_tpu"},
+            {"shift": "mean", "logits_soft_cap": 3.0},
         ],
     )
-    def test_options_are_lowered(self, options):
-        assert "tpu_custom_call" in self.lowered("tpu", **options)
+    @pytest.mark.parametrize("kind", TARGETS)
+    def test_options_are_lowered(self, kind, options):
+        options = {"implementation": f"pallas_{kind}", **options}
+        assert CALLS[kind] in self.lowered(PLATFORMS[kind], TARGETS[kind], **options)
 
     def test_lax_by_name(self):
         assert "tpu_custom_call" not in self.lowered("tpu", implementation="lax")
