@@ -32,6 +32,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels import _tpu_pages_program as program
 from pallas_kernels import gpu_pages, tpu_pages
 from pallas_kernels._pages import Sight
 from pallas_kernels.aot import Compiler, MakeArray
@@ -99,10 +100,10 @@ class Step:
     def module(self) -> Any:
         return tpu_pages if find_target(self.chip).kind == "tpu" else gpu_pages
 
-    def specs(self) -> tpu_pages.Specs:
+    def specs(self) -> program.Specs:
         call, plan = self.call(lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)), self.plan()
         few, *_ = tpu_pages._tile_sizes(call, plan)
-        return tpu_pages.Specs.of(call, plan, few)
+        return program.Specs.of(call, plan, few)
 
     @property
     def limit(self) -> int:
@@ -133,11 +134,11 @@ def decode(
 
 def _know_everything(step: Step, stack: ExitStack) -> None:
     """Puts program ids in the place of what a TPU kernel reads in SMEM."""
-    specs, over = step.specs(), tpu_pages._over_heads
+    specs, over = step.specs(), program.over_heads
 
-    def numbers(ref: Any, i: jax.Array) -> tpu_pages.Numbers:
+    def numbers(ref: Any, i: jax.Array) -> program.Numbers:
         of_tile = (1, LENGTH, 0, 0, 0, specs.steps, specs.steps, 0, step.blocks)
-        return tpu_pages.Numbers(i, Sight(*map(jnp.int32, of_tile)))
+        return program.Numbers(i, Sight(*map(jnp.int32, of_tile)))
 
     def page_at(shown: Any, specs: Any, i: jax.Array, t: jax.Array, place: int) -> jax.Array:
         return (i * specs.steps + t) * specs.pages + place
@@ -147,13 +148,13 @@ def _know_everything(step: Step, stack: ExitStack) -> None:
             over(specs, body)
 
     known: dict[str, Any] = {
-        "grid_of": lambda *_: (SEQUENCES, specs.steps),
-        "page_at": page_at,
-        "_over_heads": over_heads,
+        "tpu_pages.grid_of": lambda *_: (SEQUENCES, specs.steps),
+        "tpu_pages.page_at": page_at,
+        "_tpu_pages_program.over_heads": over_heads,
     }
     for name, function in known.items():
-        stack.enter_context(mock.patch.object(tpu_pages, name, function))
-    stack.enter_context(mock.patch.object(tpu_pages.Numbers, "of", staticmethod(numbers)))
+        stack.enter_context(mock.patch(f"pallas_kernels.{name}", function))
+    stack.enter_context(mock.patch.object(program.Numbers, "of", staticmethod(numbers)))
 
 
 def row(step: Step, report: Report) -> dict[str, Any]:
