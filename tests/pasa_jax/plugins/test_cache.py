@@ -201,7 +201,7 @@ WRONG = {
     "option": (
         lambda c: c.append(X, V).attend(jnp.zeros((B, 1, N, D)), is_causal=False),
         "`options` must be among scale, local_window_size, logits_soft_cap, sinks, shift, beta, "
-        "precision; got is_causal.",
+        "precision, implementation, interpret; got is_causal.",
     ),
     "size": (
         lambda c: KVCache.empty(1, 0, 1, 1, "float32"),

@@ -303,7 +303,7 @@ WRONG = {
     "option": (
         lambda c, b: c.attend(Q, b, mask=None),
         "`options` must be among scale, local_window_size, logits_soft_cap, sinks, shift, beta, "
-        "precision; got mask.",
+        "precision, implementation, interpret; got mask.",
     ),
     "size": (
         lambda c, b: PagedCache.empty(1, 1, 1, 1, 0, 1, "float32"),
