@@ -181,7 +181,8 @@ def main(
             estimates = step.chip == "tpu_v6e"
             report = compiler("pages_cycles:decode", step.chip, estimates=estimates, **vars(step))
             rows.append(row(step, report))
-            found = {**rows[-1], "ratio": f"{rows[-1].get('ratio', 0):.2f}"}
+            ratio = rows[-1].get("ratio")
+            found = {**rows[-1], "ratio": ratio and f"{ratio:.2f}"}
             names = ("chip", "page", "groups", *columns[3:], "registers", "spills", "error")
             table.add_row(*(str(found.get(name) or "") for name in names))
     Console(width=140).print(table)
