@@ -104,7 +104,11 @@ class Sight(NamedTuple):
 
         def one(sequence: Array, start: Array, used: Array) -> Sight:
             of_one = jax.tree.map(lambda x: x[sequence], call.sequences)
-            of_one = of_one._replace(count=jnp.where(used, of_one.count, 0))
+            # A sequence whose tokens did not fit may say that it has more than its pages hold.
+            of_one = of_one._replace(
+                count=jnp.where(used, of_one.count, 0),
+                length=jnp.minimum(of_one.length, len(of_one.table) * n),
+            )
             mask = page_walk.mask_of(of_one, call.most, call.window, n)
             by_page = mask.key_range(start, start + block_q, n)
             r = mask.key_range(start, start + block_q, each * n)

@@ -19,6 +19,7 @@ from pasa_jax.core.pages import Pages
 from pasa_jax.core.plan import Plan
 from pasa_jax.implementations import page_walk
 from pasa_jax.implementations.page_walk import Call, Queries, Sequences
+from pasa_jax.plugins.cache import KVCache
 from pasa_jax.serving import PagedCache
 from tests.pallas_kernels.test_aot import named
 from tests.thin import some_tuples
@@ -158,15 +159,6 @@ class TestTpu:
         for a, b in zip(*found, strict=True):
             np.testing.assert_array_equal(a, b)
 
-    @pytest.mark.full
-    @pytest.mark.parametrize("kind", TARGETS)
-    def test_huge_numbers_are_computed_by_the_lax_walk(self, kind):
-        call, plan = call_of(huge=1e19), plan_of(kind)
-        found = BACKENDS[f"pallas_{kind}"].run(call, plan, anywhere=False)
-        for a, b in zip(found, walked(*call, plan), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6)
-        assert np.isfinite(np.asarray(found.out)).all()
-
 
 class TestGpu:
     @pytest.mark.parametrize(("dtype", "given", "options"), some_tuples(CASES, len(CASES)))
@@ -184,6 +176,36 @@ class TestGpu:
     @pytest.mark.parametrize("n", [4, 24])
     def test_pages_of_any_size(self, n):
         compare("gpu", call_of(n=n, groups=3), plan_of("gpu"))
+
+
+@pytest.mark.full
+def test_huge_numbers_are_computed_by_the_lax_walk(kernel):
+    call, plan = call_of(huge=1e19), plan_of(kernel.removeprefix("pallas_"))
+    found = BACKENDS[kernel].run(call, plan, anywhere=False)
+    for a, b in zip(found, walked(*call, plan), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert np.isfinite(np.asarray(found.out)).all()
+
+
+@pytest.mark.full
+def test_tokens_that_did_not_fit_spoil_their_own_sequence(kernel):
+    schedule = Schedule(block_q=16, block_kv=16, target=TARGETS[kernel.removeprefix("pallas_")])
+    cache = KVCache.empty(2, 32, 2, 16, "float32", schedule=schedule)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 40, 2, 16)), jnp.float32)
+
+    @partial(jax.jit, static_argnames=("implementation", "interpret"))
+    def step(cache, x, lengths, **options):
+        cache = cache.append(x, x, lengths=lengths)
+        return cache, cache.attend(x, lengths=lengths, **options)
+
+    cache, _ = step(cache, x[:, :30], jnp.asarray([30, 7]), implementation="lax")
+    _, out = step(cache, x[:, 30:], jnp.asarray([10, 10]), implementation="lax")
+    _, found = partial(step, implementation=kernel, interpret=True)(
+        cache, x[:, 30:], jnp.asarray([10, 10])
+    )
+    assert np.isnan(np.asarray(found[0])).all()
+    np.testing.assert_allclose(found[1], out[1], atol=1e-5)
 
 
 def test_a_page_that_is_not_seen_is_not_fetched():
