@@ -98,12 +98,14 @@ class Specs:
 
 
 def _keys_of_tile(call: Call, plan: Plan, rows: int) -> int:
-    keys, schedule = side(plan.schedule.block_kv), plan.schedule
+    """The keys of a tile: of few rows more than the schedule's, where they fit."""
+    keys = side(plan.schedule.block_kv)
     if plan.storage.uses_kappa:  # a tile has one mean, of whole pages
-        return pages_of_tile(call, schedule.block_kv) * call.pages.page_size
-    if rows > _FEW_ROWS or call.pages.key.dtype.itemsize > 2:
+        return pages_of_tile(call, keys) * call.pages.page_size
+    narrow = call.pages.key.dtype.itemsize == 2 and plan.precision.products != "float16"
+    if rows > _FEW_ROWS or not narrow:
         return keys
-    return max(keys, min(side(schedule.keys_beside(rows)), _KEYS))
+    return max(keys, min(side(plan.schedule.keys_beside(rows)), _KEYS))
 
 
 def adapt(plan: Plan) -> Plan:
