@@ -98,9 +98,8 @@ class Sight(NamedTuple):
 
     @staticmethod
     def of(call: Call, tiles: Tiles, block_kv: int) -> Sight:
-        """Of key tiles of ``block_kv`` keys, which are whole pages."""
+        """Of key tiles of ``block_kv`` keys."""
         n, block_q = call.pages.page_size, tiles.token.shape[1]
-        each = block_kv // n
 
         def one(sequence: Array, start: Array, used: Array) -> Sight:
             of_one = jax.tree.map(lambda x: x[sequence], call.sequences)
@@ -111,7 +110,7 @@ class Sight(NamedTuple):
             )
             mask = page_walk.mask_of(of_one, call.most, call.window, n)
             by_page = mask.key_range(start, start + block_q, n)
-            r = mask.key_range(start, start + block_q, each * n)
+            r = mask.key_range(start, start + block_q, block_kv)
             found = (of_one.count, of_one.length, start, *r, by_page.lo, by_page.hi)
             return Sight(*(jnp.asarray(x, jnp.int32) for x in found))
 

@@ -173,7 +173,7 @@ class TestGpu:
             np.testing.assert_array_equal(a, b)
 
     @pytest.mark.full
-    @pytest.mark.parametrize("n", [4, 24])
+    @pytest.mark.parametrize("n", [4, 24, 64])
     def test_pages_of_any_size(self, n):
         compare("gpu", call_of(n=n, groups=3), plan_of("gpu"))
 
