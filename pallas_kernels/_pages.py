@@ -235,15 +235,15 @@ def repaired(
     if not plan.interpret:
         query = only_on(platform, query)
         call = call._replace(queries=call.queries._replace(query=query))
-    outputs = kernel(call, plan)
     guarded = guards(plan, query.dtype) or divides_values(plan, query.dtype)
     if not guarded and largest_log2 is None:
-        return outputs
+        return kernel(call, plan)
 
-    def again(carry: tuple[Array, Outputs]) -> tuple[Array, Outputs]:
-        guarded = page_walk.attend(*call, repairing(plan))
-        return varying((jnp.zeros_like(carry[0]), guarded), call.arrays)
+    def by_kernel(*arrays: Any) -> Outputs:
+        return varying(kernel(call.beside(*arrays), plan), arrays)
 
-    # A loop, not a cond: under vmap a cond would always compute both sides.
-    start = varying((~page_walk.are_plain(call, plan, largest_log2), outputs), call.arrays)
-    return lax.while_loop(lambda carry: carry[0], again, start)[1]
+    def by_lax(*arrays: Any) -> Outputs:
+        return varying(page_walk.attend(*call.beside(*arrays), repairing(plan)), arrays)
+
+    # The walk wants pages in an order of its own: only a branch that is taken puts them into it.
+    return lax.cond(page_walk.are_plain(call, plan, largest_log2), by_kernel, by_lax, *call.arrays)
