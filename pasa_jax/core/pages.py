@@ -133,10 +133,15 @@ class Pages:
         """
         sound = jnp.all(is_finite(key), axis=-1) & jnp.all(is_finite(value), axis=-1)
         begun = jnp.where(slot == 0, page, self.count)
+        # As rows [P·K·n, …]: else XLA brings the whole arrays into another order and back.
+        heads, n = self.key.shape[1:3]
+        there = jnp.where((page >= 0) & (page < self.count), page, self.count)
+        row = (there[:, None] * heads + jnp.arange(heads, dtype=jnp.int32)) * n + slot[:, None]
 
         def put(old: Array, x: Array, otherwise: float) -> Array:
             x = jnp.where(sound[..., None], x, jnp.full_like(x, otherwise))
-            return old.at[page, :, slot].set(bits.stored(x), mode="drop")
+            rows = old.reshape(-1, old.shape[3]).at[row].set(bits.stored(x), mode="drop")
+            return rows.reshape(old.shape)
 
         return replace(
             self,
