@@ -21,6 +21,7 @@ from pasa_jax.core import tile
 from pasa_jax.core.guard import divides_values, guards
 from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.packed import PackedPages
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.walk import Walk
 from pasa_jax.implementations import page_walk
@@ -28,6 +29,10 @@ from pasa_jax.implementations.page_walk import Call, Outputs
 
 Array = jax.Array
 Ref = Any
+
+
+# Rows of a matrix operand that holds a single one: the least that both kinds of chips multiply.
+_MATRIX_ROWS = 16
 
 
 class Tiles(NamedTuple):
@@ -94,16 +99,19 @@ class Sight(NamedTuple):
 
     @staticmethod
     def of(call: Call, tiles: Tiles, block_kv: int) -> Sight:
-        """Of key tiles of ``block_kv`` keys, which are whole pages."""
+        """Of key tiles of ``block_kv`` keys."""
         n, block_q = call.pages.page_size, tiles.token.shape[1]
-        each = block_kv // n
 
         def one(sequence: Array, start: Array, used: Array) -> Sight:
             of_one = jax.tree.map(lambda x: x[sequence], call.sequences)
-            of_one = of_one._replace(count=jnp.where(used, of_one.count, 0))
+            # A sequence whose tokens did not fit may say that it has more than its pages hold.
+            of_one = of_one._replace(
+                count=jnp.where(used, of_one.count, 0),
+                length=jnp.minimum(of_one.length, len(of_one.table) * n),
+            )
             mask = page_walk.mask_of(of_one, call.most, call.window, n)
             by_page = mask.key_range(start, start + block_q, n)
-            r = mask.key_range(start, start + block_q, each * n)
+            r = mask.key_range(start, start + block_q, block_kv)
             found = (of_one.count, of_one.length, start, *r, by_page.lo, by_page.hi)
             return Sight(*(jnp.asarray(x, jnp.int32) for x in found))
 
@@ -123,11 +131,9 @@ def with_pages(plan: Plan, pages: int, n: int) -> Plan:
     return replace(plan, schedule=replace(plan.schedule, block_kv=pages * n))
 
 
-def pages_of_tile(call: Call, plan: Plan) -> int:
-    """How many pages the plan's ``block_kv`` keys are: a power of two, as in the lax walk."""
-    pages = max(
-        1, min(plan.schedule.block_kv // call.pages.page_size, call.sequences.table.shape[1])
-    )
+def pages_of_tile(call: Call, keys: int) -> int:
+    """How many pages hold at most so many keys: a power of two, as in the lax walk."""
+    pages = max(1, min(keys // call.pages.page_size, call.sequences.table.shape[1]))
     return 1 << (pages.bit_length() - 1)
 
 
@@ -163,7 +169,7 @@ class PagesWalk(Walk):
 
     @abstractmethod
     def kappa(self, j: Index) -> Array | None:
-        """[rows, D] κ of tile j in float32, rows that are all equal; None where nobody asks."""
+        """[1, D] κ of tile j in float32; None where nobody asks."""
 
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         return self.key_beneath(j, None, value_gain)
@@ -175,8 +181,11 @@ class PagesWalk(Walk):
         if seen is not None:
             v = tile.zero_unusable(v, self.shown(j))
         kappa = self.kappa(j)
-        kappa = None if kappa is None else kappa.astype(k.dtype)
-        return tile.key_tile(k, v, None, self.numerics, kappa=kappa)
+        if kappa is None:
+            return tile.key_tile(k, v, None, self.numerics)
+        kappa = kappa.astype(k.dtype)
+        key = tile.key_tile(k, v, None, self.numerics, kappa=kappa)
+        return key._replace(kappa=jnp.broadcast_to(kappa, (_MATRIX_ROWS, kappa.shape[1])))
 
     def shown(self, j: Index) -> Array:
         """[n, 1] bool: the keys of tile j that some row sees."""
@@ -198,6 +207,8 @@ class PagesWalk(Walk):
 
 def refusal(call: Call, plan: Plan) -> str | None:
     """None, or the reason why neither kernel can run the call."""
+    if isinstance(call.pages, PackedPages):
+        return "it does not read pages of 8 bits"
     if call.pages.dtype == "float64":
         return "it has no float64"
     if plan.shift == "paper":
@@ -210,26 +221,32 @@ def refusal(call: Call, plan: Plan) -> str | None:
 
 
 def repaired(
-    kernel: Callable[[Call, Plan], Outputs], call: Call, plan: Plan, platform: str
+    kernel: Callable[[Call, Plan], Outputs],
+    call: Call,
+    plan: Plan,
+    platform: str,
+    largest_log2: float | None = None,
 ) -> Outputs:
     """The results of ``kernel``, which has no guard; those of the lax walk where queries, keys or
     values are so large that it would need one.
 
     Arguments:
       platform: what JAX calls the kernel's machines.
+      largest_log2: log2 of the largest score that the kernel may have, or None.
     """
     query = call.queries.query
     if not plan.interpret:
         query = only_on(platform, query)
         call = call._replace(queries=call.queries._replace(query=query))
-    outputs = kernel(call, plan)
-    if not (guards(plan, query.dtype) or divides_values(plan, query.dtype)):
-        return outputs
+    guarded = guards(plan, query.dtype) or divides_values(plan, query.dtype)
+    if not guarded and largest_log2 is None:
+        return kernel(call, plan)
 
-    def again(carry: tuple[Array, Outputs]) -> tuple[Array, Outputs]:
-        guarded = page_walk.attend(*call, repairing(plan))
-        return varying((jnp.zeros_like(carry[0]), guarded), call.arrays)
+    def by_kernel(*arrays: Any) -> Outputs:
+        return varying(kernel(call.beside(*arrays), plan), arrays)
 
-    # A loop, not a cond: under vmap a cond would always compute both sides.
-    start = varying((~page_walk.are_plain(*call, plan), outputs), call.arrays)
-    return lax.while_loop(lambda carry: carry[0], again, start)[1]
+    def by_lax(*arrays: Any) -> Outputs:
+        return varying(page_walk.attend(*call.beside(*arrays), repairing(plan)), arrays)
+
+    # The walk wants pages in an order of its own: only a branch that is taken puts them into it.
+    return lax.cond(page_walk.are_plain(call, plan, largest_log2), by_kernel, by_lax, *call.arrays)

@@ -8,10 +8,9 @@ of the online softmax waits in VMEM between the steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,93 +20,31 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu as _kernel
 from pallas_kernels._common import shape_maker
-from pallas_kernels._float16 import from_bits, to_bits
+from pallas_kernels._float16 import to_bits
 from pallas_kernels._pages import (
-    PagesWalk,
     Sight,
     Tiles,
     kappas,
     mask_of,
-    pages_of_tile,
     refusal,
     repaired,
     with_pages,
 )
-from pallas_kernels._tpu_inputs import padded
 from pallas_kernels._tpu_lists import LISTED
-from pallas_kernels._tpu_walk import MATRIX_ROWS, vmem
+from pallas_kernels._tpu_pages_program import Inputs, Numbers, Specs, run
+from pallas_kernels._tpu_walk import vmem
 from pasa_jax.core import tile
-from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import MIB
-from pasa_jax.core.walk import Rows
 from pasa_jax.implementations.page_walk import Call, Outputs
 
 Array = jax.Array
 Ref = Any
 
-# Pages of one step, each of which is two blocks.
+# The pages of a key tile that has one mean; each of them is two blocks.
 _MOST_PAGES = 32
 # Rows of a tile of a sequence with few queries: whole vectors of 32-bit numbers.
 _FEW_ROWS = 8
-# The scores that a straight-line body computes, of several key heads: they cost compile time.
-_STRAIGHT_SCORES = 128 * 1024
-
-
-@dataclass(frozen=True)
-class Specs:
-    """Grid, blocks and memory of the program for tiles of ``block_q`` positions.
-
-    Arguments:
-      pages, page_size: of a key tile, and n.
-      steps: key tiles that a sequence may have.
-      at_once: key heads of one straight-line body.
-    """
-
-    heads: int
-    groups: int
-    block_q: int
-    pages: int
-    page_size: int
-    steps: int
-    at_once: int
-    bytes: int
-
-    @staticmethod
-    def of(call: Call, plan: Plan, block_q: int) -> Specs:
-        heads, groups = call.pages.key.shape[1], call.groups
-        n, pages = call.pages.page_size, pages_of_tile(call, plan)
-        bytes_of = partial(_bytes, call, groups * block_q)
-        if not plan.storage.uses_kappa:  # a tile has one mean
-            pages = min(pages, _MOST_PAGES)
-            while pages > 1 and bytes_of(pages) > vmem(plan):
-                pages //= 2
-        scores = groups * block_q * pages * n
-        few = max(1, min(8, _STRAIGHT_SCORES // scores))
-        at_once = max(x for x in range(1, few + 1) if heads % x == 0)
-        blocks = call.sequences.table.shape[1]
-        return Specs(
-            heads, groups, block_q, pages, n, -(-blocks // pages), at_once, bytes_of(pages)
-        )
-
-    @property
-    def rows(self) -> int:
-        """Of a query tile: G·block_q."""
-        return self.groups * self.block_q
-
-
-def _bytes(call: Call, rows: int, pages: int) -> int:
-    """Bytes of VMEM that a program wants.
-
-    Arguments:
-      rows: G·block_q.
-    """
-    heads, n, size = call.pages.key.shape[1:]
-    e, item = call.pages.value.shape[3], call.pages.key.dtype.itemsize
-    keys = pages * heads * (padded(n, size) + padded(n, e)) * item
-    of_rows = heads * (padded(rows, size) * item + padded(rows, e) * 4 + padded(rows, 1) * 4)
-    state = heads * (padded(rows, e) + 3 * padded(rows, 1)) * 4
-    return 2 * (keys + of_rows) + state + 8 * padded(rows, pages * n) * 4
 
 
 def supports(call: Call, plan: Plan) -> str | None:
@@ -185,17 +122,6 @@ def _of_sequences(call: Call, plan: Plan, which: Array, block_q: int, outputs: O
     return outputs
 
 
-class Inputs(NamedTuple):
-    """The arrays of a program outside, refs of one tile inside."""
-
-    scale: Any  # [1]
-    query: Any  # [tiles, K, G·block_q, D]; inside a tile's
-    sinks: Any  # [N], or None
-    kappa: Any  # [B, key tiles, K, D] float32, or None; inside a key tile's
-    key: Any  # of each page of a tile: [P, K, n, D]; inside a page's
-    value: Any  # the same: [P, K, n, E]
-
-
 def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
     """The results of query tiles, [tiles, K, G·block_q, …]."""
     pages, sequences = call.pages, call.sequences
@@ -221,8 +147,8 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
         partial(tile.initial_state, specs.rows, e, plan.numerics(plan.schedule.block_kv))
     )
     shape = shape_maker(call.arrays)
-    run = pl.pallas_call(
-        partial(_run, mask=mask_of(call), plan=plan, specs=specs, value_size=e, dtype=pages.dtype),
+    program = pl.pallas_call(
+        partial(run, mask=mask_of(call), plan=plan, specs=specs, value_size=e, dtype=pages.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid_of(tiles, sight, specs, plan),
@@ -239,13 +165,14 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,  # every page is one of the pages
             vmem_limit_bytes=min(vmem(plan), specs.bytes + specs.bytes // 4 + 8 * MIB),
         ),
         interpret=pltpu.InterpretParams() if plan.interpret else False,
         name="pasa_tpu_pages",
     )
     with jax.enable_x64(False):  # Pallas' compilers have no 64-bit loop counters
-        out, lse = run(numbers, shown.reshape(-1), inputs)
+        out, lse = program(numbers, shown.reshape(-1), inputs)
     return Outputs(out, lse[..., 0])
 
 
@@ -317,166 +244,3 @@ def _blocks(inputs: Inputs, specs: Specs) -> Inputs:
         key=[page(x, p) for p, x in enumerate(inputs.key)],
         value=[page(x, p) for p, x in enumerate(inputs.value)],
     )
-
-
-class Numbers(NamedTuple):
-    """What SMEM holds of one query tile."""
-
-    sequence: Array
-    sight: Sight
-
-    @staticmethod
-    def of(numbers: Ref, i: Array) -> Numbers:
-        width = 1 + len(Sight._fields)
-        first, *rest = (numbers[i * width + x] for x in range(width))
-        return Numbers(first, Sight(*rest))
-
-
-class Heads(NamedTuple):
-    """What a program has of some key heads, or, without their axis, of one."""
-
-    query: Array  # [heads, R, D]
-    key: Array | None = None  # [heads, n, D]
-    value: Array | None = None  # [heads, n, E]
-    kappa: Array | None = None  # [heads, rows, D], rows that are all equal
-    sinks: Array | None = None  # [heads, R, 1]
-
-
-def _run(
-    numbers: Ref,
-    shown: Ref,
-    inputs: Inputs,
-    out: Ref,
-    lse: Ref,
-    *state: Ref,
-    mask: Mask,
-    plan: Plan,
-    specs: Specs,
-    value_size: int,
-    dtype: str,
-) -> None:
-    """The kernel: one key tile of every key head, for one query tile.
-
-    The heads of a straight-line body are computed side by side (`vmap`): a compiler for one head
-    after another would wait for each of its products.
-    """
-    del shown
-    i, t = pl.program_id(0), pl.program_id(1)
-    sight = Numbers.of(numbers, i).sight
-    refs = tile.State(*state)
-    start, j = sight.start, sight.lo + t
-
-    def walk_of(arrays: Heads) -> RefWalk:
-        return RefWalk(
-            mask=replace(mask, query_lengths=sight.count, key_lengths=sight.length),
-            plan=plan,
-            numerics=plan.numerics(plan.schedule.block_kv),
-            groups=specs.groups,
-            block_q=specs.block_q,
-            value_size=value_size,
-            start=start,
-            scale=inputs.scale[0],
-            arrays=arrays,
-        )
-
-    def begin() -> None:
-        first, _ = walk_of(Heads(inputs.query)).begin()
-        for ref, x in zip(refs, first, strict=True):
-            ref[...] = jnp.broadcast_to(x[None], ref.shape)
-
-    def fold(masked: bool, heads: Any) -> None:
-        def of_head(arrays: Heads, held: tile.State) -> tile.State:
-            walk = walk_of(arrays)
-            seen = walk.seen(start, j) if masked else None
-            return walk.fold(start, walk.query(start), j, seen, (held, jnp.float32(0)))[0]
-
-        held = tile.State(*(ref[heads] for ref in refs))
-        new = jax.vmap(of_head)(_key_tiles(inputs, heads, dtype), held)
-        for ref, x in zip(refs, new, strict=True):
-            ref[heads] = x
-
-    def finish(heads: Any) -> None:
-        def of_head(arrays: Heads, held: tile.State) -> Rows:
-            walk = walk_of(arrays)
-            return walk.close(start, walk.query(start), held)
-
-        held = tile.State(*(ref[heads] for ref in refs))
-        done = jax.vmap(of_head)(_ends(inputs, heads, specs), held)
-        out[0, heads], lse[0, heads] = done.out, done.lse
-
-    whole = (j >= sight.full_lo) & (j < sight.full_hi)
-    over = partial(_over_heads, specs)
-    pl.when(t == 0)(begin)
-    pl.when((j < sight.hi) & ~whole)(lambda: over(partial(fold, True)))
-    pl.when((j < sight.hi) & whole)(lambda: over(partial(fold, False)))
-    pl.when(t == pl.num_programs(1) - 1)(lambda: over(finish))
-
-
-def _over_heads(specs: Specs, body: Callable[[Any], None]) -> None:
-    """``body(heads)`` of every key head, ``specs.at_once`` of them at a time."""
-    if specs.at_once == specs.heads:
-        body(slice(None))
-        return
-
-    def several(x: Array, none: None) -> None:
-        body(pl.ds(x * specs.at_once, specs.at_once))
-
-    lax.fori_loop(0, specs.heads // specs.at_once, several, None)
-
-
-def _key_tiles(inputs: Inputs, heads: Any, dtype: str) -> Heads:
-    """The queries and the key tile of some key heads."""
-
-    def read(x: Array) -> Array:
-        if dtype == "bfloat16" and x.dtype == jnp.uint16:
-            return lax.bitcast_convert_type(x, jnp.bfloat16)
-        return from_bits(x)
-
-    def of_pages(refs: list[Ref]) -> Array:
-        pages = [read(ref[0, heads]) for ref in refs]
-        return pages[0] if len(pages) == 1 else jnp.concatenate(pages, axis=1)
-
-    kappa = None
-    if inputs.kappa is not None:
-        kappa = inputs.kappa[0, 0, heads][:, None]
-        kappa = jnp.broadcast_to(kappa, (len(kappa), MATRIX_ROWS, kappa.shape[2]))
-    query = from_bits(inputs.query[0, heads])
-    return Heads(query, of_pages(inputs.key), of_pages(inputs.value), kappa)
-
-
-def _ends(inputs: Inputs, heads: Any, specs: Specs) -> Heads:
-    """The queries and the sinks of some key heads."""
-    query = from_bits(inputs.query[0, heads])
-    if inputs.sinks is None:
-        return Heads(query)
-    first = 0 if specs.at_once == specs.heads else heads.start
-
-    def of_head(h: int) -> Array:
-        place = (first + h) * specs.groups
-        each = [jnp.full((specs.block_q, 1), inputs.sinks[place + g]) for g in range(specs.groups)]
-        return each[0] if len(each) == 1 else jnp.concatenate(each)
-
-    return Heads(query, sinks=jnp.stack([of_head(h) for h in range(specs.at_once)]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefWalk(PagesWalk):
-    """One key head of a program's query tile, and one key tile."""
-
-    scale: Array
-    arrays: Heads
-
-    def query(self, start: Index) -> tile.QueryTile:
-        scale = self.scale.astype(self.numerics.product)
-        return tile.query_tile(self.arrays.query, scale, None, self.numerics)
-
-    def stored(self, j: Index) -> tuple[Array, Array]:
-        assert self.arrays.key is not None
-        assert self.arrays.value is not None
-        return self.arrays.key, self.arrays.value
-
-    def kappa(self, j: Index) -> Array | None:
-        return self.arrays.kappa
-
-    def sinks(self) -> Array | None:
-        return self.arrays.sinks

@@ -100,6 +100,7 @@ class Pallas(PageBackend):
 
 BACKENDS: dict[str, PageBackend] = {
     "pallas_tpu": Pallas("tpu", "tpu", "tpu_v6e"),
+    "pallas_gpu": Pallas("gpu", "cuda", "h100"),
     "lax": Lax(),
 }
 

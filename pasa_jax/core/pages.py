@@ -201,8 +201,13 @@ def put_tokens(
     old: Array, page: Array, slot: Array, x: Array, sound: Array, otherwise: float
 ) -> Array:
     """``old`` [P, K, n, …] with tokens [T, K, …], or ``otherwise`` for those that are not sound."""
+    heads, n = old.shape[1:3]
     x = jnp.where(sound[..., None], x, jnp.full_like(x, otherwise))
-    return old.at[page, :, slot].set(bits.stored(x), mode="drop")
+    # As rows [P·K·n, …]: else XLA brings the whole arrays into another order and back.
+    there = jnp.where((page >= 0) & (page < len(old)), page, len(old))
+    row = (there[:, None] * heads + jnp.arange(heads, dtype=jnp.int32)) * n + slot[:, None]
+    rows = old.reshape(-1, old.shape[3]).at[row].set(bits.stored(x), mode="drop")
+    return rows.reshape(old.shape)
 
 
 def for_each(wanted: Array, body: Callable[[Any, Array], Any], carry: Any) -> Any:

@@ -248,30 +248,30 @@ def mask_of(one: Sequences, most: int, window: tuple[int, int] | None, n: int) -
     )
 
 
-def are_plain(
-    pages: Store,
-    queries: Queries,
-    sequences: Sequences,
-    most: int,
-    window: tuple[int, int] | None,
-    plan: Plan,
-) -> Array:
+def are_plain(call: Call, plan: Plan, largest_log2: float | None = None) -> Array:
     """[] bool: True only where no score and no sum of values can leave its range.
 
-    Arguments: as of `attend`.
+    Arguments:
+      largest_log2: log2 of what no score may exceed, or None.
     """
+    pages, queries, sequences = call.arrays
+    n, dtype = pages.page_size, queries.query.dtype
     table = jnp.clip(sequences.table, 0, pages.count - 1)
-    dtype = queries.query.dtype
 
     def visited(one: Sequences) -> Array:
-        return _visited(one, mask_of(one, most, window, pages.page_size), pages.page_size)
+        return _visited(one, mask_of(one, call.most, call.window, n), n)
 
     token = jnp.arange(len(queries.query), dtype=jnp.int32)[:, None]
     own = (token >= sequences.first) & (token < sequences.first + sequences.count)
     of_q = jnp.where(jnp.any(own, axis=1)[:, None], log2_norm(queries.query), -jnp.inf)
     of_q = jnp.max(of_q, axis=0, initial=-jnp.inf)
     seen = jax.vmap(visited)(sequences)
-    return _sizes(pages.facts, of_q, table, seen, queries.scale, plan, dtype).plain
+    sizes = _sizes(pages.facts, of_q, table, seen, queries.scale, plan, dtype)
+    if largest_log2 is None:
+        return sizes.plain
+    of_scale = jnp.log2(jnp.abs(queries.scale.astype(jnp.float32)))
+    of_rows = jnp.max(of_q.reshape(len(sizes.key), -1), axis=1)
+    return sizes.plain & jnp.all(of_rows + sizes.shifted + of_scale < largest_log2)
 
 
 def attend(

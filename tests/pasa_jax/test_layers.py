@@ -16,7 +16,7 @@ ALLOWED = {
     "pasa_jax/implementations": (CORE, WALK),
     "pasa_jax/call": (CORE, WALK, CALL),
     "pasa_jax/sparse": ("pasa_jax", CORE, SPARSE),
-    "pallas_kernels": ("pallas_kernels", "pasa_jax", CORE, f"{WALK}.lax"),
+    "pallas_kernels": ("pallas_kernels", "pasa_jax", CORE, f"{WALK}.lax", f"{WALK}.page_walk"),
     "npu_bridge": ("npu_bridge", "pasa_jax", CORE),
 }
 # It compiles a call without the repair, so it resolves the arguments as the public function does.
