@@ -364,9 +364,9 @@ MUTANTS = (
     ),
     Mutant(
         "rotary positions of half the speed",
-        "pasa_jax/models/decoder.py",
-        "(-np.arange(0, size, 2) / size)",
-        "(-np.arange(0, size, 2) / (2 * size))",
+        "pasa_jax/core/rotary.py",
+        "(-np.arange(0, size, 2) / size)\n    angle = positions",
+        "(-np.arange(0, size, 2) / (2 * size))\n    angle = positions",
         ("tests/pasa_jax/models/test_decoder.py",),
     ),
     Mutant(

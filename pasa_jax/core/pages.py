@@ -144,7 +144,7 @@ class Pages:
         slot: Int[Array, " T"],
         key: Float[Array, "T K D"],
         value: Float[Array, "T K E"],
-        row: Int[Array, " T"],
+        row: Int[Array, " T"] | None = None,
     ) -> Pages:
         """With tokens at the slots of their pages; a page begins with its slot 0.
 
