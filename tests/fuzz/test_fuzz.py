@@ -7,6 +7,7 @@ from pasa_jax import Precision, Schedule
 from tests.cases import exact
 from tests.fuzz import calls, check, fuzz, known, oracle
 from tests.fuzz.calls import Call, Signature
+from tests.thin import only
 
 pytestmark = pytest.mark.usefixtures("optimized")
 TILES = Schedule(block_q=16, block_kv=16)
@@ -63,7 +64,7 @@ SLICE = {
 SHARED = ("is_causal", "causal_alignment", "logits_soft_cap")
 
 
-@pytest.mark.parametrize("name", SLICE)
+@pytest.mark.parametrize("name", only([x for x in SLICE if x != "float32, by parts"], SLICE))
 def test_slice(name):
     signature, gradient = SLICE[name]
     tally = check.Tally()

@@ -127,6 +127,7 @@ CASES: dict[str, Case] = {
         },
         {"batch": 3, "keys": 900, "heads": 20, "kv_heads": 1},
         128,
+        full=True,
     ),
     "decode, split keys, paper": Case(
         {"decode": True, "shift": "paper", "precision": "paper"},

@@ -28,6 +28,7 @@ def test_a_shift_costs_little() -> None:
     assert none < mean < 1.05 * none
 
 
+@pytest.mark.full
 def test_a_fixed_reference_is_faster_than_a_maximum() -> None:
     bound = npu_bridge.kernel(shift="bound", dtype="bfloat16")
     mean = replace(bound, shift="mean")

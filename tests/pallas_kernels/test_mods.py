@@ -25,7 +25,7 @@ def options(kernel, **fields):
     return {"implementation": kernel, "interpret": True, "schedule": schedule}
 
 
-CHOSEN = ("document", "t5")
+CHOSEN = ("document",)
 
 
 @pytest.mark.parametrize("name", only(CHOSEN, GALLERY))

@@ -208,6 +208,7 @@ def test_tokens_that_did_not_fit_spoil_their_own_sequence(kernel):
     np.testing.assert_allclose(found[1], out[1], atol=1e-5)
 
 
+@pytest.mark.full
 def test_a_page_that_is_not_seen_is_not_fetched():
     """Every block stays where it is until a page that is seen comes."""
     rng, (tiles, steps, pages) = np.random.default_rng(0), (5, 3, 4)

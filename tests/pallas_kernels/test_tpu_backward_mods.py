@@ -71,7 +71,7 @@ def learned(found, name, like):
 NAMES = [name for name in GALLERY if name != "blocks of segments"]  # whose blocks are no tiles
 
 
-@pytest.mark.parametrize(("name", "way"), some_tuples(product(NAMES, WAYS), 15, 7))
+@pytest.mark.parametrize(("name", "way"), some_tuples(product(NAMES, WAYS), 30, 7))
 def test_gallery(name, way):
     check(GALLERY[name](), way)
 

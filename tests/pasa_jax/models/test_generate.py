@@ -28,6 +28,7 @@ def test_token_for_token_as_torch(tmp_path):
     assert len(np.unique(expected)) > 8  # no text that repeats itself
 
 
+@pytest.mark.full
 def test_a_batch_gives_what_each_alone_gives():
     model = Decoder(SMALL, dtype="float16", rngs=nnx.Rngs(0))
     together = np.asarray(model.generate(PROMPTS, 8, lengths=LENGTHS))
