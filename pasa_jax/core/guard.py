@@ -85,7 +85,8 @@ def guard_of(
         per_tile = over_visited(per_block, mask, block_q, n)
         return jnp.repeat(per_tile, block_q)[: len(q), None]
 
-    return powers_of_guard(log2_norm(q), *map(seen, norms), scale, plan, q.dtype)
+    of_k, of_shifted = map(seen, norms)
+    return powers_of_guard(log2_norm(q), of_k, of_shifted, scale, plan, q.dtype)
 
 
 def powers_of_guard(

@@ -180,7 +180,7 @@ class PackedPages:
         return jnp.where(sound, k, jnp.nan), jnp.where(sound, v, 0)
 
     def with_open(
-        self, k: Array, v: Array, start: Index, length: Array, row: Array
+        self, k: Array, v: Array, start: Index, length: Array, row: Array | None
     ) -> tuple[Array, Array]:
         """Keys and values [n, …] of a tile, with those that are not packed yet.
 
@@ -189,6 +189,7 @@ class PackedPages:
           length: [] the tokens of the sequence.
           row: [] which of the open groups it has.
         """
+        assert row is not None
         place = start + jnp.arange(len(k), dtype=jnp.int32) - length // self.group * self.group
         is_open = (place >= 0)[:, None]
 

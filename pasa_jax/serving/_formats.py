@@ -30,7 +30,8 @@ def as_stored(format: str, key: Array, value: Array) -> tuple[Array, Array]:
     """
     check_choice("format", format, (*FORMATS, *TYPES))
     if format in TYPES:
-        return tuple(x.astype(format).astype(jnp.float32) for x in (key, value))
+        k, v = (x.astype(format).astype(jnp.float32) for x in (key, value))
+        return k, v
     chosen, tokens = FORMATS[format], key.shape[1]
 
     def in_groups(x: Array) -> Array:  # [B, K, groups, 64, size], what is missing NaN
