@@ -212,6 +212,6 @@ def put_tokens(
 
 def for_each(wanted: Array, body: Callable[[Any, Array], Any], carry: Any) -> Any:
     """Folds ``body(carry, i)`` over the entries that are ``wanted`` [L] bool, and no others."""
-    order = jnp.argsort(~wanted)
+    order = jnp.argsort(~wanted) if len(wanted) > 1 else jnp.zeros(1, jnp.int32)
     steps = jnp.sum(wanted, dtype=jnp.int32)
     return lax.fori_loop(0, steps, lambda t, carry: body(carry, order[t]), carry)

@@ -297,7 +297,8 @@ def attend(
     usual_rows = max(_FEW_QUERIES, 4 * -(-tokens // len(sequences.first)))
     block_q = max(1, min(plan.schedule.block_q // groups, most, usual_rows))
     blocks = sequences.table.shape[1]
-    usual, long = (_with_tiles(plan, x, n, blocks) for x in (block_q * groups, groups))
+    keys = (plan.schedule.block_kv, _keys_of_few_rows(plan, groups))
+    usual, long = (_with_tiles(plan, x, n, blocks) for x in keys)
     long_tile = long.schedule.block_kv
     table = jnp.pad(sequences.table, ((0, 0), (0, -blocks % max(1, long_tile // n))))
     sequences = sequences._replace(table=jnp.clip(table, 0, pages.count - 1))
@@ -369,13 +370,17 @@ def attend(
     return jax.tree.map(lambda x: x[:tokens].reshape(tokens, heads, *x.shape[3:]), outputs)
 
 
-def _with_tiles(plan: Plan, rows: int, n: int, blocks: int) -> Plan:
-    """The plan with tiles for ``rows`` rows: a part of a page of n keys, or whole pages, of which a
-    sequence has ``blocks``.
+def _keys_of_few_rows(plan: Plan, rows: int) -> int:
+    """The keys of a tile of few rows, in a long sequence."""
+    if plan.storage.uses_kappa or plan.storage is Storage.PAPER:  # a tile has one mean
+        return plan.schedule.block_kv
+    return plan.schedule.keys_beside(rows)
+
+
+def _with_tiles(plan: Plan, keys: int, n: int, blocks: int) -> Plan:
+    """The plan with tiles of about so many ``keys``: a part of a page of n keys, or whole pages, of
+    which a sequence has ``blocks``.
     """
-    keys = plan.schedule.block_kv
-    if not (plan.storage.uses_kappa or plan.storage is Storage.PAPER):  # a tile has one mean
-        keys = plan.schedule.keys_beside(rows)
     if keys < n:
         parts = next(x for x in range(-(-n // keys), n + 1) if n % x == 0)
         keys = n // parts
