@@ -216,10 +216,12 @@ def test_requests_wait_for_pages(model, monkeypatch):
     bodies = [asking(x * 100, max_tokens=50, temperature=0) for x in "abcdef"]
     with answering(model) as (engine, client), ThreadPoolExecutor(6) as threads:
         watched.may_go.clear()
-        found = threads.map(lambda x: client.post("/chat/completions", json=x), bodies)
+        first = threads.submit(client.post, "/chat/completions", json=bodies[0])
+        wait_for(lambda: engine.pool.running)  # and its step waits
+        found = [threads.submit(client.post, "/chat/completions", json=x) for x in bodies[1:]]
         wait_for(lambda: engine.waiting == 5)
         watched.may_go.set()
-        assert [len(said(x, False)[0]) for x in found] == [50] * 6
+        assert [len(said(x.result(), False)[0]) for x in (first, *found)] == [50] * 6
         assert watched.most == 4  # each needs 21 of the 96 pages
         check_pages(engine, kept=4)
     assert watched.read == 6 * (119 + 49)
@@ -230,14 +232,13 @@ def test_a_sequence_that_is_lost(model, monkeypatch, caplog):
     with answering(model) as (engine, client), ThreadPoolExecutor(2) as threads:
         bodies = [asking(x * 50, max_tokens=NEW, temperature=0) for x in "ab"]
         watched.may_go.clear()
-        lost, spared = (threads.submit(client.post, "/chat/completions", json=x) for x in bodies)
-        wait_for(lambda: engine.pool.running and engine.waiting == 1)
-        first = engine.pool.running[0]
-        watched.loses = first.slot
+        lost = threads.submit(client.post, "/chat/completions", json=bodies[0])
+        wait_for(lambda: engine.pool.running)  # and its step waits
+        watched.loses = engine.pool.running[0].slot
+        spared = threads.submit(client.post, "/chat/completions", json=bodies[1])
+        wait_for(lambda: engine.waiting == 1)
         watched.may_go.set()
         texts = [Chat(Letters()).tokens([Message("user", x * 50)]) for x in "ab"]
-        if first.request.prompt == texts[1]:
-            lost, spared, texts = spared, lost, texts[::-1]
         assert lost.result().status_code == 500
         assert "The sequence is lost: its tokens did not fit." in caplog.text
         expected = Letters().decode(alone(model, texts[1]))
