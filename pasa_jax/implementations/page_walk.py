@@ -58,7 +58,7 @@ class Sequences(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What is differentiable elsewhere: queries, sinks and scale.
+    """What is asked: queries, with the sinks of their heads and their scale.
 
     Arguments:
       query: [tokens, N, D].
@@ -289,7 +289,8 @@ def attend(
     Arguments:
       most: no sequence has more queries.
       window: as in `Mask`.
-      plan: adapted to the lax walk. A tile has as many pages as make ``block_kv`` keys, or one.
+      plan: adapted to the lax walk. A tile is a part of a page or some whole ones, of about
+        ``block_kv`` keys; those of one row in a long sequence are larger.
     """
     n, (tokens, heads, size) = pages.page_size, queries.query.shape
     kv_heads, groups = pages.key.shape[1], heads // pages.key.shape[1]
