@@ -79,8 +79,8 @@ def cases(keys: int) -> Iterator[tuple[str, float | None, Timed, Timed]]:
 
 def in_torch(model: models.Decoder, dtype: str) -> Any:
     """The same weights in transformers' Llama."""
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     c = model.config
     config = transformers.LlamaConfig(
@@ -121,7 +121,7 @@ def in_torch(model: models.Decoder, dtype: str) -> Any:
 
 def text(dtype: str, tokens: int) -> tuple[str, None, Timed, Timed]:
     """SmolLM2's own next ``tokens``, by `Decoder.generate` and by transformers in torch."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     model, tokenizer = models.load("smollm2", dtype=dtype)
     ids, peer = np.asarray([tokenizer.encode(PROMPT).ids]), in_torch(model, dtype)
