@@ -132,9 +132,8 @@ def with_pages(plan: Plan, pages: int, n: int) -> Plan:
 
 
 def pages_of_tile(call: Call, keys: int) -> int:
-    """How many pages hold at most so many keys: a power of two, as in the lax walk."""
-    pages = max(1, min(keys // call.pages.page_size, call.sequences.table.shape[1]))
-    return 1 << (pages.bit_length() - 1)
+    """How many pages hold at most so many keys, as in the lax walk."""
+    return page_walk.whole_pages(keys, call.pages.page_size, call.sequences.table.shape[1])
 
 
 def kappas(call: Call, table: Array, pages: int, plan: Plan) -> Array:

@@ -22,7 +22,7 @@ from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.target import find_target
-from pasa_jax.core.tile import Storage, wide_type
+from pasa_jax.core.tile import wide_type
 
 Array = jax.Array
 # Those that are arrays: `explain` takes their shapes alone.
@@ -189,10 +189,7 @@ def _for_few_rows(plan: Plan, o: Operands, mask: Mask) -> Plan:
     rows, schedule = o.query.shape[1] * o.query.shape[2] // max(1, o.key.shape[2]), plan.schedule
     narrowed = mask.listed or mask.any_partial(1)
     copies = find_target(schedule.target).kind == "cpu" and o.query.dtype.itemsize == 2
-    if not copies or narrowed or rows == 0 or plan.storage not in _WITHOUT_MEAN:
+    if not copies or narrowed or rows == 0 or not plan.storage.keeps_keys:
         return plan
     keys = min(schedule.keys_beside(rows, most=64), max(1, mask.key_length))
     return replace(plan, schedule=replace(schedule, block_kv=max(keys, schedule.block_kv)))
-
-
-_WITHOUT_MEAN = (Storage.PLAIN, Storage.BENEATH_MAXIMUM)

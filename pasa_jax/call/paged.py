@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pasa_jax.call import checks
 from pasa_jax.call.page_backends import BACKENDS, choose
-from pasa_jax.core.checks import flag, window
-from pasa_jax.core.errors import wrong
-from pasa_jax.core.packed import Store
+from pasa_jax.core.checks import flag, is_size, window
+from pasa_jax.core.errors import check_choice, wrong
+from pasa_jax.core.packed import FORMATS, Store
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.precision import Precision
+from pasa_jax.core.precision import FLOATS, Precision
 from pasa_jax.core.schedule import Schedule
+from pasa_jax.core.target import target_of_device
 from pasa_jax.core.tile import rounded
 from pasa_jax.implementations.page_walk import Call, Queries, Sequences
 
@@ -31,6 +34,42 @@ OPTIONS = (
     "implementation",
     "interpret",
 )
+
+
+def of_new_cache(
+    sizes: dict[str, Any], dtype: Any, format: str | None, schedule: Schedule | None, length: int
+) -> tuple[str, Schedule]:
+    """The type of a new cache by name, and its schedule: by default that of the device.
+
+    Arguments:
+      sizes: by the names of their arguments, head_dim and value_head_dim among them.
+      format: a name of `FORMATS`, or None.
+      length: the most keys of a sequence.
+
+    Raises:
+      ValueError: a size, a type, a format or a schedule that is not allowed.
+    """
+    for name, size in sizes.items():
+        if not is_size(size) or size < 1:
+            raise wrong(name, "be a positive int", repr(size))
+    dtype = str(jnp.dtype(dtype))
+    if dtype not in FLOATS:
+        raise wrong("dtype", f"be one of {', '.join(FLOATS)}", dtype)
+    if format is not None:
+        check_choice("format", format, tuple(FORMATS))
+    if schedule is None:
+        device = jax.devices()[0]
+        schedule = Schedule.for_target(
+            target_of_device(device.platform, device.device_kind),
+            head_dim=sizes["head_dim"],
+            value_head_dim=sizes["value_head_dim"],
+            dtype=dtype,
+            length=length,
+            is_causal=True,
+        )
+    elif not isinstance(schedule, Schedule):
+        raise wrong("schedule", "be a pasa_jax.Schedule or None", repr(schedule))
+    return dtype, schedule
 
 
 def attend(

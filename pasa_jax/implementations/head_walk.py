@@ -34,7 +34,6 @@ Array = jax.Array
 _FEW_TILES = 2  # of a head: each is looked at
 _MANY_TILES = 16  # of queries: their keys are cleaned once for all of them
 _FEW_ROWS = 16  # what is made of keys costs as much as their products
-_KEYS_AS_THEY_ARE = (tile.Storage.PLAIN, tile.Storage.BENEATH_MAXIMUM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +294,7 @@ def over_heads(
         bound, careful = walk.facts.bound, partial(program, walk, b, h)
         if bound is not None:
             return lax.cond(bound.proved, lambda: program(walk.by_bound(), b, h), careful)
-        if walk.facts.ordinary is None or not few or plan.storage not in _KEYS_AS_THEY_ARE:
+        if walk.facts.ordinary is None or not few or not plan.storage.keeps_keys:
             return careful()
         easy = partial(program, walk.without_care(), b, h)
         return lax.cond(walk.facts.ordinary, easy, careful)

@@ -174,11 +174,10 @@ class PageWalk(HeadWalk):
     def key_beneath(
         self, j: Index, seen: Bool[Array, "R n"] | None, value_gain: Array | None
     ) -> tile.KeyTile:
-        k, v, usable = self.raw_keys(j)
+        k, v, _ = self.raw_keys(j)
         if seen is not None:  # the last tokens are in a tile that is partly seen
             one = self.sequence
             k, v = self.pages.with_open(k, v, self.key_start(j), one.length, one.row)
-            usable = k[:, :1] == k[:, :1]
         extra: dict[str, Any] = {}
         paper = self.numerics.storage is Storage.PAPER
         if paper:  # M mixes the keys of a block, so that none may be NaN
@@ -188,11 +187,10 @@ class PageWalk(HeadWalk):
         if self.numerics.storage.uses_kappa:
             extra["kappa"] = self.kappa(j)
         shown = None if seen is None else jnp.any(seen, axis=0)[:, None]
-        if not paper:  # what is not finite is NaN already
-            usable = shown
-        elif shown is not None:
-            usable = usable & shown
-        return tile.key_tile(k, v, usable, self.numerics, value_gain=value_gain, **extra)
+        if paper:
+            finite = k[:, :1] == k[:, :1]
+            shown = finite if shown is None else finite & shown
+        return tile.key_tile(k, v, shown, self.numerics, value_gain=value_gain, **extra)
 
     def kappa(self, j: Index) -> Float[Array, "1 D"]:
         """κ of key tile j: the mean of what is written in its pages (eq. 7), or in those of the
@@ -345,9 +343,9 @@ def attend(
 
             sinks = queries.sinks
             sinks = None if sinks is None else sinks.reshape(kv_heads, groups)
-            of_heads = sizes._replace(plain=jnp.broadcast_to(sizes.plain, kv_heads))
-            axes = (1, 1, None if sinks is None else 0, 0, 1)
-            return jax.vmap(of_head, axes, 1)(pages, query, sinks, of_heads, outputs)
+            of_sizes = Sizes(0, 0, 0, None)  # type: ignore[arg-type]
+            axes = (1, 1, None if sinks is None else 0, of_sizes, 1)
+            return jax.vmap(of_head, axes, 1)(pages, query, sinks, sizes, outputs)
 
         branches = [partial(walked, block_q, usual, careful=True), partial(walked, block_q, usual)]
         which = sizes.plain.astype(jnp.int32)
@@ -373,9 +371,8 @@ def attend(
 
 def _keys_of_few_rows(plan: Plan, rows: int) -> int:
     """The keys of a tile of few rows, in a long sequence."""
-    if plan.storage.uses_kappa or plan.storage is Storage.PAPER:  # a tile has one mean
-        return plan.schedule.block_kv
-    return plan.schedule.keys_beside(rows)
+    schedule = plan.schedule  # where keys have a mean, a tile has one
+    return schedule.keys_beside(rows) if plan.storage.keeps_keys else schedule.block_kv
 
 
 def _with_tiles(plan: Plan, keys: int, n: int, blocks: int) -> Plan:
@@ -385,9 +382,17 @@ def _with_tiles(plan: Plan, keys: int, n: int, blocks: int) -> Plan:
     if keys < n:
         parts = next(x for x in range(-(-n // keys), n + 1) if n % x == 0)
         keys = n // parts
-    else:  # a table has whole tiles of every size
-        keys = n * (1 << (min(keys // n, blocks).bit_length() - 1))
+    else:
+        keys = n * whole_pages(keys, n, blocks)
     return replace(plan, schedule=replace(plan.schedule, block_kv=keys))
+
+
+def whole_pages(keys: int, n: int, blocks: int) -> int:
+    """How many pages of n keys a tile of at most so many ``keys`` has, or one: a power of two, for
+    which a table of whole tiles of any size has room. A sequence has ``blocks`` pages.
+    """
+    pages = max(1, min(keys // n, blocks))
+    return 1 << (pages.bit_length() - 1)
 
 
 _NO_FACTS = HeadFacts(usable=None, kappa=None, chosen=None, guard=None, value_gain=None)  # type: ignore[arg-type]
@@ -436,8 +441,8 @@ def _sizes(
         return jnp.max(x, axis=range(visited.ndim))
 
     key = largest(facts.key_norm, -jnp.inf)
-    unshifted = (Storage.PLAIN, Storage.BENEATH_MAXIMUM, Storage.LAGGING)
-    shifted = key + float(plan.storage not in unshifted)  # at most twice as long
+    as_they_are = plan.storage.keeps_keys or plan.storage is Storage.LAGGING
+    shifted = key + float(not as_they_are)  # at most twice as long
     value_gain = jnp.ones(key.shape, facts.value_top.dtype)
     plain = jnp.bool_(True)
     if divides_values(plan, dtype):

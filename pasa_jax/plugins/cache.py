@@ -7,18 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from pasa_jax.call import checks, paged
 from pasa_jax.call.api import canonical
 from pasa_jax.call.observe import announce, is_observed
-from pasa_jax.core.errors import check_choice, wrong
-from pasa_jax.core.packed import FORMATS, Store, empty_store
-from pasa_jax.core.precision import FLOATS
+from pasa_jax.core.errors import wrong
+from pasa_jax.core.packed import Store, empty_store
 from pasa_jax.core.schedule import Schedule
-from pasa_jax.core.target import target_of_device
 from pasa_jax.implementations.page_walk import Sequences
 
 Array = jax.Array
@@ -274,22 +271,15 @@ class KVCaches:
         sizes = {"layers": layers, "batch": batch, "max_length": max_length, "kv_heads": kv_heads}
         value_size = head_dim if value_head_dim is None else value_head_dim
         sizes |= {"head_dim": head_dim, "value_head_dim": value_size}
-        for name, size in sizes.items():
-            if not isinstance(size, (int, np.integer)) or size < 1:
-                raise wrong(name, "be a positive int", repr(size))
-        dtype = jnp.dtype(dtype)
-        if str(dtype) not in FLOATS:
-            raise wrong("dtype", f"be one of {', '.join(FLOATS)}", str(dtype))
-        if format is not None:
-            check_choice("format", format, tuple(FORMATS))
-        schedule = _fitted(schedule, max_length, head_dim, value_size, str(dtype))
+        name, schedule = paged.of_new_cache(sizes, dtype, format, schedule, max_length)
+        schedule = schedule.fitted(schedule.block_q, max_length)
         n = schedule.block_kv
         if max_length >= _LONG * n:  # what a step of decoding reads at once
             n = schedule.keys_beside(1)
-        rows = layers * batch
-        sizes = (kv_heads, n, head_dim, value_size, str(dtype))
+        rows, pages = layers * batch, layers * batch * -(-max_length // n)
+        of_page = (kv_heads, n, head_dim, value_size, name)
         return KVCaches(
-            pages=empty_store(rows * -(-max_length // n), rows, schedule.block_kv, *sizes, format),
+            pages=empty_store(pages, rows, schedule.block_kv, *of_page, format),
             length=jnp.zeros((layers, batch), jnp.int32),
             max_length=int(max_length),
             schedule=schedule,
@@ -315,21 +305,3 @@ class KVCaches:
 
 def _is_known(x: Array) -> bool:
     return not isinstance(x, Tracer)
-
-
-def _fitted(
-    schedule: Schedule | None, length: int, size: int, value_size: int, dtype: str
-) -> Schedule:
-    if schedule is None:
-        device = jax.devices()[0]
-        schedule = Schedule.for_target(
-            target_of_device(device.platform, device.device_kind),
-            head_dim=size,
-            value_head_dim=value_size,
-            dtype=dtype,
-            length=length,
-            is_causal=True,
-        )
-    elif not isinstance(schedule, Schedule):
-        raise wrong("schedule", "be a pasa_jax.Schedule or None", repr(schedule))
-    return schedule.fitted(schedule.block_q, length)

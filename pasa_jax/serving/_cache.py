@@ -10,12 +10,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pasa_jax.call import paged
-from pasa_jax.core.checks import is_size, window
-from pasa_jax.core.errors import check_choice, wrong
-from pasa_jax.core.packed import FORMATS, Store, empty_store
-from pasa_jax.core.precision import FLOATS
+from pasa_jax.core.checks import window
+from pasa_jax.core.errors import wrong
+from pasa_jax.core.packed import Store, empty_store
 from pasa_jax.core.schedule import Schedule
-from pasa_jax.core.target import target_of_device
 from pasa_jax.implementations.page_walk import Sequences
 from pasa_jax.serving._table import Places, Table
 
@@ -103,30 +101,12 @@ class PagedCache:
         table = Table.empty(sequences, pages, page_size, max_length)
         value_size = head_dim if value_head_dim is None else value_head_dim
         sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "value_head_dim": value_size}
-        for name, size in (sizes | {"layers": layers}).items():
-            if not is_size(size) or size < 1:
-                raise wrong(name, "be a positive int", repr(size))
-        dtype = str(jnp.dtype(dtype))
-        if dtype not in FLOATS:
-            raise wrong("dtype", f"be one of {', '.join(FLOATS)}", dtype)
-        if format is not None:
-            check_choice("format", format, tuple(FORMATS))
-        if schedule is None:
-            device = jax.devices()[0]
-            schedule = Schedule.for_target(
-                target_of_device(device.platform, device.device_kind),
-                head_dim=head_dim,
-                value_head_dim=value_size,
-                dtype=dtype,
-                length=max_length,
-                is_causal=True,
-            )
-        elif not isinstance(schedule, Schedule):
-            raise wrong("schedule", "be a pasa_jax.Schedule or None", repr(schedule))
-        sizes_of_page = (kv_heads, page_size, head_dim, value_size, dtype)
+        sizes |= {"layers": layers}
+        name, schedule = paged.of_new_cache(sizes, dtype, format, schedule, max_length)
+        of_page = (kv_heads, page_size, head_dim, value_size, name)
         return PagedCache(
             pages=empty_store(
-                layers * pages, layers * sequences, schedule.block_kv, *sizes_of_page, format
+                layers * pages, layers * sequences, schedule.block_kv, *of_page, format
             ),
             table=table,
             schedule=schedule,

@@ -41,6 +41,13 @@ class Storage(Enum):
         """Whether it needs κ; `LAGGING` does for rows that have no maximum yet."""
         return self in (Storage.BLOCK_MEAN, Storage.PAST_MEAN, Storage.LAGGING)
 
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether keys are multiplied as they are, and nothing is known of them beforehand: neither
+        a block's mean nor a bound.
+        """
+        return self in (Storage.PLAIN, Storage.BENEATH_MAXIMUM)
+
 
 @dataclass(frozen=True)
 class Dialect:
