@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from pasa_jax import dot_product_attention, models
 from pasa_jax.core.packed import FORMATS, GROUP, Format, pack_values
+from pasa_jax.evidence.keys import kinds
 from pasa_jax.models import metrics
 from pasa_jax.serving import as_stored
 
@@ -70,33 +71,6 @@ SCHEMES: dict[str, Stored] = {
 }
 
 
-def rotated(x: np.ndarray, base: float = 1e4) -> np.ndarray:
-    """x [S, D] with rotary positions."""
-    size = x.shape[-1]
-    angle = np.arange(len(x))[:, None] * base ** (-np.arange(0, size, 2) / size)
-    first, second = np.split(x, 2, axis=-1)
-    turned = (
-        first * np.cos(angle) - second * np.sin(angle),
-        second * np.cos(angle) + first * np.sin(angle),
-    )
-    return np.concatenate(turned, axis=-1)
-
-
-def kinds_of_keys(tokens: int, size: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, queries and keys."""
-    rng = np.random.default_rng(0)
-    q, noise = rng.standard_normal((2, tokens, size))
-    signs = rng.choice([-1.0, 1.0], size)
-    for bias in (0, 50, 200):
-        yield f"bias {bias}", q, noise + bias * signs
-    for name, pair in (("a fast", 1), ("a slow", size // 2 - 1)):
-        bias = np.zeros(size)
-        bias[[pair, pair + size // 2]] = 200
-        yield f"bias 200 in {name} pair, rotated", rotated(q), rotated(noise + bias)
-    heavy = rng.standard_t(2, (tokens, size))
-    yield "heavy-tailed (Student's t, 2)", q, heavy
-
-
 def error(stored: Stored, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> float:
     """Of the outputs of all queries over all keys, in float64 but for what is stored."""
 
@@ -112,11 +86,11 @@ def error(stored: Stored, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> float:
 
 
 def errors(tokens: int, size: int) -> Table:
-    kinds = list(kinds_of_keys(tokens, size))
+    every = list(kinds(tokens, size))
     v = np.random.default_rng(1).standard_normal((tokens, size))
-    table = Table("stored as", *(name for name, *_ in kinds), title="errors of outputs")
+    table = Table("stored as", *(kind.name for kind in every), title="errors of outputs")
     for name, stored in SCHEMES.items():
-        table.add_row(name, *(f"{error(stored, q, k, v):.3f}" for _, q, k in kinds))
+        table.add_row(name, *(f"{error(stored, q, k, v):.3f}" for _, q, k in every))
     return table
 
 
