@@ -80,13 +80,16 @@ class Inputs(NamedTuple):
     """The kernels' inputs: arrays outside, refs of one program's batch entry and head inside."""
 
     query: Any  # [B, T, N, D]                                      inside: [T, D]
-    key: Any  # [B, S, K, D], shifted                               [S, D]
+    key: Any  # [B, S, K, D], shifted; or codes of 8 bits           [S, D]
     value: Any  # [B, S, K, E]                                      [S, E]
     scale: Any  # [1]                                               [1]
     largest_key: Any = None  # [B, K] of the keys as they are       []
     kappa: Any = None  # [B, tiles, K, D]                           [tiles, D]
     value_gain: Any = None  # [B, K, query tiles]                   [query tiles]
     guard: Any = None  # tile.Guard of [B, T, N]                    [T]
+    query_codes: Any = None  # [B, T, N, D] int8                    [T, D]
+    query_scale: Any = None  # [B, T, N]                            [T]
+    key_scale: Any = None  # [B, K, S]                              [S]
     bias: Any = None  # [B|1, N|1, T|1, S|1]                        [T|1, S|1]
     sinks: Any = None  # [N]                                        []
     array: Any = None  # [B|1, N|1, T|1, S|1] int8                  [T|1, S|1]
@@ -128,6 +131,9 @@ AXES = Inputs(
     kappa=("b", "tiles", "k", "size"),
     value_gain=("b", "k", "tiles"),
     guard=_COLUMN,
+    query_codes=("b", "rows", "n", "size"),
+    query_scale=_COLUMN,
+    key_scale=("b", "k", "keys"),
     bias=_TILED,
     sinks=("n",),
     array=_TILED,
@@ -265,13 +271,17 @@ def inputs_of(o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
 
 
 def _prepared(inputs: Inputs, o: Operands, mask: Mask, plan: Plan, specs: Specs) -> Inputs:
-    """``inputs`` with keys shifted, and the guard's powers where products are in float16."""
+    """``inputs`` with keys shifted, or in 8 bits, and the guard's powers where products are in
+    float16.
+    """
     n = plan.schedule.block_kv
 
     def look(one: Operands, facts: HeadFacts) -> tuple[Array, HeadFacts]:
         key = tile.zero_unusable(one.key, facts.usable[:, None])
         if facts.kappa is None:
             return key, facts
+        if facts.codes is not None:
+            return facts.codes.key.codes, facts
 
         def shifted(k: Array, kappa: Array) -> Array:
             return tile.key_tile(k, k, None, plan.numerics(len(key)), kappa=kappa[None]).k
@@ -282,12 +292,16 @@ def _prepared(inputs: Inputs, o: Operands, mask: Mask, plan: Plan, specs: Specs)
 
     key, facts = of_heads(o, mask, plan, specs.block_q, look)
 
-    def rows(x: Array) -> Array:  # [B, K, T, G] -> [B, T, N]
-        return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+    def rows(x: Array) -> Array:  # [B, K, T, G, …] -> [B, T, N, …]
+        return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1, *x.shape[4:])
 
     inputs = inputs._replace(key=jnp.swapaxes(key, 1, 2))
     if facts.kappa is not None:
         inputs = inputs._replace(kappa=jnp.swapaxes(facts.kappa, 1, 2))
+    if facts.codes is not None:
+        query, scales = facts.codes.query, facts.codes.key.scale
+        inputs = inputs._replace(query_codes=rows(query.codes), query_scale=rows(query.scale))
+        inputs = inputs._replace(key_scale=scales)
     if not plan.rounds_products:
         return inputs
     guard = None if facts.guard is None else tile.Guard(*map(rows, facts.guard))

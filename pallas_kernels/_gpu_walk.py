@@ -118,7 +118,12 @@ class PointerWalk(Walk):
                 down=columns.down[:, None], rest=columns.rest[:, None], gain=columns.gain[:, None]
             )
         scale = self.refs.scale[0].astype(self.numerics.product)
-        query = tile.query_tile(q, scale, guard, self.numerics)
+        codes = None
+        if self.refs.query_codes is not None:
+            of_q = self.load(self.refs.query_codes, self.rows_at(start), self.along_size)
+            of_scale = self.column(self.refs.query_scale, *self.rows_at(start))
+            codes = tile.Codes(of_q, of_scale[:, None])
+        query = tile.query_tile(q, scale, guard, self.numerics, codes)
         if self.refs.value_gain is None:
             return query
         return query._replace(value_gain=self.refs.value_gain[div(start, self.block_q)])
@@ -132,7 +137,10 @@ class PointerWalk(Walk):
         if self.refs.kappa is not None:
             kappa = self.load(self.refs.kappa, (j, 1, 1), self.along_size)
             kappa = jnp.broadcast_to(kappa, (side(1), self.specs.padded_size))
-        return tile.KeyTile(k, v, None, kappa)
+        if self.refs.key_scale is None:
+            return tile.KeyTile(k, v, None, kappa)
+        scale = self.column(self.refs.key_scale, *self.keys_at(j))[None]
+        return tile.KeyTile(k, v, None, kappa, scale=scale)
 
     def store(self, ref: Ref, x: Array, *place: tuple[Index, int, int]) -> None:
         """Writes a tile x into ref [L, W], or a column x into ref [L], as far as the array reaches.

@@ -72,8 +72,11 @@ class Blocks:
             row = walk.key_start(j) + lax.broadcasted_iota(jnp.int32, (n, 1), 0)
             k, v = tile.zero_unusable(k, row < valid), tile.zero_unusable(v, row < valid)
             count = jnp.clip(jnp.int32(valid) - walk.key_start(j), 1, n).astype(_FLOAT)
-        ones = jnp.ones((MATRIX_ROWS, n), k.dtype)
-        kappa = dot(ones, k, (1, 0), _FLOAT)[:1] / count
+        if walk.refs.means is not None:
+            kappa = walk.refs.means[0, 0, pl.ds(j, 1)]
+        else:
+            ones = jnp.ones((MATRIX_ROWS, n), k.dtype)
+            kappa = dot(ones, k, (1, 0), _FLOAT)[:1] / count
         if walk.numerics.storage is tile.Storage.PAST_MEAN:
             self._shift(j, k, kappa)
             return

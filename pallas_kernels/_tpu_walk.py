@@ -150,6 +150,8 @@ def _bytes(
         if x is not None:
             r = rows if x.shape[2] > 1 else o.query.shape[2] // o.key.shape[2]
             wide.append(padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
+    if plan.eight_bits:
+        wide += [padded(rows, size), padded(rows, 1) * 4, padded(1, keys) * 4]
     scores = plan.schedule.unroll * padded(tile_rows, plan.schedule.block_kv) * (4 + 4)
     state = 3 * padded(tile_rows, e) * 4 + 4 * padded(tile_rows, 1) * 4
     return 2 * sum(wide) + scores + state  # blocks are double-buffered
@@ -260,7 +262,19 @@ class RefWalk(TileWalk):
             row = self.position_column(start)
             q = tile.zero_unusable(q, row < self.mask.valid_queries())
         scale = self.refs.scale[0].astype(self.numerics.product)
-        return tile.query_tile(q, scale, None, self.numerics)
+        codes = None
+        if self.refs.query_codes is not None:
+            of_q = self.refs.query_codes[0, 0, :, self.own_rows]
+            codes = tile.Codes(of_q.reshape(q.shape), self._query_scale)
+        return tile.query_tile(q, scale, None, self.numerics, codes)
+
+    @property
+    def _query_scale(self) -> Array:
+        """[R, 1], or [1, R]."""
+        if not self.transposed:
+            return self.refs.query_scale[0, 0, :, self.own_rows].reshape(-1, 1)
+        columns = [self.refs.query_scale[0, 0, g, :, self.own_rows] for g in self._heads]
+        return jnp.concatenate(columns, axis=1) if len(columns) > 1 else columns[0]
 
     def rows_at(self, start: Index) -> Any:
         return self.own_rows
@@ -275,16 +289,27 @@ class RefWalk(TileWalk):
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         assert value_gain is None  # the lax walk repairs calls that would need one
         k, v = self.raw_keys(j)
-        kappa = None
-        if self.numerics.storage.uses_kappa:
+        kappa = scale = None
+        if self.numerics.storage.uses_kappa or self.numerics.centred:
             assert self.kappa is not None
             rows = (MATRIX_ROWS, k.shape[1])
-            kappa = jnp.broadcast_to(self.kappa[pl.ds(j, 1)].astype(k.dtype), rows)
+            kappa = jnp.broadcast_to(self.kappa[pl.ds(j, 1)].astype(self.query_type), rows)
         usable = self.usable(j)
+        if self.refs.key_scale is not None:
+            at = self.keys_at(j)
+            scale = self.refs.key_scale[(0, 0, *((at,) if self.transposed else (slice(None), at)))]
         if self.largest_key is not None:
-            in_use = k if usable is None else tile.zero_unusable(k, usable)
+            # Products of 8 bits fit float32; what is added back need not.
+            in_use = k if scale is None else kappa
+            in_use = in_use if usable is None or scale is not None else tile.zero_unusable(k, usable)
             self.largest_key[...] = jnp.maximum(self.largest_key[...], self.largest(in_use))
-        return tile.key_tile(k, v, usable, self.numerics, kappa=kappa)
+        return tile.key_tile(k, v, usable, self.numerics, kappa=kappa, scale=scale)
+
+    @property
+    def query_type(self) -> jnp.dtype:
+        """Of the rows, as `query` has them."""
+        dtype = jnp.dtype(self.refs.query.dtype)
+        return jnp.dtype(jnp.float32) if dtype == jnp.uint16 else dtype
 
     def raw_keys(self, j: Index) -> tuple[Array, Array]:
         """[n, D] and [n, E] keys and values of tile j as they are."""

@@ -124,7 +124,7 @@ class Call:
             interpret=flag("interpret", given.interpret),
             beta=given.beta,
             scale=number,
-            explicit_precision=given.precision is not None,
+            explicit_precision=given.precision not in (None, "int8"),
             dropout_rate=checks.dropout_rate(given.dropout_rate),
         )
         checks.shift(plan)

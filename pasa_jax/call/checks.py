@@ -76,6 +76,8 @@ def precision(
         resolved = given
     else:
         resolved = Precision.named(given)
+    if given == "int8":  # the name says nothing of what is not a product
+        resolved = replace(Precision.named(dtype), scores="float32", products="int8")
     wide = "float64" in dataclasses.astuple(resolved)
     if wide != (dtype == "float64"):
         way_out = "Cast query, key and value instead."
@@ -85,6 +87,8 @@ def precision(
     if resolved.products == "float16" and dtype != "float16":
         allowed = 'have products="float32" for inputs that are not float16'
         raise wrong("precision", allowed, resolved, "Cast query, key and value to float16.")
+    if resolved.products == "int8":
+        _products_of_8_bits(resolved, dtype, shift, target)
     if shift == "bound" and not _wide_enough(resolved, target):
         allowed = (
             "store all but the probabilities in float32, and those not in float16, for 'bound'"
@@ -92,6 +96,19 @@ def precision(
         way_out = "Its weights and scores are far from 1. Leave `precision` out."
         raise wrong("precision", allowed, resolved, way_out)
     return resolved
+
+
+def _products_of_8_bits(precision: Precision, dtype: str, shift: str, target: str) -> None:
+    """Raises unless products may have 8 bits."""
+    if dtype == "float64" or precision.scores != "float32":
+        allowed = 'have scores="float32", for inputs that are not float64, beside products="int8"'
+        raise wrong("precision", allowed, precision)
+    if shift not in ("auto", "mean"):
+        allowed = "be 'auto' or 'mean' beside products of 8 bits, whose keys lose their block's mean"
+        raise wrong("shift", allowed, repr(shift))
+    if not find_target(target).accumulator_reachable:
+        allowed = 'have products="float32" where the target rounds products'
+        raise wrong("precision", allowed, f"'int8' for {target}")
 
 
 def _wide_enough(precision: Precision, target: str) -> bool:

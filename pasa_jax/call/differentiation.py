@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
+from pasa_jax.core.errors import wrong
 from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.operands import Operands, Result, Wanted
@@ -85,6 +86,9 @@ def _compiled_forward(
 
 
 def _forward(core: Core, operands: Operands, mask: Mask) -> tuple[Any, Any]:
+    if core.plan.eight_bits:
+        allowed = "have products of another type than int8 where gradients are asked for"
+        raise wrong("precision", allowed, "'int8'", "Leave `precision` out for training.")
     result = run(core.forward, core.plan, "residuals", operands, mask)
     return (result.out, result.lse if core.lse else None), (operands, mask, result)
 

@@ -114,9 +114,13 @@ def attend(
         way_out = "Its bounds would be read from all keys at every step."
         raise wrong("shift", "be another than 'bound' in a cache", "'bound'", way_out)
     scale, number = checks.scale(scale, query)
+    resolved = checks.precision(precision, pages.dtype, shift, schedule.target)
+    if resolved.products == "int8":
+        way_out = "A cache packs keys when they are written: ask for `format`."
+        raise wrong("precision", "have other products than int8 in a cache", "'int8'", way_out)
     plan = Plan(
         shift=shift,
-        precision=checks.precision(precision, pages.dtype, shift, schedule.target),
+        precision=resolved,
         logits_soft_cap=None if logits_soft_cap is None else checks.soft_cap(logits_soft_cap),
         schedule=schedule,
         beta=beta,

@@ -21,14 +21,17 @@ class Precision:
       accumulator: the output before it is normalised.
       products: the type in which a matrix unit adds up. ``"float16"`` is twice as fast on some
         GPUs and needs float16 inputs. No shift can then see a float32 product, as on a chip that
-        rounds products.
+        rounds products. ``"int8"``: queries, and keys less their block's mean, are rounded to
+        8 bits with a scale each; q·κ is added back in float32. The second product, P·V, is as with
+        ``"float32"``. There is no gradient.
       exponential: the type in which a tile's exponentials are computed; None: the statistics'.
         ``"float16"`` is twice as fast on GPUs, with a relative error of up to 2^-9.9 (PTX ISA,
         ex2.approx.f16x2) in each probability.
 
     The named settings (`Precision.named`) are ``"float16"``, ``"bfloat16"`` and ``"float32"``
-    (scores and probabilities of that type, the rest float32), ``"float64"``, and ``"paper"``
-    (float16 throughout, as published; arXiv 2503.01873, algorithm 2).
+    (scores and probabilities of that type, the rest float32), ``"float64"``, ``"paper"``
+    (float16 throughout, as published; arXiv 2503.01873, algorithm 2), and ``"int8"`` (products of
+    8 bits; a call stores probabilities in the type of its 16-bit inputs).
     """
 
     scores: str = "float32"
@@ -41,7 +44,7 @@ class Precision:
     def __post_init__(self) -> None:
         for field in ("scores", "probabilities", "statistics", "accumulator"):
             check_choice(f"precision.{field}", getattr(self, field), FLOATS)
-        check_choice("precision.products", self.products, ("float16", "float32"))
+        check_choice("precision.products", self.products, ("float16", "float32", "int8"))
         if self.exponential is not None:
             check_choice("precision.exponential", self.exponential, FLOATS)
         if "bfloat16" in (self.statistics, self.accumulator):
@@ -59,11 +62,13 @@ class Precision:
         >>> Precision.named("paper").statistics
         'float16'
         """
-        check_choice("precision", name, (*FLOATS, "paper"))
+        check_choice("precision", name, (*FLOATS, "paper", "int8"))
         if name == "paper":
             return Precision(**dict.fromkeys(_FIELDS, "float16"))
         if name == "float64":
             return Precision(**dict.fromkeys(_FIELDS, "float64"))
+        if name == "int8":
+            return Precision(products="int8")
         return Precision(scores=name, probabilities=name)
 
 

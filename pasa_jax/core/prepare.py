@@ -16,6 +16,7 @@ from jax import lax
 from pasa_jax.core.blocks import block_kappa, over_visited, per_block
 from pasa_jax.core.bound import Bound
 from pasa_jax.core.choice import shifting_helps
+from pasa_jax.core.eight_bits import EightBits, eight_bits
 from pasa_jax.core.guard import (
     divides_values,
     gain_of_values,
@@ -48,6 +49,7 @@ class HeadFacts(NamedTuple):
     value_gain: Array | None
     bound: Bound | None = None  # for `Storage.BOUND`; the rest is then for heads without proof
     ordinary: Array | None = None  # [] bool, as `guard.ordinary`, where it was asked
+    codes: EightBits | None = None  # where products have 8 bits
 
 
 def prepare(
@@ -108,4 +110,8 @@ def prepare(
     guard = None
     if guards(plan, q.dtype):
         guard = usual(no_guard(q), found_guard)
-    return HeadFacts(usable, kappa, chosen, guard, value_gain, ordinary=is_ordinary)
+    codes = None
+    if plan.eight_bits:
+        assert kappa is not None
+        codes = eight_bits(q, k, usable, kappa, n)
+    return HeadFacts(usable, kappa, chosen, guard, value_gain, ordinary=is_ordinary, codes=codes)

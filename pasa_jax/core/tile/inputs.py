@@ -12,9 +12,18 @@ from pasa_jax.core.tile.arrays import Guard, dot, zero_unusable
 from pasa_jax.core.tile.numerics import Numerics, Storage
 
 if TYPE_CHECKING:
-    from pasa_jax.core.shapes import Bool, Float, Float32
+    from pasa_jax.core.shapes import Bool, Float, Float32, Shaped
 
 Array = jax.Array
+
+
+class Codes(NamedTuple):
+    """Rows, or keys, in 8 bits: each is its codes times its scale."""
+
+    codes: Array  # [R, D] int8
+    # float32, NaN for one that is not finite; of rows [R, 1], of keys [1, n], turned round where
+    # tiles are transposed
+    scale: Array
 
 
 class QueryTile(NamedTuple):
@@ -29,21 +38,27 @@ class QueryTile(NamedTuple):
     # scores themselves; ``guard`` is then None. None: 1.
     capped: Guard | None = None
     reference: Array | None = None  # [R, 1] what `Storage.BOUND` takes off the scores
+    codes: Codes | None = None  # what is multiplied with keys of 8 bits; ``q`` with their mean
 
 
 class KeyTile(NamedTuple):
     """The keys of a tile, made by `key_tile`."""
 
-    k: Array  # [n, D] without what the shift takes off: K'
+    k: Array  # [n, D] without what the shift takes off: K'; or codes of 8 bits of it
     v: Array  # [n, E] with unusable rows zeroed
     usable: Array | None  # [1, n] bool: False where key or value must not be looked at
     kappa: Array | None = None  # [1, D] what `mean` took off every key (or rows, all equal)
     weights: Array | None = None  # [n, 1] 1/n for the columns that the paper's M mixed, else 0
     raw: Array | None = None  # [n, D] the keys as they are, for `Storage.LAGGING`
+    scale: Array | None = None  # of codes, as in `Codes`
 
 
 def query_tile(
-    q: Float[Array, "R D"], scale: Float[Array, ""], guard: Guard | None, numerics: Numerics
+    q: Float[Array, "R D"],
+    scale: Float[Array, ""],
+    guard: Guard | None,
+    numerics: Numerics,
+    codes: Codes | None = None,
 ) -> QueryTile:
     """Query rows with 1/α and the guard's 2^-e placed where they lose nothing (eq. 12).
 
@@ -51,6 +66,7 @@ def query_tile(
       q: [R, D].
       scale: [] 1/α in the product's type; 1 for `paper`, whose M carries it.
       guard: None where the scores cannot leave their range.
+      codes: of q, where products have 8 bits.
     """
     dtype = numerics.product
     gain = jnp.full((1, 1), scale.astype(dtype) * dtype.type(numerics.unit))
@@ -64,22 +80,25 @@ def query_tile(
             gain = gain * guard.down * guard.rest
         else:  # the product itself could overflow: divide q, which is exact
             q = q * guard.down.astype(q.dtype) * guard.rest.astype(q.dtype)
+            if codes is not None:
+                codes = codes._replace(scale=codes.scale * guard.down * guard.rest)
     if numerics.rounds_products:  # nothing can be multiplied with the product itself
         q = (q.astype(dtype) * gain).astype(q.dtype)
         gain = jnp.ones_like(gain)
     if numerics.maximum_first:  # a factor that is not negative keeps the order of products
         q, gain = jnp.where(gain < 0, -q, q), jnp.abs(gain)
     if numerics.needs_scores:
-        return QueryTile(q, gain, None, rest, capped=guard)
-    return QueryTile(q, gain, guard, rest)
+        return QueryTile(q, gain, None, rest, capped=guard, codes=codes)
+    return QueryTile(q, gain, guard, rest, codes=codes)
 
 
 def key_tile(
-    k: Float[Array, "n D"],
+    k: Shaped[Array, "n D"],
     v: Float[Array, "n E"],
     usable: Bool[Array, "n 1"] | None,
     numerics: Numerics,
     *,
+    scale: Float32[Array, "rows columns"] | None = None,
     kappa: Float[Array, "rows D"] | None = None,
     matrix: Float[Array, "n n"] | None = None,
     weights: Float[Array, "n 1"] | None = None,
@@ -93,6 +112,7 @@ def key_tile(
 
     Arguments:
       k, v: [n, D], [n, E].
+      scale: None; or k are codes of keys less κ, with these scales, as in `Codes`.
       usable: [n, 1] bool, or None: all are.
       kappa: [1, D] of k's type, for `mean` (any vector is valid, since the same is added back); or
         several equal rows, for a matrix unit that cannot multiply by a single one.
@@ -103,6 +123,11 @@ def key_tile(
         k, v = zero_unusable(k, usable), zero_unusable(v, usable)
     if value_gain is not None:
         v = v * value_gain.astype(v.dtype)
+    row = None if usable is None else usable.reshape(1, -1)
+    if scale is not None:
+        if usable is not None:
+            scale = jnp.where(usable.reshape(scale.shape), scale, jnp.full_like(scale, jnp.nan))
+        return KeyTile(k, v, row, kappa, scale=scale)
     shifted, raw = k, None
     if kappa is not None:
         wide = numerics.product
@@ -112,7 +137,6 @@ def key_tile(
         shifted = dot(matrix, k, (1, 0), numerics.product).astype(k.dtype)
     else:
         shifted = _nan_unusable(shifted, usable)
-    row = None if usable is None else usable.reshape(1, -1)
     return KeyTile(shifted, v, row, kappa, weights, raw)
 
 

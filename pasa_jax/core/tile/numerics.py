@@ -157,11 +157,16 @@ class Numerics:
 
     @property
     def centred(self) -> bool:
-        """Whether `Storage.BOUND` stores scores as `BLOCK_MEAN` does, in float16, and takes its
-        reference off afterwards: where products are rounded it cannot be done before.
+        """Whether `Storage.BOUND` stores scores as `BLOCK_MEAN` does, and takes its reference off
+        afterwards: where products are rounded, or keys are, it cannot be done before.
         """
         rounded = self.rounds_products and self.precision.scores == "float16"
-        return self.storage is Storage.BOUND and rounded
+        return self.storage is Storage.BOUND and (rounded or self.eight_bits)
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether q·k is a product of 8-bit integers."""
+        return self.precision.products == "int8"
 
     @property
     def needs_scores(self) -> bool:

@@ -92,8 +92,7 @@ def scores(
     if bias is not None:
         bias = divided(bias.astype(stat) * stat.type(numerics.unit), query.guard)
     narrow = numerics.tile if bias is None and query.rest is None else stat
-    product = query_key(query.q, key.k, numerics.accumulated, numerics)
-    product = product.astype(numerics.product)
+    product = _product(query, key, numerics)
     maximum = None
     if numerics.maximum_first and mask is None and bias is None:
         maximum = numerics.over_row(jnp.max, product) * query.gain
@@ -165,6 +164,15 @@ def scores(
         stored = numerics.dialect.narrow(stored, store).astype(numerics.exponential or stat)
     slope = slope if with_slope else None
     return Scores(stored, base, offset, slope, mask is None, given)
+
+
+def _product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Float[Array, "R n"]:
+    """q·k' [R, n] in the product's type, without the query's gain."""
+    if query.codes is None or key.scale is None:
+        product = query_key(query.q, key.k, numerics.accumulated, numerics)
+        return product.astype(numerics.product)
+    product = query_key(query.codes.codes, key.k, jnp.dtype(jnp.int32), numerics)
+    return product.astype(numerics.product) * query.codes.scale * key.scale
 
 
 def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Column:
