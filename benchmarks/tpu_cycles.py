@@ -201,6 +201,7 @@ SIDES = (
         _ours(precision="bfloat16", shift="reference"),
     ),
     Side("ours, mean, bfloat16 scores", OURS, _ours(precision="bfloat16", shift="mean")),
+    Side("ours, products of 8 bits", OURS, _ours(precision="int8")),
 )
 
 

@@ -87,8 +87,6 @@ class Inputs(NamedTuple):
     kappa: Any = None  # [B, tiles, K, D]                           [tiles, D]
     value_gain: Any = None  # [B, K, query tiles]                   [query tiles]
     guard: Any = None  # tile.Guard of [B, T, N]                    [T]
-    query_codes: Any = None  # [B, T, N, D] int8                    [T, D]
-    query_scale: Any = None  # [B, T, N]                            [T]
     key_scale: Any = None  # [B, K, S]                              [S]
     bias: Any = None  # [B|1, N|1, T|1, S|1]                        [T|1, S|1]
     sinks: Any = None  # [N]                                        []
@@ -131,8 +129,6 @@ AXES = Inputs(
     kappa=("b", "tiles", "k", "size"),
     value_gain=("b", "k", "tiles"),
     guard=_COLUMN,
-    query_codes=("b", "rows", "n", "size"),
-    query_scale=_COLUMN,
     key_scale=("b", "k", "keys"),
     bias=_TILED,
     sinks=("n",),
@@ -281,7 +277,7 @@ def _prepared(inputs: Inputs, o: Operands, mask: Mask, plan: Plan, specs: Specs)
         if facts.kappa is None:
             return key, facts
         if facts.codes is not None:
-            return facts.codes.key.codes, facts
+            return facts.codes.codes, facts
 
         def shifted(k: Array, kappa: Array) -> Array:
             return tile.key_tile(k, k, None, plan.numerics(len(key)), kappa=kappa[None]).k
@@ -292,16 +288,14 @@ def _prepared(inputs: Inputs, o: Operands, mask: Mask, plan: Plan, specs: Specs)
 
     key, facts = of_heads(o, mask, plan, specs.block_q, look)
 
-    def rows(x: Array) -> Array:  # [B, K, T, G, …] -> [B, T, N, …]
-        return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1, *x.shape[4:])
+    def rows(x: Array) -> Array:  # [B, K, T, G] -> [B, T, N]
+        return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
 
     inputs = inputs._replace(key=jnp.swapaxes(key, 1, 2))
     if facts.kappa is not None:
         inputs = inputs._replace(kappa=jnp.swapaxes(facts.kappa, 1, 2))
     if facts.codes is not None:
-        query, scales = facts.codes.query, facts.codes.key.scale
-        inputs = inputs._replace(query_codes=rows(query.codes), query_scale=rows(query.scale))
-        inputs = inputs._replace(key_scale=scales)
+        inputs = inputs._replace(key_scale=facts.codes.scale)
     if not plan.rounds_products:
         return inputs
     guard = None if facts.guard is None else tile.Guard(*map(rows, facts.guard))

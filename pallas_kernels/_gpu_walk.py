@@ -118,12 +118,7 @@ class PointerWalk(Walk):
                 down=columns.down[:, None], rest=columns.rest[:, None], gain=columns.gain[:, None]
             )
         scale = self.refs.scale[0].astype(self.numerics.product)
-        codes = None
-        if self.refs.query_codes is not None:
-            of_q = self.load(self.refs.query_codes, self.rows_at(start), self.along_size)
-            of_scale = self.column(self.refs.query_scale, *self.rows_at(start))
-            codes = tile.Codes(of_q, of_scale[:, None])
-        query = tile.query_tile(q, scale, guard, self.numerics, codes)
+        query = tile.query_tile(q, scale, guard, self.numerics)
         if self.refs.value_gain is None:
             return query
         return query._replace(value_gain=self.refs.value_gain[div(start, self.block_q)])
@@ -140,7 +135,7 @@ class PointerWalk(Walk):
         if self.refs.key_scale is None:
             return tile.KeyTile(k, v, None, kappa)
         scale = self.column(self.refs.key_scale, *self.keys_at(j))[None]
-        return tile.KeyTile(k, v, None, kappa, scale=scale)
+        return tile.KeyTile(k, v, None, kappa, scales=(scale,))
 
     def store(self, ref: Ref, x: Array, *place: tuple[Index, int, int]) -> None:
         """Writes a tile x into ref [L, W], or a column x into ref [L], as far as the array reaches.

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._common import given_data, narrowed, of_heads
+from pallas_kernels._common import given_data, narrowed
 from pallas_kernels._float16 import to_bits
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
 from pasa_jax.core.operands import Factors, Operands
-from pasa_jax.core.plan import Plan
 
 Array = jax.Array
 
@@ -78,11 +77,6 @@ class Inputs(NamedTuple):
     query_lengths: Any = None  # [B]
     key_lengths: Any = None  # [B]
     todo: Any = None  # [B, K, query tiles] int32, 0 for tiles that are left out; None: all are done
-    # Where products have 8 bits; ``key`` has codes.
-    query_codes: Any = None  # [B, K, G, T, D] int8
-    query_scale: Any = None  # [B, K, G, T, 1]; transposed [B, K, G, 1, T]
-    key_scale: Any = None  # [B, K, 1, S]; transposed [B, K, S, 1]
-    means: Any = None  # [B, K, blocks, D] κ, float32
     # Of the backward pass alone.
     d_out: Any = None  # [B, K, G, T, E]
     # Where the rows of a head lie in VMEM: what a program finds its rows' statistics from.
@@ -146,27 +140,6 @@ def inputs_of(o: Operands, mask: Mask, *, transposed: bool) -> Inputs:
     )
 
 
-def in_8_bits(
-    inputs: Inputs, o: Operands, mask: Mask, plan: Plan, block_q: int, *, transposed: bool
-) -> Inputs:
-    """``inputs`` with the codes, the scales and the means of products of 8 bits.
-
-    Arguments:
-      transposed: as of `inputs_of`.
-    """
-    by_mean = plan.unproved
-    codes, kappa = of_heads(o, mask, by_mean, block_q, lambda _, facts: (facts.codes, facts.kappa))
-    of_rows, of_keys = (-2, -1) if transposed else (-1, -2)
-    query, scale = (jnp.moveaxis(x, 3, 2) for x in codes.query)  # [B, K, T, G, …]
-    return inputs._replace(
-        key=codes.key.codes,
-        query_codes=query,
-        query_scale=jnp.expand_dims(scale, of_rows),
-        key_scale=jnp.expand_dims(codes.key.scale, of_keys),
-        means=kappa.astype(jnp.float32),
-    )
-
-
 # What the axes of the arrays are; of an axis with a 1 in its name the length may be 1. None: the
 # array is in SMEM, whole.
 _LEAD = ("b", "k", "g")
@@ -195,10 +168,6 @@ def axes_of(*, transposed: bool) -> Inputs:
         factors=Factors((*_LEAD, "r", "rows"), (*_LEAD, "r", "keys"), None),
         query_data=(*_LEAD, *of_rows),
         key_data=(*_LEAD, *of_keys),
-        query_codes=(*_LEAD, "rows", "d"),
-        query_scale=(*_LEAD, *of_rows),
-        key_scale=("b", "k", *of_keys),
-        means=("b", "k", "blocks", "d"),
         d_out=_OUT,
         out=_OUT,
         remainder=_OUT,

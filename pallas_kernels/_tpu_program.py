@@ -33,13 +33,17 @@ def scratch_shapes(specs: Specs, plan: Plan, size: int, value_size: int) -> dict
     shapes = {"largest_key": (1, size)}
     if needs_blocks(plan):
         shapes |= Blocks.shapes(specs, size)
+    if plan.eight_bits:
+        shapes |= {"codes": (specs.chunk_tiles * specs.block_kv, size)}
+        shapes |= {"scale": (shapes["kappa"][0], LANES)}
     if specs.in_parts:
         rows = specs.groups * specs.block_q
         state = jax.eval_shape(
             partial(tile.initial_state, rows, value_size, plan.numerics(specs.key_tiles))
         )
         shapes |= {name: x.shape for name, x in state._asdict().items()}
-    return {name: pltpu.VMEM(shape, jnp.float32) for name, shape in shapes.items()}
+    types = {"codes": jnp.int8}
+    return {name: pltpu.VMEM(shape, types.get(name, jnp.float32)) for name, shape in shapes.items()}
 
 
 def run_listed(numbers: Ref, refs: Inputs, *rest: Ref, list_shape: Any, **options: Any) -> None:
@@ -89,6 +93,7 @@ def run_program(
         offset=None,
         largest_key=None if by_bound else scratch["largest_key"],
         kappa=None if blocks is None else blocks.kappa,
+        codes=tile.Codes(scratch["codes"], scratch["scale"]) if plan.eight_bits else None,
         chunk_tiles=specs.chunk_tiles,
         chunk=c if specs.in_parts else 0,
     )

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels._tpu_inputs import LANES
 from pallas_kernels._tpu_walk import MATRIX_ROWS, RefWalk, Specs
 from pasa_jax.core import tile
+from pasa_jax.core.eight_bits import group_count
 from pasa_jax.core.mask import Index, minimum
 from pasa_jax.core.tile.arrays import dot, query_key
 
@@ -72,11 +73,11 @@ class Blocks:
             row = walk.key_start(j) + lax.broadcasted_iota(jnp.int32, (n, 1), 0)
             k, v = tile.zero_unusable(k, row < valid), tile.zero_unusable(v, row < valid)
             count = jnp.clip(jnp.int32(valid) - walk.key_start(j), 1, n).astype(_FLOAT)
-        if walk.refs.means is not None:
-            kappa = walk.refs.means[0, 0, pl.ds(j, 1)]
-        else:
-            ones = jnp.ones((MATRIX_ROWS, n), k.dtype)
-            kappa = dot(ones, k, (1, 0), _FLOAT)[:1] / count
+        ones = jnp.ones((MATRIX_ROWS, n), k.dtype)
+        kappa = dot(ones, k, (1, 0), _FLOAT)[:1] / count
+        if walk.codes is not None:
+            kappa = kappa.astype(walk.query_type).astype(_FLOAT)
+            self._pack(walk, j, k.astype(_FLOAT) - kappa)
         if walk.numerics.storage is tile.Storage.PAST_MEAN:
             self._shift(j, k, kappa)
             return
@@ -85,6 +86,22 @@ class Blocks:
             return
         largest = jnp.max(walk.largest(v), axis=1, keepdims=True)
         self.value[...] = jnp.maximum(self.value[...], largest)
+
+    def _pack(self, walk: RefWalk, j: Index, shifted: Array) -> None:
+        """Leaves the codes of a tile's keys less κ [n, D], and the scales of its groups."""
+        assert walk.codes is not None
+        refs, n = walk.codes, walk.block_kv
+        if walk.usable(j) is not None or walk.mask.key_lengths is not None:
+            row = walk.key_start(j) + lax.broadcasted_iota(jnp.int32, (n, 1), 0)
+            shifted = tile.zero_unusable(shifted, row < walk.mask.valid_keys())
+        parts = group_count(n)
+        groups = [tile.codes_of(x, (0, 1)) for x in jnp.split(shifted, parts)]
+        refs.codes[walk.keys_at(j)] = jnp.concatenate([x.codes for x in groups])
+        lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        scales = jnp.zeros((1, LANES), _FLOAT)
+        for i, group in enumerate(groups):
+            scales = jnp.where(lane == i, group.scale, scales)
+        refs.scale[pl.ds(j, 1)] = scales
 
     def _shift(self, j: Index, k: Array, kappa: Array) -> None:
         """κ of the block after tile j is the mean of this one; of the first, the first key."""

@@ -15,6 +15,7 @@ from pallas_kernels._tpu_inputs import LANES, padded
 from pallas_kernels._tpu_lists import TileList
 from pallas_kernels._tpu_tiles import TileWalk
 from pasa_jax.core import tile
+from pasa_jax.core.eight_bits import group_count
 from pasa_jax.core.mask import Index, KeyRange, Mask, div, maximum, minimum
 from pasa_jax.core.operands import Operands
 from pasa_jax.core.plan import Plan
@@ -151,7 +152,7 @@ def _bytes(
             r = rows if x.shape[2] > 1 else o.query.shape[2] // o.key.shape[2]
             wide.append(padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
     if plan.eight_bits:
-        wide += [padded(rows, size), padded(rows, 1) * 4, padded(1, keys) * 4]
+        wide.append(padded(keys, size))
     scores = plan.schedule.unroll * padded(tile_rows, plan.schedule.block_kv) * (4 + 4)
     state = 3 * padded(tile_rows, e) * 4 + 4 * padded(tile_rows, 1) * 4
     return 2 * sum(wide) + scores + state  # blocks are double-buffered
@@ -200,12 +201,15 @@ class RefWalk(TileWalk):
       largest_key: ref [1, D], the largest magnitude in each channel of the keys that `key` gave;
         None where nobody asks for it.
       kappa: ref [blocks, D] float32, κ of every key tile, or None.
+      codes: refs [S, D] int8 and [blocks, 128] float32, the keys less κ in 8 bits and the scales of
+        their groups, where products have 8 bits.
       chunk, chunk_tiles: which chunk of keys the refs hold, and of how many tiles.
     """
 
     offset: int | None
     largest_key: Ref | None
     kappa: Ref | None
+    codes: tile.Codes | None = None
     chunk: Index = 0
     chunk_tiles: int = 0
 
@@ -262,19 +266,7 @@ class RefWalk(TileWalk):
             row = self.position_column(start)
             q = tile.zero_unusable(q, row < self.mask.valid_queries())
         scale = self.refs.scale[0].astype(self.numerics.product)
-        codes = None
-        if self.refs.query_codes is not None:
-            of_q = self.refs.query_codes[0, 0, :, self.own_rows]
-            codes = tile.Codes(of_q.reshape(q.shape), self._query_scale)
-        return tile.query_tile(q, scale, None, self.numerics, codes)
-
-    @property
-    def _query_scale(self) -> Array:
-        """[R, 1], or [1, R]."""
-        if not self.transposed:
-            return self.refs.query_scale[0, 0, :, self.own_rows].reshape(-1, 1)
-        columns = [self.refs.query_scale[0, 0, g, :, self.own_rows] for g in self._heads]
-        return jnp.concatenate(columns, axis=1) if len(columns) > 1 else columns[0]
+        return tile.query_tile(q, scale, None, self.numerics)
 
     def rows_at(self, start: Index) -> Any:
         return self.own_rows
@@ -289,21 +281,27 @@ class RefWalk(TileWalk):
     def key(self, j: Index, value_gain: Array | None = None) -> tile.KeyTile:
         assert value_gain is None  # the lax walk repairs calls that would need one
         k, v = self.raw_keys(j)
-        kappa = scale = None
+        kappa = None
         if self.numerics.storage.uses_kappa or self.numerics.centred:
             assert self.kappa is not None
             rows = (MATRIX_ROWS, k.shape[1])
             kappa = jnp.broadcast_to(self.kappa[pl.ds(j, 1)].astype(self.query_type), rows)
         usable = self.usable(j)
-        if self.refs.key_scale is not None:
-            at = self.keys_at(j)
-            scale = self.refs.key_scale[(0, 0, *((at,) if self.transposed else (slice(None), at)))]
         if self.largest_key is not None:
-            # Products of 8 bits fit float32; what is added back need not.
-            in_use = k if scale is None else kappa
-            in_use = in_use if usable is None or scale is not None else tile.zero_unusable(k, usable)
+            in_use = k if usable is None else tile.zero_unusable(k, usable)
             self.largest_key[...] = jnp.maximum(self.largest_key[...], self.largest(in_use))
-        return tile.key_tile(k, v, usable, self.numerics, kappa=kappa, scale=scale)
+        if self.codes is None:
+            return tile.key_tile(k, v, usable, self.numerics, kappa=kappa)
+        codes, scale = self.codes
+        row, parts = scale[pl.ds(j, 1)], group_count(self.block_kv)
+        return tile.key_tile(
+            codes[self.keys_at(j)],
+            v,
+            usable,
+            self.numerics,
+            kappa=kappa,
+            scales=tuple(row[:, i : i + 1] for i in range(parts)),
+        )
 
     @property
     def query_type(self) -> jnp.dtype:

@@ -32,7 +32,7 @@ from pallas_kernels._common import (
     shape_maker,
     without_arrays,
 )
-from pallas_kernels._tpu_inputs import LANES, Cuts, in_8_bits, inputs_of
+from pallas_kernels._tpu_inputs import LANES, Cuts, inputs_of
 from pallas_kernels._tpu_lists import TileList, steps_of, tiles_at_once
 from pallas_kernels._tpu_program import (
     AGAIN,
@@ -250,9 +250,6 @@ def _program(
     """
     specs = Specs.of(operands, mask, plan)
     inputs = inputs_of(operands, mask, transposed=specs.transposed)
-    if plan.eight_bits:
-        options = {"transposed": specs.transposed}
-        inputs = in_8_bits(inputs, operands, mask, plan, specs.block_q, **options)
     if todo is not None:
         inputs = inputs._replace(todo=todo.astype(jnp.int32))
     # Mosaic never contracts. XLA, which runs the repair and the gradient, may.

@@ -16,7 +16,7 @@ from jax import lax
 from pasa_jax.core.blocks import block_kappa, over_visited, per_block
 from pasa_jax.core.bound import Bound
 from pasa_jax.core.choice import shifting_helps
-from pasa_jax.core.eight_bits import EightBits, eight_bits
+from pasa_jax.core.eight_bits import key_codes
 from pasa_jax.core.guard import (
     divides_values,
     gain_of_values,
@@ -29,7 +29,7 @@ from pasa_jax.core.guard import (
 from pasa_jax.core.heads import varying
 from pasa_jax.core.mask import Mask
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.tile import Guard, Storage, is_finite, wide_type
+from pasa_jax.core.tile import Codes, Guard, Storage, is_finite, wide_type
 
 if TYPE_CHECKING:
     from pasa_jax.core.shapes import Float
@@ -49,7 +49,7 @@ class HeadFacts(NamedTuple):
     value_gain: Array | None
     bound: Bound | None = None  # for `Storage.BOUND`; the rest is then for heads without proof
     ordinary: Array | None = None  # [] bool, as `guard.ordinary`, where it was asked
-    codes: EightBits | None = None  # where products have 8 bits
+    codes: Codes | None = None  # [S, D] and [S] of the keys less κ, where products have 8 bits
 
 
 def prepare(
@@ -113,5 +113,5 @@ def prepare(
     codes = None
     if plan.eight_bits:
         assert kappa is not None
-        codes = eight_bits(q, k, usable, kappa, n)
+        codes = key_codes(k, usable, kappa, n)
     return HeadFacts(usable, kappa, chosen, guard, value_gain, ordinary=is_ordinary, codes=codes)

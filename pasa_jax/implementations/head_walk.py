@@ -148,10 +148,7 @@ class HeadWalk(Walk):
         q = self.rows(self.head.query, start)
         if self.mask.query_lengths is not None:
             q = tile.zero_unusable(q, self.in_use(start))
-        codes = self.facts.codes
-        if codes is not None:
-            codes = tile.Codes(*(self.rows(x, start) for x in codes.query))
-        query = tile.query_tile(q, self.plan.gain(self.head.scale), guard, self.numerics, codes)
+        query = tile.query_tile(q, self.plan.gain(self.head.scale), guard, self.numerics)
         if self.numerics.storage is tile.Storage.BOUND:
             assert self.facts.bound is not None
             reference = self.rows(self.facts.bound.reference, start)
@@ -181,10 +178,9 @@ class HeadWalk(Walk):
         if self.facts.kappa is not None:
             extra["kappa"] = lax.dynamic_slice_in_dim(self.facts.kappa, j, 1)
         if self.facts.codes is not None:
-            codes, scale = (
-                bits.take(x, self.key_start(j), self.block_kv) for x in self.facts.codes.key
-            )
-            k, extra["scale"] = codes, scale[None]
+            at = self.key_start(j), self.block_kv
+            k, scale = (bits.take(x, *at) for x in self.facts.codes)
+            extra["scales"] = (scale[None],)
         if self.numerics.storage is tile.Storage.PAPER:
             blocks = self.plan.paper_blocks(len(self.head.key))
             tail = j == len(self.head.key) // self.block_kv

@@ -37,7 +37,7 @@ from pasa_jax.core.tile.bounds import (
     settled_reference,
     stored_error,
 )
-from pasa_jax.core.tile.inputs import Codes, KeyTile, QueryTile, key_tile, mean_key, query_tile
+from pasa_jax.core.tile.inputs import Codes, KeyTile, QueryTile, codes_of, key_tile, mean_key, query_tile
 from pasa_jax.core.tile.numerics import Dialect, Numerics, Storage, lowest, wide_type
 from pasa_jax.core.tile.reverse import TileGradients, gradients, reverse
 from pasa_jax.core.tile.softmax import probabilities, running_maximum, update
@@ -71,6 +71,7 @@ __all__ = [
     "Storage",
     "TileGradients",
     "add_sink",
+    "codes_of",
     "divided",
     "extremes",
     "finish",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pasa_jax.core.tile.arrays import Guard, dot, zero_unusable
-from pasa_jax.core.tile.numerics import Numerics, Storage
+from pasa_jax.core.tile.numerics import Numerics, Storage, wide_type
 
 if TYPE_CHECKING:
     from pasa_jax.core.shapes import Bool, Float, Float32, Shaped
@@ -18,12 +18,10 @@ Array = jax.Array
 
 
 class Codes(NamedTuple):
-    """Rows, or keys, in 8 bits: each is its codes times its scale."""
+    """Numbers in 8 bits: codes times a scale, which is NaN where a number is not finite."""
 
-    codes: Array  # [R, D] int8
-    # float32, NaN for one that is not finite; of rows [R, 1], of keys [1, n], turned round where
-    # tiles are transposed
-    scale: Array
+    codes: Array  # [L, D] int8
+    scale: Array  # float32
 
 
 class QueryTile(NamedTuple):
@@ -38,7 +36,9 @@ class QueryTile(NamedTuple):
     # scores themselves; ``guard`` is then None. None: 1.
     capped: Guard | None = None
     reference: Array | None = None  # [R, 1] what `Storage.BOUND` takes off the scores
-    codes: Codes | None = None  # what is multiplied with keys of 8 bits; ``q`` with their mean
+    # What is multiplied with keys of 8 bits, while ``q`` is with their mean. The scale is [R, 1]; or
+    # [1, R], where tiles are transposed.
+    codes: Codes | None = None
 
 
 class KeyTile(NamedTuple):
@@ -50,7 +50,9 @@ class KeyTile(NamedTuple):
     kappa: Array | None = None  # [1, D] what `mean` took off every key (or rows, all equal)
     weights: Array | None = None  # [n, 1] 1/n for the columns that the paper's M mixed, else 0
     raw: Array | None = None  # [n, D] the keys as they are, for `Storage.LAGGING`
-    scale: Array | None = None  # of codes, as in `Codes`
+    # What codes are multiplied by: for each of equally many keys [1, 1], or a number for each key,
+    # [1, keys] ([keys, 1], where tiles are transposed).
+    scales: tuple[Array, ...] | None = None
 
 
 def query_tile(
@@ -58,7 +60,6 @@ def query_tile(
     scale: Float[Array, ""],
     guard: Guard | None,
     numerics: Numerics,
-    codes: Codes | None = None,
 ) -> QueryTile:
     """Query rows with 1/α and the guard's 2^-e placed where they lose nothing (eq. 12).
 
@@ -66,10 +67,12 @@ def query_tile(
       q: [R, D].
       scale: [] 1/α in the product's type; 1 for `paper`, whose M carries it.
       guard: None where the scores cannot leave their range.
-      codes: of q, where products have 8 bits.
     """
     dtype = numerics.product
     gain = jnp.full((1, 1), scale.astype(dtype) * dtype.type(numerics.unit))
+    codes = codes_of(q, (1,)) if numerics.eight_bits else None
+    if codes is not None and numerics.dialect.transposed:
+        codes = codes._replace(scale=codes.scale.reshape(1, -1))
     rest = None
     if numerics.rounds_products and numerics.dialect.base_two:
         power = _power_of_two(gain)  # log2 e comes after the product, or it would round q
@@ -98,7 +101,7 @@ def key_tile(
     usable: Bool[Array, "n 1"] | None,
     numerics: Numerics,
     *,
-    scale: Float32[Array, "rows columns"] | None = None,
+    scales: tuple[Array, ...] | None = None,
     kappa: Float[Array, "rows D"] | None = None,
     matrix: Float[Array, "n n"] | None = None,
     weights: Float[Array, "n 1"] | None = None,
@@ -112,7 +115,7 @@ def key_tile(
 
     Arguments:
       k, v: [n, D], [n, E].
-      scale: None; or k are codes of keys less κ, with these scales, as in `Codes`.
+      scales: None; or k are codes of keys less κ, with these scales, as in `KeyTile`.
       usable: [n, 1] bool, or None: all are.
       kappa: [1, D] of k's type, for `mean` (any vector is valid, since the same is added back); or
         several equal rows, for a matrix unit that cannot multiply by a single one.
@@ -124,10 +127,8 @@ def key_tile(
     if value_gain is not None:
         v = v * value_gain.astype(v.dtype)
     row = None if usable is None else usable.reshape(1, -1)
-    if scale is not None:
-        if usable is not None:
-            scale = jnp.where(usable.reshape(scale.shape), scale, jnp.full_like(scale, jnp.nan))
-        return KeyTile(k, v, row, kappa, scale=scale)
+    if scales is not None:
+        return KeyTile(k, v, row, kappa, scales=scales)
     shifted, raw = k, None
     if kappa is not None:
         wide = numerics.product
@@ -138,6 +139,17 @@ def key_tile(
     else:
         shifted = _nan_unusable(shifted, usable)
     return KeyTile(shifted, v, row, kappa, weights, raw)
+
+
+_LEAST_SCALED = 2.0**-100  # smaller numbers become codes of 0
+
+
+def codes_of(x: Float[Array, "*shape D"], axes: tuple[int, ...]) -> Codes:
+    """x in 8 bits. What the ``axes`` hold together has one scale, of which they keep a side of 1."""
+    x = x.astype(wide_type(x.dtype))
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    scale = jnp.where(largest <= _LEAST_SCALED, jnp.ones_like(largest), largest / 127)
+    return Codes(jnp.round(x / scale).astype(jnp.int32).astype(jnp.int8), scale)
 
 
 def mean_key(
