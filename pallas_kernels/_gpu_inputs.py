@@ -295,7 +295,7 @@ def _prepared(inputs: Inputs, o: Operands, mask: Mask, plan: Plan, specs: Specs)
     if facts.kappa is not None:
         inputs = inputs._replace(kappa=jnp.swapaxes(facts.kappa, 1, 2))
     if facts.codes is not None:
-        inputs = inputs._replace(key_scale=facts.codes.scale)
+        inputs = inputs._replace(key_scale=facts.codes.scale[..., 0])
     if not plan.rounds_products:
         return inputs
     guard = None if facts.guard is None else tile.Guard(*map(rows, facts.guard))

@@ -135,7 +135,7 @@ class PointerWalk(Walk):
         if self.refs.key_scale is None:
             return tile.KeyTile(k, v, None, kappa)
         scale = self.column(self.refs.key_scale, *self.keys_at(j))[None]
-        return tile.KeyTile(k, v, None, kappa, scales=(scale,))
+        return tile.KeyTile(k, v, None, kappa, scale=scale)
 
     def store(self, ref: Ref, x: Array, *place: tuple[Index, int, int]) -> None:
         """Writes a tile x into ref [L, W], or a column x into ref [L], as far as the array reaches.

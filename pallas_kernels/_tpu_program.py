@@ -34,8 +34,8 @@ def scratch_shapes(specs: Specs, plan: Plan, size: int, value_size: int) -> dict
     if needs_blocks(plan):
         shapes |= Blocks.shapes(specs, size)
     if plan.eight_bits:
-        shapes |= {"codes": (specs.chunk_tiles * specs.block_kv, size)}
-        shapes |= {"scale": (shapes["kappa"][0], LANES)}
+        keys = specs.chunk_tiles * specs.block_kv
+        shapes |= {"codes": (keys, size), "scale": (keys, 1) if specs.transposed else (1, keys)}
     if specs.in_parts:
         rows = specs.groups * specs.block_q
         state = jax.eval_shape(

@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from pallas_kernels._tpu_inputs import LANES
 from pallas_kernels._tpu_walk import MATRIX_ROWS, RefWalk, Specs
 from pasa_jax.core import tile
-from pasa_jax.core.eight_bits import group_count
 from pasa_jax.core.mask import Index, minimum
 from pasa_jax.core.tile.arrays import dot, query_key
 
@@ -88,20 +87,19 @@ class Blocks:
         self.value[...] = jnp.maximum(self.value[...], largest)
 
     def _pack(self, walk: RefWalk, j: Index, shifted: Array) -> None:
-        """Leaves the codes of a tile's keys less κ [n, D], and the scales of its groups."""
+        """Leaves the keys less κ of a tile, [n, D], in 8 bits."""
         assert walk.codes is not None
         refs, n = walk.codes, walk.block_kv
         if walk.usable(j) is not None or walk.mask.key_lengths is not None:
             row = walk.key_start(j) + lax.broadcasted_iota(jnp.int32, (n, 1), 0)
             shifted = tile.zero_unusable(shifted, row < walk.mask.valid_keys())
-        parts = group_count(n)
-        groups = [tile.codes_of(x, (0, 1)) for x in jnp.split(shifted, parts)]
-        refs.codes[walk.keys_at(j)] = jnp.concatenate([x.codes for x in groups])
-        lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-        scales = jnp.zeros((1, LANES), _FLOAT)
-        for i, group in enumerate(groups):
-            scales = jnp.where(lane == i, group.scale, scales)
-        refs.scale[pl.ds(j, 1)] = scales
+        codes, scale = tile.codes_of(shifted)
+        at = walk.keys_at(j)
+        refs.codes[at] = codes
+        if walk.transposed:
+            refs.scale[at] = scale
+        else:
+            refs.scale[:, at] = jnp.broadcast_to(scale, (n, LANES)).T[:1]
 
     def _shift(self, j: Index, k: Array, kappa: Array) -> None:
         """κ of the block after tile j is the mean of this one; of the first, the first key."""

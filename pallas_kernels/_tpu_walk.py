@@ -15,7 +15,6 @@ from pallas_kernels._tpu_inputs import LANES, padded
 from pallas_kernels._tpu_lists import TileList
 from pallas_kernels._tpu_tiles import TileWalk
 from pasa_jax.core import tile
-from pasa_jax.core.eight_bits import group_count
 from pasa_jax.core.mask import Index, KeyRange, Mask, div, maximum, minimum
 from pasa_jax.core.operands import Operands
 from pasa_jax.core.plan import Plan
@@ -152,7 +151,7 @@ def _bytes(
             r = rows if x.shape[2] > 1 else o.query.shape[2] // o.key.shape[2]
             wide.append(padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
     if plan.eight_bits:
-        wide.append(padded(keys, size))
+        wide += [padded(keys, size), padded(keys, 1) * 4]
     scores = plan.schedule.unroll * padded(tile_rows, plan.schedule.block_kv) * (4 + 4)
     state = 3 * padded(tile_rows, e) * 4 + 4 * padded(tile_rows, 1) * 4
     return 2 * sum(wide) + scores + state  # blocks are double-buffered
@@ -201,8 +200,8 @@ class RefWalk(TileWalk):
       largest_key: ref [1, D], the largest magnitude in each channel of the keys that `key` gave;
         None where nobody asks for it.
       kappa: ref [blocks, D] float32, κ of every key tile, or None.
-      codes: refs [S, D] int8 and [blocks, 128] float32, the keys less κ in 8 bits and the scales of
-        their groups, where products have 8 bits.
+      codes: refs [S, D] int8 and [1, S] float32 ([S, 1] where tiles are transposed), the keys less κ
+        in 8 bits, where products have 8 bits.
       chunk, chunk_tiles: which chunk of keys the refs hold, and of how many tiles.
     """
 
@@ -292,16 +291,9 @@ class RefWalk(TileWalk):
             self.largest_key[...] = jnp.maximum(self.largest_key[...], self.largest(in_use))
         if self.codes is None:
             return tile.key_tile(k, v, usable, self.numerics, kappa=kappa)
-        codes, scale = self.codes
-        row, parts = scale[pl.ds(j, 1)], group_count(self.block_kv)
-        return tile.key_tile(
-            codes[self.keys_at(j)],
-            v,
-            usable,
-            self.numerics,
-            kappa=kappa,
-            scales=tuple(row[:, i : i + 1] for i in range(parts)),
-        )
+        (codes, scale), at = self.codes, self.keys_at(j)
+        scale = scale[at] if self.transposed else scale[:, at]
+        return tile.key_tile(codes[at], v, usable, self.numerics, kappa=kappa, scale=scale)
 
     @property
     def query_type(self) -> jnp.dtype:

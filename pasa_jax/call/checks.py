@@ -104,7 +104,9 @@ def _products_of_8_bits(precision: Precision, dtype: str, shift: str, target: st
         allowed = 'have scores="float32", for inputs that are not float64, beside products="int8"'
         raise wrong("precision", allowed, precision)
     if shift not in ("auto", "mean"):
-        allowed = "be 'auto' or 'mean' beside products of 8 bits, whose keys lose their block's mean"
+        allowed = (
+            "be 'auto' or 'mean' beside products of 8 bits, whose keys lose their block's mean"
+        )
         raise wrong("shift", allowed, repr(shift))
     if not find_target(target).accumulator_reachable:
         allowed = 'have products="float32" where the target rounds products'

@@ -22,9 +22,8 @@ class Precision:
       products: the type in which a matrix unit adds up. ``"float16"`` is twice as fast on some
         GPUs and needs float16 inputs. No shift can then see a float32 product, as on a chip that
         rounds products. ``"int8"``: queries, and keys less their block's mean κ, are rounded to
-        8 bits, with a scale for each query and for each 128 keys (a block, where it is not a
-        multiple of that); q·κ is added back in float32. The second product, P·V, is as with
-        ``"float32"``. There is no gradient.
+        8 bits, each with a scale of its own; q·κ is added back in float32. The second product,
+        P·V, is as with ``"float32"``. There is no gradient.
       exponential: the type in which a tile's exponentials are computed; None: the statistics'.
         ``"float16"`` is twice as fast on GPUs, with a relative error of up to 2^-9.9 (PTX ISA,
         ex2.approx.f16x2) in each probability.

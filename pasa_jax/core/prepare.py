@@ -49,7 +49,7 @@ class HeadFacts(NamedTuple):
     value_gain: Array | None
     bound: Bound | None = None  # for `Storage.BOUND`; the rest is then for heads without proof
     ordinary: Array | None = None  # [] bool, as `guard.ordinary`, where it was asked
-    codes: Codes | None = None  # [S, D] and [S] of the keys less κ, where products have 8 bits
+    codes: Codes | None = None  # [S, D] and [S, 1] of the keys less κ, where products have 8 bits
 
 
 def prepare(

@@ -180,7 +180,7 @@ class HeadWalk(Walk):
         if self.facts.codes is not None:
             at = self.key_start(j), self.block_kv
             k, scale = (bits.take(x, *at) for x in self.facts.codes)
-            extra["scales"] = (scale[None],)
+            extra["scale"] = scale.reshape(1, -1)
         if self.numerics.storage is tile.Storage.PAPER:
             blocks = self.plan.paper_blocks(len(self.head.key))
             tail = j == len(self.head.key) // self.block_kv

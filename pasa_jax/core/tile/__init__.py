@@ -37,7 +37,15 @@ from pasa_jax.core.tile.bounds import (
     settled_reference,
     stored_error,
 )
-from pasa_jax.core.tile.inputs import Codes, KeyTile, QueryTile, codes_of, key_tile, mean_key, query_tile
+from pasa_jax.core.tile.inputs import (
+    Codes,
+    KeyTile,
+    QueryTile,
+    codes_of,
+    key_tile,
+    mean_key,
+    query_tile,
+)
 from pasa_jax.core.tile.numerics import Dialect, Numerics, Storage, lowest, wide_type
 from pasa_jax.core.tile.reverse import TileGradients, gradients, reverse
 from pasa_jax.core.tile.softmax import probabilities, running_maximum, update

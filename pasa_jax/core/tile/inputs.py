@@ -18,10 +18,10 @@ Array = jax.Array
 
 
 class Codes(NamedTuple):
-    """Numbers in 8 bits: codes times a scale, which is NaN where a number is not finite."""
+    """Rows or keys in 8 bits: codes times a scale, which is NaN for one that is not finite."""
 
     codes: Array  # [L, D] int8
-    scale: Array  # float32
+    scale: Array  # [L, 1] float32
 
 
 class QueryTile(NamedTuple):
@@ -36,9 +36,9 @@ class QueryTile(NamedTuple):
     # scores themselves; ``guard`` is then None. None: 1.
     capped: Guard | None = None
     reference: Array | None = None  # [R, 1] what `Storage.BOUND` takes off the scores
-    # What is multiplied with keys of 8 bits, while ``q`` is with their mean. The scale is [R, 1]; or
-    # [1, R], where tiles are transposed.
-    codes: Codes | None = None
+    # What is multiplied with keys of 8 bits, while ``q`` is with their mean.
+    codes: Array | None = None  # [R, D] int8
+    codes_gain: Array | None = None  # [R, 1] ``gain`` times the scale of the codes
 
 
 class KeyTile(NamedTuple):
@@ -50,9 +50,7 @@ class KeyTile(NamedTuple):
     kappa: Array | None = None  # [1, D] what `mean` took off every key (or rows, all equal)
     weights: Array | None = None  # [n, 1] 1/n for the columns that the paper's M mixed, else 0
     raw: Array | None = None  # [n, D] the keys as they are, for `Storage.LAGGING`
-    # What codes are multiplied by: for each of equally many keys [1, 1], or a number for each key,
-    # [1, keys] ([keys, 1], where tiles are transposed).
-    scales: tuple[Array, ...] | None = None
+    scale: Array | None = None  # [1, n] of codes; [n, 1] where tiles are transposed
 
 
 def query_tile(
@@ -70,9 +68,6 @@ def query_tile(
     """
     dtype = numerics.product
     gain = jnp.full((1, 1), scale.astype(dtype) * dtype.type(numerics.unit))
-    codes = codes_of(q, (1,)) if numerics.eight_bits else None
-    if codes is not None and numerics.dialect.transposed:
-        codes = codes._replace(scale=codes.scale.reshape(1, -1))
     rest = None
     if numerics.rounds_products and numerics.dialect.base_two:
         power = _power_of_two(gain)  # log2 e comes after the product, or it would round q
@@ -83,16 +78,19 @@ def query_tile(
             gain = gain * guard.down * guard.rest
         else:  # the product itself could overflow: divide q, which is exact
             q = q * guard.down.astype(q.dtype) * guard.rest.astype(q.dtype)
-            if codes is not None:
-                codes = codes._replace(scale=codes.scale * guard.down * guard.rest)
     if numerics.rounds_products:  # nothing can be multiplied with the product itself
         q = (q.astype(dtype) * gain).astype(q.dtype)
         gain = jnp.ones_like(gain)
     if numerics.maximum_first:  # a factor that is not negative keeps the order of products
         q, gain = jnp.where(gain < 0, -q, q), jnp.abs(gain)
+    codes = codes_of(q) if numerics.eight_bits else None
+    query = QueryTile(q, gain, guard, rest)
     if numerics.needs_scores:
-        return QueryTile(q, gain, None, rest, capped=guard, codes=codes)
-    return QueryTile(q, gain, guard, rest, codes=codes)
+        query = query._replace(guard=None, capped=guard)
+    if codes is None:
+        return query
+    scale = codes.scale.reshape(numerics.beside_tile(len(q)))
+    return query._replace(codes=codes.codes, codes_gain=gain * scale)
 
 
 def key_tile(
@@ -101,7 +99,7 @@ def key_tile(
     usable: Bool[Array, "n 1"] | None,
     numerics: Numerics,
     *,
-    scales: tuple[Array, ...] | None = None,
+    scale: Float32[Array, "rows columns"] | None = None,
     kappa: Float[Array, "rows D"] | None = None,
     matrix: Float[Array, "n n"] | None = None,
     weights: Float[Array, "n 1"] | None = None,
@@ -115,7 +113,7 @@ def key_tile(
 
     Arguments:
       k, v: [n, D], [n, E].
-      scales: None; or k are codes of keys less κ, with these scales, as in `KeyTile`.
+      scale: None; or k are codes of keys less κ, with this scale, as in `KeyTile`.
       usable: [n, 1] bool, or None: all are.
       kappa: [1, D] of k's type, for `mean` (any vector is valid, since the same is added back); or
         several equal rows, for a matrix unit that cannot multiply by a single one.
@@ -127,8 +125,8 @@ def key_tile(
     if value_gain is not None:
         v = v * value_gain.astype(v.dtype)
     row = None if usable is None else usable.reshape(1, -1)
-    if scales is not None:
-        return KeyTile(k, v, row, kappa, scales=scales)
+    if scale is not None:
+        return KeyTile(k, v, row, kappa, scale=scale)
     shifted, raw = k, None
     if kappa is not None:
         wide = numerics.product
@@ -144,10 +142,10 @@ def key_tile(
 _LEAST_SCALED = 2.0**-100  # smaller numbers become codes of 0
 
 
-def codes_of(x: Float[Array, "*shape D"], axes: tuple[int, ...]) -> Codes:
-    """x in 8 bits. What the ``axes`` hold together has one scale, of which they keep a side of 1."""
+def codes_of(x: Float[Array, "L D"]) -> Codes:
+    """x in 8 bits."""
     x = x.astype(wide_type(x.dtype))
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     scale = jnp.where(largest <= _LEAST_SCALED, jnp.ones_like(largest), largest / 127)
     return Codes(jnp.round(x / scale).astype(jnp.int32).astype(jnp.int8), scale)
 

@@ -193,6 +193,10 @@ class Numerics:
             return (1, rows)
         return (rows,) if self.dialect.flat else (rows, 1)
 
+    def beside_tile(self, rows: int) -> tuple[int, int]:
+        """The shape of one number per row that stands beside a tile."""
+        return (1, rows) if self.dialect.transposed else (rows, 1)
+
     @property
     def maximum_first(self) -> bool:
         """Whether the row maximum of a tile that is seen whole is taken before the factor."""

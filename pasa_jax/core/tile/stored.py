@@ -98,7 +98,10 @@ def scores(
         maximum = numerics.over_row(jnp.max, product) * query.gain
         # A compiler that computes maximum·gain − m with a single rounding is kept from it.
         maximum = jnp.maximum(maximum, jnp.full_like(maximum, lowest(maximum.dtype)))
-    product = _scaled(product, query, key, numerics)
+    if query.codes_gain is None or key.scale is None:
+        product = product * query.gain
+    else:
+        product = product * query.codes_gain * key.scale
     offset = None
     wide = numerics.storage in (Storage.BENEATH_MAXIMUM, Storage.BOUND) and not numerics.centred
     if wide:  # rounded below, or not at all
@@ -167,25 +170,11 @@ def scores(
 
 
 def _product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Float[Array, "R n"]:
-    """q·k' [R, n] in the product's type, without the query's gain."""
+    """q·k' [R, n] in the product's type, without gains and scales."""
     pair, accumulated = (query.q, key.k), numerics.accumulated
     if query.codes is not None:
-        pair, accumulated = (query.codes.codes, key.k), jnp.dtype(jnp.int32)
+        pair, accumulated = (query.codes, key.k), jnp.dtype(jnp.int32)
     return query_key(*pair, accumulated, numerics).astype(numerics.product)
-
-
-def _scaled(
-    product: Float[Array, "R n"], query: QueryTile, key: KeyTile, numerics: Numerics
-) -> Float[Array, "R n"]:
-    """The product times the query's gain, and the scales of codes."""
-    if query.codes is None:
-        return product * query.gain
-    assert key.scales is not None
-    axis = 0 if numerics.dialect.transposed else 1
-    gain = query.gain * query.codes.scale
-    parts = jnp.split(product, len(key.scales), axis) if len(key.scales) > 1 else [product]
-    parts = [x * (gain * scale) for x, scale in zip(parts, key.scales, strict=True)]
-    return jnp.concatenate(parts, axis) if len(parts) > 1 else parts[0]
 
 
 def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Column:
