@@ -83,6 +83,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "whole call, bias": {"arrays": {"bias": ((1, 8, 1024, 1024), "float32")}, "repair": True},
     **{f"head size {d}": {"head_dim": d, "is_causal": True} for d in (64, 80, 96, 192, 256)},
     **{f"shift {s}": {"shift": s} for s in ("none", "mean", "mean_past", "reference")},
+    "int8 products": {"precision": "int8", "is_causal": True},
 }
 _HALF = {"scores": "float16", "probabilities": "float16", "products": "float16"}
 _KERNELS: dict[str, Any] = {"gradient": True, "repair": False}
@@ -114,7 +115,17 @@ TYPES = {"tpu": ("bfloat16", "float32", "float16"), "gpu": ("float16", "bfloat16
 # These chips compile every call in every type. The others differ little from them: they compile
 # the first type, and the calls that change the size or the arithmetic of a tile.
 THOROUGH = ("tpu_v6e", "h100")
-EVERYWHERE = ("full", "causal", "head size", "shift", "float16", "under x64", "gradient", "131072")
+EVERYWHERE = (
+    "full",
+    "causal",
+    "head size",
+    "shift",
+    "float16",
+    "int8",
+    "under x64",
+    "gradient",
+    "131072",
+)
 QUICK = ("causal", "head size 64", "shift mean")
 # What must stand in the PTX of a call, by architecture's matrix instruction.
 HALF_PRODUCTS = ("f16.f16.f16.f16", "m64n64k16.f16.f16.f16", "m64n128k16.f16.f16.f16", "kind::f16")
@@ -147,6 +158,8 @@ def complaint(name: str, report: Report) -> str:
         counted = " ".join(report.instructions)
         if not any(x in counted for x in HALF_PRODUCTS):
             return f"no float16 accumulation among {counted}"
+    if name == "int8 products" and ".s8.s8" not in " ".join(report.instructions):
+        return "no product of integers of 8 bits"
     if name == "float16 exponentials" and "ex2.approx.f16x2" not in report.instructions:
         return "no exponential of two halves at once"
     bound = GPU_GRADIENT_SPILL_BYTES if "gradient" in name else GPU_SPILL_BYTES

@@ -200,8 +200,8 @@ class RefWalk(TileWalk):
       largest_key: ref [1, D], the largest magnitude in each channel of the keys that `key` gave;
         None where nobody asks for it.
       kappa: ref [blocks, D] float32, κ of every key tile, or None.
-      codes: refs [S, D] int8 and [1, S] float32 ([S, 1] where tiles are transposed), the keys less κ
-        in 8 bits, where products have 8 bits.
+      codes: the keys less κ in 8 bits, where products have 8 bits: refs [S, D] int8 and [1, S]
+        float32 ([S, 1] where tiles are transposed).
       chunk, chunk_tiles: which chunk of keys the refs hold, and of how many tiles.
     """
 

@@ -147,7 +147,8 @@ def codes_of(x: Float[Array, "L D"]) -> Codes:
     x = x.astype(wide_type(x.dtype))
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     scale = jnp.where(largest <= _LEAST_SCALED, jnp.ones_like(largest), largest / 127)
-    return Codes(jnp.round(x / scale).astype(jnp.int32).astype(jnp.int8), scale)
+    nearest = jnp.floor(x / scale + 0.5)  # Triton has no rounding to the nearest
+    return Codes(nearest.astype(jnp.int32).astype(jnp.int8), scale)
 
 
 def mean_key(
