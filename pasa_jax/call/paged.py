@@ -10,16 +10,19 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pasa_jax.call import checks
+from pasa_jax.call.observe import announce, is_observed
 from pasa_jax.call.page_backends import BACKENDS, choose
 from pasa_jax.core.checks import flag, is_size, window
 from pasa_jax.core.errors import check_choice, wrong
+from pasa_jax.core.mask import Mask
+from pasa_jax.core.operands import Operands
 from pasa_jax.core.packed import FORMATS, Store
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import FLOATS, Precision
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.target import target_of_device
 from pasa_jax.core.tile import rounded
-from pasa_jax.implementations.page_walk import Call, Queries, Sequences
+from pasa_jax.implementations.page_walk import Call, Queries, Sequences, in_order
 
 Array = jax.Array
 # The options of `dot_product_attention` that a call over pages has.
@@ -131,9 +134,31 @@ def attend(
     checks.shift(plan)
     queries = Queries(query, checks.sinks(sinks, query.shape[1]), scale)
     call = Call(pages, queries, sequences, most, window(local_window_size))
+    if is_observed():
+        _announce(call, plan)
     name, plan = choose(implementation, call, plan)
     with jax.disable_jit(False):
         return _compiled(*call, plan, name, implementation is None)
+
+
+def _announce(call: Call, plan: Plan) -> None:
+    """Passes the call to the observer, as one of whole arrays."""
+    pages, queries, one = call.arrays
+    table = jnp.clip(one.table, 0, pages.count - 1)
+    most = table.shape[1] * pages.page_size
+    key, value = in_order(pages, table, one.length, one.row)
+    token = one.first[:, None] + jnp.arange(call.most, dtype=jnp.int32)
+    query = jnp.asarray(queries.query).at[token].get(mode="clip")
+    mask = Mask(
+        query_length=call.most,
+        key_length=most,
+        is_causal=True,
+        causal_alignment="bottom_right",
+        window=call.window,
+        query_lengths=one.count,
+        key_lengths=jnp.minimum(one.length, most),
+    )
+    announce(Operands(query, key, value, None, queries.sinks, queries.scale), mask, plan)
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6, 7), inline=True)

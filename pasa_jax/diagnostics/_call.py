@@ -42,6 +42,8 @@ class Call:
         standard deviation.
       errors: type -> form -> [N]: the relative error to expect of the output, measured; the cast
         of query, key and value to the type is part of it.
+      formats: format of a cache -> [N]: the relative error of the output that it would cause alone,
+        measured.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Call:
     key_mean: NDArray
     key_spread: NDArray
     errors: Errors
+    formats: dict[str, NDArray]
 
     @property
     def heads(self) -> int:

@@ -20,7 +20,7 @@ from pasa_jax.core.operands import Operands
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.shifts import SHIFTS
 from pasa_jax.diagnostics._call import Call
-from pasa_jax.diagnostics._forms import measure_errors
+from pasa_jax.diagnostics._forms import Costs, measure_costs
 from pasa_jax.diagnostics._measure import Measured, measure
 from pasa_jax.diagnostics._names import Caller, caller, unique_names
 from pasa_jax.diagnostics.report import Report
@@ -40,10 +40,10 @@ def inspect(
 
     It sees calls of ``dot_product_attention`` of pasa_jax, jax.nn, flax.nnx and flax.linen, the
     attention modules of flax.nnx and flax.linen that have flax's own attention function or ours,
-    and `KVCache.attend`, also within jit, scan, vmap, grad and remat. It does not see code that
-    multiplies out its own scores. PASA computes every call, so that a layer that overflows does not
-    spoil the layers after it. Jit is off, so that functions that were compiled before run again;
-    this takes longer than a call of the model.
+    and ``attend`` of `KVCache` and `PagedCache`, also within jit, scan, vmap, grad and remat. It
+    does not see code that multiplies out its own scores. PASA computes every call, so that a layer
+    that overflows does not spoil the layers after it. Jit is off, so that functions that were
+    compiled before run again; this takes longer than a call of the model.
 
     Arguments:
       model: a flax.nnx model, which is left as it is (a clone runs), or any function: for linen
@@ -158,8 +158,8 @@ def _measured(who: Caller, plan: Plan, operands: Operands, mask: Mask, rows: int
     operands, mask = jax.tree.map(jax.numpy.asarray, (operands, mask))
     measured = jax.tree.map(np.asarray, measure(operands, mask, plan))
     loudest = int(measured.products.max_product.max(axis=1).argmax())
-    errors = measure_errors(operands, mask, plan, loudest, rows) if rows else {}
-    return _call(who, plan, inputs, float(operands.scale), measured, errors)
+    costs = measure_costs(operands, mask, plan, loudest, rows) if rows else Costs({}, {})
+    return _call(who, plan, inputs, float(operands.scale), measured, costs)
 
 
 def _call(
@@ -168,7 +168,7 @@ def _call(
     inputs: tuple[Any, ...],
     scale: float,
     measured: Measured,
-    errors: Any,
+    costs: Costs,
 ) -> Call:
     """Joins the batch entries: the largest of sizes, the mean of shares."""
     products: Any = measured.products  # NumPy's arrays by now
@@ -197,7 +197,8 @@ def _call(
         query_mean=products.query_mean.mean(axis=0),
         key_mean=products.key_mean.mean(axis=0),
         key_spread=products.key_spread.mean(axis=0),
-        errors=errors,
+        errors=costs.errors,
+        formats=costs.formats,
     )
 
 

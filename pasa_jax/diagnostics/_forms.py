@@ -1,10 +1,13 @@
-"""What each shift, in each 16-bit type, would cost a call: measured on some of its rows."""
+"""What each shift, in each 16-bit type, and each format of a cache would cost a call: measured on
+some of its rows.
+"""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from pasa_jax.core.plan import Plan
 from pasa_jax.core.precision import Precision
 from pasa_jax.evidence.plain import numpy_attention
 from pasa_jax.implementations import lax as _lax
+from pasa_jax.serving import as_stored
 
 Array = jax.Array
 DTYPES = ("float16", "bfloat16")
@@ -26,11 +30,21 @@ FLOAT32_SCORES = "float32 scores"
 EAGER = "eager"
 ATTENTIONS = (EAGER, "none", "paper", "mean", "reference")
 
+# How a cache may store keys and values.
+FORMATS = ("bfloat16", "int8", "float8_e4m3", "float8_e5m2")
+
 Errors = dict[str, dict[str, NDArray]]
 
 
-def measure_errors(operands: Operands, mask: Mask, plan: Plan, entry: int, rows: int) -> Errors:
-    """Relative error of the output by type and form, each [N].
+class Costs(NamedTuple):
+    """Relative errors of a call's output, each [N]."""
+
+    errors: Errors  # by type and form
+    formats: dict[str, NDArray]  # by the format of a cache
+
+
+def measure_costs(operands: Operands, mask: Mask, plan: Plan, entry: int, rows: int) -> Costs:
+    """Relative error of the output by type and form, and by the format of a cache, each [N].
 
     The root mean square error against float64 on the inputs as they are, cast included, divided by
     the root mean square of what the exact output has beside the mean of the values: a mean that
@@ -42,14 +56,29 @@ def measure_errors(operands: Operands, mask: Mask, plan: Plan, entry: int, rows:
     """
     sample, shown = _sample(operands, mask, entry, rows)
     exact, scale_of_errors = _exact(sample, shown, plan)
+
+    def of(out: NDArray) -> NDArray:
+        return _rms(out.astype(np.float64) - exact) / scale_of_errors
+
     errors: Errors = {}
     for dtype in DTYPES:
         errors[dtype] = {}
         for form in (FLOAT32_SCORES, *ATTENTIONS):
             out = _output(form, dtype, sample, shown, plan)
             if out is not None:
-                errors[dtype][form] = _rms(out.astype(np.float64) - exact) / scale_of_errors
-    return errors
+                errors[dtype][form] = of(out)
+    formats = {name: of(_cached(name, sample, shown, plan)) for name in FORMATS}
+    return Costs(errors, formats)
+
+
+def _cached(format: str, sample: Operands, shown: Mask, plan: Plan) -> NDArray:
+    """The output [R, N, E] where keys and values are what a cache of the format gives back, and
+    all else is exact.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        k, v = as_stored(format, jnp.asarray(sample.key), jnp.asarray(sample.value))
+    return _plain(sample._replace(key=k, value=v), shown, plan, None)
 
 
 def _sample(operands: Operands, mask: Mask, entry: int, rows: int) -> tuple[Operands, Mask]:

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from pasa_jax.diagnostics._forms import ATTENTIONS, DTYPES
+from pasa_jax.diagnostics._forms import ATTENTIONS, DTYPES, FORMATS
 from pasa_jax.diagnostics._measure import LARGEST, PHASES, ROUNDED
-from pasa_jax.diagnostics._tables import added
+from pasa_jax.diagnostics._tables import added, of_format
 from pasa_jax.diagnostics._verdict import Calls, advice, heads_of, overflowing, verdict
 
 _BELOW = ("#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#3182bd")
@@ -42,7 +42,7 @@ def page(calls: Calls) -> str:
     figures = [
         (title, note, _image(draw, calls, size))
         for title, note, draw, size in _FIGURES
-        if measured or draw is not _draw_costs
+        if measured or draw not in (_draw_costs, _draw_formats)
     ]
     return environment.get_template("report.html.j2").render(
         heads=heads_of(calls),
@@ -212,6 +212,14 @@ def _draw_costs(figure: Any, calls: Calls) -> None:
     axes[-1].legend(fontsize=8)
 
 
+def _draw_formats(figure: Any, calls: Calls) -> None:
+    axis = figure.subplots()
+    for format in FORMATS:
+        _draw_sorted(axis, of_format(calls, format), format)
+    axis.set(xlabel="heads, sorted for each format", ylabel="relative error of the output")
+    axis.legend(fontsize=8)
+
+
 def _draw_sorted(axis: Any, values: NDArray, label: str) -> None:
     """A line through the sorted values; how many are NaN stands in its label."""
     lost = int((~np.isfinite(values)).sum())
@@ -246,6 +254,14 @@ _FIGURES: tuple[tuple[str, str, Callable[[Any, Calls], None], tuple[float, float
         "good as float32 scores. “eager” stores unscaled scores, as model code does.",
         _draw_costs,
         (11, 3.6),
+    ),
+    (
+        "What a cache in 8 bits would cost",
+        "The error that each format of KVCache and PagedCache causes alone: keys and values are "
+        "what the cache gives back, all else is exact. The formats of 8 bits take the mean of each "
+        "64 keys off first, so a bias costs nothing.",
+        _draw_formats,
+        (11, 3.2),
     ),
     (
         "Why: bias",

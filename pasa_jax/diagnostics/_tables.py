@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pasa_jax.diagnostics._call import Call
-from pasa_jax.diagnostics._forms import ATTENTIONS, DTYPES
+from pasa_jax.diagnostics._forms import ATTENTIONS, DTYPES, FORMATS
 from pasa_jax.diagnostics._measure import ROUNDED
 from pasa_jax.diagnostics._verdict import Calls, advice, heads_of, overflowing, verdict
 
@@ -23,7 +23,7 @@ def tables(calls: Calls, rows: int) -> list[RenderableType]:
     parts: list[RenderableType] = [f"[{colour}]{escape(verdict(calls))}[/{colour}]"]
     parts.append(_call_table(calls, rows))
     if any(call.errors for call in calls):
-        parts += [_cast_table(calls), _added_table(calls)]
+        parts += [_cast_table(calls), _added_table(calls), _format_table(calls)]
     return [*parts, _auto_line(calls), *(f"[bold]{escape(line)}[/bold]" for line in advice(calls))]
 
 
@@ -71,6 +71,20 @@ def _added_table(calls: Calls) -> Table:
             cells += [_number(x, ",.2f") for x in _worst_and_median(added(calls, dtype, form))]
         table.add_row(form, *cells)
     return table
+
+
+def _format_table(calls: Calls) -> Table:
+    title = "relative error by the format of a cache alone"
+    table = Table("format", "worst head", "median head", title=title, box=box.SIMPLE_HEAD)
+    for format in FORMATS:
+        errors = of_format(calls, format)
+        table.add_row(format, *(_number(x, ".1e") for x in _worst_and_median(errors)))
+    return table
+
+
+def of_format(calls: Calls, format: str) -> NDArray:
+    """The error of a cache's format in every head, smallest first, NaN last."""
+    return np.sort(np.concatenate([call.formats[format] for call in calls if call.formats]))
 
 
 def added(calls: Calls, dtype: str, form: str) -> NDArray:

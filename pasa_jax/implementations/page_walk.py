@@ -246,6 +246,25 @@ def mask_of(one: Sequences, most: int, window: tuple[int, int] | None, n: int) -
     )
 
 
+def in_order(pages: Store, table: Array, length: Array, row: Array | None) -> tuple[Array, Array]:
+    """Keys and values [B, M·n, K, …] of the sequences, in the type that the cache is of.
+
+    Arguments: as of `Sequences`.
+    """
+
+    def of_head(
+        pages: Store, table: Array, length: Array, row: Array | None
+    ) -> tuple[Array, Array]:
+        parts = lax.map(lambda page: pages.tile(page, jnp.int32(0), pages.key.shape[1]), table)
+        k, v = (x.reshape(-1, x.shape[-1]) for x in parts)
+        return pages.with_open(k, v, jnp.int32(0), length, row)
+
+    of_heads = jax.vmap(of_head, (1, None, None, None), 1)
+    found = jax.vmap(of_heads, (None, 0, 0, None if row is None else 0))(pages, table, length, row)
+    k, v = (x.astype(pages.dtype) for x in found)
+    return k, v
+
+
 def are_plain(call: Call, plan: Plan, largest_log2: float | None = None) -> Array:
     """[] bool: True only where no score and no sum of values can leave its range.
 

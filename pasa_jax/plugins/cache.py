@@ -11,12 +11,10 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from pasa_jax.call import checks, paged
-from pasa_jax.call.api import canonical
-from pasa_jax.call.observe import announce, is_observed
 from pasa_jax.core.errors import wrong
 from pasa_jax.core.packed import Store, empty_store
 from pasa_jax.core.schedule import Schedule
-from pasa_jax.implementations.page_walk import Sequences
+from pasa_jax.implementations.page_walk import Sequences, in_order
 
 Array = jax.Array
 _LONG = 16  # tiles of a long sequence
@@ -169,7 +167,6 @@ class KVCache:
         if _is_known(lost) and bool(jnp.any(lost)):
             allowed = "hold at most as many tokens as were appended, all of which fit"
             raise wrong("query", allowed, f"{query.shape[1]} beside {self.length.tolist()}")
-        self._announce(query, asked, options)
         most = query.shape[1]
         sequences = Sequences(
             first=jnp.arange(batch, dtype=jnp.int32) * most,
@@ -183,35 +180,10 @@ class KVCache:
         out = out.reshape(batch, most, *out.shape[1:])
         return jnp.where(lost[:, None, None, None], jnp.full_like(out, jnp.nan), out)
 
-    def _announce(self, query: Array, asked: Array, options: dict[str, Any]) -> None:
-        """Passes the call to the observer, if there is one."""
-        if not is_observed():
-            return
-        call = canonical(
-            query,
-            self.key,
-            self.value,
-            is_causal=True,
-            causal_alignment="bottom_right",
-            query_seq_lengths=asked,
-            key_value_seq_lengths=self.length,
-            schedule=self.schedule,
-            **options,
-        )
-        announce(call.operands, call.mask, call.plan)
-
     def _in_order(self, which: int) -> Array:
         """Keys (0) or values (1), [B, S, K, D]."""
-        n = self.pages.page_size
-
-        def of_head(pages: Store, table: Array, length: Array, row: Array) -> Array:
-            parts = jax.lax.map(lambda page: pages.tile(page, 0, n), table)
-            k, v = (x.reshape(-1, x.shape[-1]) for x in parts)
-            return pages.with_open(k, v, jnp.int32(0), length, row)[which]
-
-        of_heads = jax.vmap(of_head, (1, None, None, None), 1)
-        one = jax.vmap(of_heads, (None, 0, 0, 0))(self.pages, self.table, self.length, self.row)
-        return one[:, : self.max_length].astype(self.pages.dtype)
+        found = in_order(self.pages, self.table, self.length, self.row)[which]
+        return found[:, : self.max_length]
 
     def _check_new(self, key: Array, value: Array) -> int:
         """The number of tokens in ``key`` and ``value``."""

@@ -17,6 +17,7 @@ Array = jax.Array
 TYPES = ("bfloat16", "float16")
 
 
+@partial(jax.jit, static_argnums=0)
 def as_stored(format: str, key: Array, value: Array) -> tuple[Array, Array]:
     """Keys and values as a cache of a format gives them back, in float32.
 

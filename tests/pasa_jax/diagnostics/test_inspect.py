@@ -9,6 +9,7 @@ from flax import linen, nnx
 from pasa_jax import dot_product_attention
 from pasa_jax.diagnostics import inspect
 from pasa_jax.plugins import KVCache, patch
+from pasa_jax.serving import PagedCache
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 8)), jnp.float32)
 Q = jnp.asarray(np.random.default_rng(1).standard_normal((1, 6, 2, 4)), jnp.float32)
@@ -298,6 +299,40 @@ def test_a_cache():
     assert [c.shapes[0] for c in calls] == [(1, 1, 2, 4)] * 2
     expected = np.einsum("bnd,bsnd->bns", Q[:, 1], Q[:, :2])
     np.testing.assert_allclose(calls[1].max_product, np.abs(expected).max(axis=(0, 2)), rtol=1e-5)
+
+
+def test_a_paged_cache():
+    """Two sequences of which one has three new tokens behind five, and the other one."""
+    x = np.random.default_rng(0).standard_normal((9, 2, 4)).astype(np.float32)
+
+    def decode(x):
+        cache = PagedCache.empty(2, 8, 4, 16, 2, 4, "float32")
+        for counts, new in (([5, 0], x[:5]), ([3, 1], x[5:])):
+            cache, batch = cache.grown(np.asarray(counts, np.int32), total=len(new))
+            cache = cache.write(batch, new, new)
+            cache.attend(new, batch)
+
+    _, call = inspect(decode, x, error_rows=4).calls
+    assert call.shapes == ((2, 4, 2, 4), (2, 16, 2, 4), (2, 16, 2, 4))
+    first = np.einsum("tnd,snd->nts", x[5:8], x[:8])
+    seen = np.arange(8) <= 5 + np.arange(3)[:, None]
+    largest = np.abs(np.where(seen, first, 0)).max(axis=(1, 2))
+    own = np.sum(np.square(x[8]), axis=-1)
+    np.testing.assert_allclose(call.max_product, np.maximum(largest, own), rtol=1e-5)
+    assert set(call.formats) == {"bfloat16", "int8", "float8_e4m3", "float8_e5m2"}
+
+
+def test_what_a_format_of_a_cache_would_cost():
+    """A bias costs bfloat16 much, and 8 bits less their mean nothing."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 128, 2, 16)).astype(np.float32)
+    plain, biased = (
+        inspect(dot_product_attention, q, key, v, error_rows=16).calls[0].formats
+        for key in (k, k + np.float32([0, 300])[:, None])
+    )
+    assert biased["bfloat16"][1] > 10 * plain["bfloat16"][1]
+    for format in ("int8", "float8_e4m3", "float8_e5m2"):
+        np.testing.assert_allclose(biased[format], plain[format], rtol=0.2)
+    assert plain["int8"].max() < 0.03 < plain["float8_e5m2"].min()
 
 
 def test_a_layer_that_overflows_does_not_hide_those_behind_it():

@@ -159,7 +159,7 @@ def test_the_page_in_a_browser(report, tmp_path):
     assert found["down"] == sorted(found["up"], reverse=True)
     assert len(found["up"]) == 10
     assert found["shown"] == 2
-    assert len(found["images"]) == 6
+    assert len(found["images"]) == 7
     assert min(found["images"]) > 100
     assert found["outside"] == []
 
