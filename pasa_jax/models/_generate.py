@@ -13,12 +13,17 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
+from numpy.typing import NDArray
 
 from pasa_jax.core import bits
 from pasa_jax.core.errors import wrong
 from pasa_jax.plugins import KVCaches
 
 Array = jax.Array
+
+
+# (how many tokens came before, the next token of each text [B] int32, and whether it has ended)
+OnToken = Callable[[int, NDArray, NDArray], None]
 
 
 class Request(NamedTuple):
@@ -28,6 +33,7 @@ class Request(NamedTuple):
     eos: tuple[int, ...]
     temperature: float
     attention: Callable[..., Array] | None
+    on_token: OnToken | None
 
 
 def checked_request(
@@ -38,6 +44,7 @@ def checked_request(
     temperature: float,
     key: Array | None,
     attention: Callable[..., Array] | None,
+    on_token: OnToken | None,
 ) -> Request:
     """The request, or the error for a wrong argument of `Decoder.generate`."""
     if not isinstance(count, (int, np.integer)) or count < 1:
@@ -50,8 +57,11 @@ def checked_request(
         raise wrong("temperature", "be a finite number of at least 0", repr(temperature))
     if temperature > 0 and key is None:
         raise wrong("key", "be given to sample", None, "jax.random.key(seed) makes one.")
+    if on_token is not None and not callable(on_token):
+        raise wrong("on_token", "be a function or None", repr(on_token))
     ends = () if eos is None else (eos,) if isinstance(eos, (int, np.integer)) else eos
-    return Request(int(count), tuple(int(x) for x in ends), float(temperature), attention)
+    tokens_of_end = tuple(int(x) for x in ends)
+    return Request(int(count), tokens_of_end, float(temperature), attention, on_token)
 
 
 def checked_lengths(lengths: ArrayLike | None, tokens: Array) -> Array:
@@ -90,7 +100,11 @@ def run(model: Any, tokens: Array, lengths: Array, key: Array, request: Request)
         """The i-th token of each text that has not ended."""
         token = choose(logits, request.temperature, jax.random.fold_in(key, i))
         token = jnp.where(ended, texts[:, i], token)
-        return token, texts.at[:, i].set(token), jnp.isin(token, ends)
+        ended = jnp.isin(token, ends)
+        if request.on_token is not None:
+            told = partial(_tell, request.on_token)
+            jax.debug.callback(told, i, token, ended, ordered=True)
+        return token, texts.at[:, i].set(token), ended
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
         i, _, _, ended, _ = carry
@@ -105,6 +119,10 @@ def run(model: Any, tokens: Array, lengths: Array, key: Array, request: Request)
     logits, state = memory.start(tokens, lengths)
     first = put(0, logits, texts, jnp.zeros(len(tokens), bool))
     return lax.while_loop(unfinished, step, (jnp.int32(1), *first, state))[2]
+
+
+def _tell(on_token: OnToken, i: Any, token: Any, ended: Any) -> None:
+    on_token(int(i), np.asarray(token), np.asarray(ended))
 
 
 def choose(logits: Array, temperature: float, key: Array) -> Array:

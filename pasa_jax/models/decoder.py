@@ -208,6 +208,7 @@ class Decoder(nnx.Module):
         temperature: float = 0.0,
         key: Array | None = None,
         attention: AttentionFn | None = None,
+        on_token: _generate.OnToken | None = None,
     ) -> Array:
         """The tokens that follow: the likeliest ones, or sampled ones.
 
@@ -223,17 +224,28 @@ class Decoder(nnx.Module):
           key: a key of `jax.random` for temperature > 0.
           attention: as in a call. `pasa_jax.plugins.KVCaches` hold the keys of the default; with
             another one every step reads the whole text again.
+          on_token: called on the host as soon as a token of each text is there, while the next is
+            computed, with how many came before, the tokens [B] and whether each text has ended by
+            it. The loop is compiled for the function: pass the same one again. `jax.effects_barrier`
+            waits for the last call.
 
         Returns:
           [B, max_new_tokens] int32; what follows an ``eos`` is the first of ``eos``.
 
         Raises:
           ValueError: as in a call, and for a wrong ``max_new_tokens``, ``lengths``,
-            ``temperature`` or a missing ``key``.
+            ``temperature`` or ``on_token``, or a missing ``key``.
         """
         tokens = self.checked(tokens)
         request = _generate.checked_request(
-            tokens, self.config.max_length, max_new_tokens, eos, temperature, key, attention
+            tokens,
+            self.config.max_length,
+            max_new_tokens,
+            eos,
+            temperature,
+            key,
+            attention,
+            on_token,
         )
         lengths = _generate.checked_lengths(lengths, tokens)
         key = jax.random.key(0) if key is None else key

@@ -51,3 +51,13 @@ def test_smollm2(capsys):
     assert np.isclose(found["float16"], found["float32"], rtol=2e-3)
     assert found["float32"] < 100
     assert capsys.readouterr().out.count("Paris") == 2
+
+
+@pytest.mark.full
+@needs_smollm2
+def test_generate(capsys):
+    rate = load("generate").main("The capital of France is", tokens=6, dtype="float32")
+    said = capsys.readouterr().out
+    assert said.startswith("The capital of France is Paris.")
+    assert "6 tokens" in said
+    assert rate > 0

@@ -46,6 +46,28 @@ def test_what_pads_a_prompt_does_not_matter(model, free):
     assert model.generate(other, 8, lengths=LENGTHS).tolist() == free.tolist()
 
 
+def test_tokens_are_told_as_they_come(model, free):
+    told = []
+
+    def on_token(count, tokens, ended):
+        told.append((count, tokens.tolist(), ended.tolist()))
+
+    end = int(free[0, 2])
+    found = np.asarray(model.generate(PROMPTS, 8, lengths=LENGTHS, eos=end, on_token=on_token))
+    jax.effects_barrier()
+    assert [count for count, *_ in told] == list(range(len(told)))
+    assert (
+        np.asarray([tokens for _, tokens, _ in told]).T.tolist() == found[:, : len(told)].tolist()
+    )
+    first = next(i for i, token in enumerate(found[0]) if token == end)
+    assert [ended[0] for *_, ended in told] == [i >= first for i in range(len(told))]
+
+
+def test_on_token_must_be_a_function(model):
+    with pytest.raises(ValueError, match="`on_token` must be a function or None; got 3"):
+        model.generate(PROMPTS, 8, on_token=3)
+
+
 def test_the_cache_gives_what_reading_again_gives(model, free):
     def attention(q, k, v, layer):
         return pasa_jax.dot_product_attention(q, k, v, is_causal=True)
