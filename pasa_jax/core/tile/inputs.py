@@ -40,6 +40,8 @@ class KeyTile(NamedTuple):
     kappa: Array | None = None  # [1, D] what `mean` took off every key (or rows, all equal)
     weights: Array | None = None  # [n, 1] 1/n for the columns that the paper's M mixed, else 0
     raw: Array | None = None  # [n, D] the keys as they are, for `Storage.LAGGING`
+    means: Array | None = None  # [m, D] what was taken off the keys of m groups when packed, less κ
+    value_scale: Array | None = None  # [1, n] factors of the rows of v, or None: 1
 
 
 def query_tile(
@@ -84,6 +86,7 @@ def key_tile(
     matrix: Float[Array, "n n"] | None = None,
     weights: Float[Array, "n 1"] | None = None,
     value_gain: Float[Array, ""] | None = None,
+    means: Float[Array, "m D"] | None = None,
 ) -> KeyTile:
     """Keys without what the shift takes off them (eq. 4, 7), and values fit for the product.
 
@@ -98,14 +101,16 @@ def key_tile(
         several equal rows, for a matrix unit that cannot multiply by a single one.
       matrix, weights: M [n, n] and the share of each column in the row mean [n, 1], for `paper`.
       value_gain: [] the power of two that keeps P·V in range, or None.
+      means: [m, D] float32, what m groups of keys lack in ``k``; κ is taken off these.
     """
     if usable is not None:
         k, v = zero_unusable(k, usable), zero_unusable(v, usable)
     if value_gain is not None:
         v = v * value_gain.astype(v.dtype)
-    shifted, raw = k, None
-    if kappa is not None:
-        wide = numerics.product
+    shifted, raw, wide = k, None, numerics.product
+    if kappa is not None and means is not None:
+        means = means - kappa[:1].astype(wide)
+    elif kappa is not None:
         shifted = (k.astype(wide) - kappa[:1].astype(wide)).astype(k.dtype)
         raw = _nan_unusable(k, usable) if numerics.storage is Storage.LAGGING else None
     if matrix is not None:  # the row mean needs every column: `scores` makes them NaN later
@@ -113,7 +118,7 @@ def key_tile(
     else:
         shifted = _nan_unusable(shifted, usable)
     row = None if usable is None else usable.reshape(1, -1)
-    return KeyTile(shifted, v, row, kappa, weights, raw)
+    return KeyTile(shifted, v, row, kappa, weights, raw, means)
 
 
 def mean_key(

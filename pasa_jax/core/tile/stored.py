@@ -94,6 +94,8 @@ def scores(
     narrow = numerics.tile if bias is None and query.rest is None else stat
     product = query_key(query.q, key.k, numerics.accumulated, numerics)
     product = product.astype(numerics.product)
+    if key.means is not None:
+        product = product + _means_product(query, key, numerics)
     maximum = None
     if numerics.maximum_first and mask is None and bias is None:
         maximum = numerics.over_row(jnp.max, product) * query.gain
@@ -175,6 +177,25 @@ def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Column
     if len(key.kappa) > 1:  # equal rows, see `key_tile`
         product = numerics.over_row(jnp.max, product)
     return product.astype(numerics.statistics)
+
+
+def _means_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Float[Array, "R n"]:
+    """q·κ of each key's group, [R, n], κ what was taken off its keys when they were packed; NaN for
+    a key that is not usable.
+    """
+    assert key.means is not None
+    groups, wide = len(key.means), numerics.product
+    q, shape = query.q.astype(wide), (len(query.q), len(key.k) // groups)
+    if groups == 1:  # a single column is no work for a matrix unit
+        product = jnp.sum(q * key.means, axis=1, keepdims=True)
+        product = jnp.broadcast_to(product, shape)
+    else:
+        each = dot(q, key.means, (1, 1), wide)
+        columns = [jnp.broadcast_to(each[:, g : g + 1], shape) for g in range(groups)]
+        product = jnp.concatenate(columns, axis=1)
+    if key.usable is None:
+        return product
+    return jnp.where(key.usable, product, jnp.full_like(product, jnp.nan))
 
 
 def _lagging_reference(
