@@ -17,8 +17,8 @@ Array = jax.Array
 class PackedTile(NamedTuple):
     """m whole groups of g tokens of one key head as `PackedPages` stores them, n = m·g.
 
-    On a TPU a value's scale is a factor of its weights, a row [1, n]; on a GPU of the value, a
-    column [n, 1], since a weight of float16 has no room for it.
+    A value's scale is a factor of its weights where it is a row [1, n], and of the value where it
+    is a column [n, 1]: a weight of float16 has no room for it.
     """
 
     key: Array  # [n, D] codes
@@ -29,7 +29,7 @@ class PackedTile(NamedTuple):
     open_key: Array | None  # [g, D] the sequence's open group, in the type that is multiplied
     open_value: Array | None  # [g, E]
     format: str
-    dtype: Any  # in which keys and values are multiplied
+    dtype: Any  # in which codes are multiplied
 
     @property
     def group(self) -> int:
@@ -38,50 +38,45 @@ class PackedTile(NamedTuple):
 
 
 class Unpacked(NamedTuple):
-    """What a tile is multiplied by."""
+    """What a tile is multiplied by, see `tile.key_tile`."""
 
-    key: Array  # [n, D] less `mean`
-    value: Array  # [n, E] less its factor ``value_scale``
-    mean: Array  # [m, D] float32
+    key: Array  # [n, D] less the means of their groups
+    value: Array  # [n, E]
+    means: Array  # [m, D] float32
     value_scale: Array | None  # [1, n] float32, or None: 1
-    usable: Array | None  # [1, n] bool: False for a token that is not finite; None: its key is NaN
+    usable: Array  # as ``value_scale``, bool: False for a token that is not finite
 
 
 def unpacked(packed: PackedTile, open_at: Index | None, kappa: Array | None) -> Unpacked:
-    """A tile in the type that is multiplied.
-
-    Keys lack the mean of their group, so that 16 bits hold them with the digits that 8 bits have.
+    """A tile in the type that is multiplied. 16 bits hold keys less their mean with the digits that
+    their codes have.
 
     Arguments:
       open_at: which of the m groups is the open one, if it is one of them; None: none is.
       kappa: [1, D] float32 what the keys of the open group lack; None: nothing.
     """
     format, dtype = FORMATS[packed.format], packed.dtype
-    k = format.centred(packed.key, packed.key_scale)
-    mean, scale = packed.key_mean, packed.value_scale
-    usable = scale == scale
-    scale = jnp.where(usable, scale, jnp.zeros_like(scale))
-    v = format.read(packed.value)
-    by_value = scale.shape[0] != 1
-    if by_value:
-        v = v * scale
-        k = jnp.where(usable, k, jnp.full_like(k, jnp.nan))
+    k = format.centred(packed.key, packed.key_scale).astype(dtype)
+    v = format.read(packed.value, dtype)
+    means, factor = packed.key_mean, packed.value_scale
+    usable = factor == factor
+    factor = jnp.where(usable, factor, jnp.zeros_like(factor))
     if open_at is not None:
         assert packed.open_key is not None
         assert packed.open_value is not None
-        own = packed.open_key.astype(jnp.float32)
-        less = jnp.zeros_like(mean[:1]) if kappa is None else kappa
-        k = _with_group(k, own - less, open_at)
-        v = _with_group(v, packed.open_value.astype(jnp.float32), open_at)
-        mean = _with_group(mean, less, open_at)
-        if not by_value:
-            column = lax.broadcasted_iota(jnp.int32, scale.shape, 1)
-            first = open_at * packed.group
-            is_open = (column >= first) & (column < first + packed.group)
-            scale = jnp.where(is_open, jnp.ones_like(scale), scale)
-            usable = usable | is_open
-    k, v = k.astype(dtype), v.astype(dtype)
-    return Unpacked(k, v, mean, None, None) if by_value else Unpacked(k, v, mean, scale, usable)
+        own, less = packed.open_key, jnp.zeros_like(means[:1])
+        if kappa is not None:
+            own, less = (own.astype(jnp.float32) - kappa).astype(dtype), kappa
+        k, v = _with_group(k, own, open_at), _with_group(v, packed.open_value, open_at)
+        means = _with_group(means, less, open_at)
+        place = lax.broadcasted_iota(jnp.int32, factor.shape, int(len(factor) == 1))
+        place = place - open_at * packed.group
+        is_open = (place >= 0) & (place < packed.group)
+        factor, usable = jnp.where(is_open, jnp.ones_like(factor), factor), usable | is_open
+    if len(factor) == 1:
+        return Unpacked(k, v, means, factor, usable)
+    v = (v.astype(jnp.float32) * factor).astype(dtype)
+    return Unpacked(k, v, means, None, usable.reshape(1, -1))
 
 
 def _with_group(x: Array, own: Array, at: Index) -> Array:

@@ -267,16 +267,15 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> tile.State:
     column = pl.BlockSpec((None, None, None, specs.rows), lambda i, h, p: (p, i, h, 0))
     out = pl.BlockSpec((None, None, None, specs.rows, e), lambda i, h, p: (p, i, h, 0, 0))
     shape, rows = shape_maker(call.arrays), (specs.parts, count, specs.heads, specs.rows)
+    kind = Kind.of(pages)
     run = pl.pallas_call(
-        partial(
-            _run, mask=mask_of(call), plan=plan, specs=specs, blocks=blocks, kind=Kind.of(pages)
-        ),
+        partial(_run, mask=mask_of(call), plan=plan, specs=specs, blocks=blocks, kind=kind),
         grid=(count, specs.heads, specs.parts),
         in_specs=(in_specs._replace(query=own),),
         out_specs=[column, column, out],
         out_shape=[shape(rows, jnp.float32)] * 2 + [shape((*rows, e), jnp.float32)],
         compiler_params=plgpu.CompilerParams(
-            num_warps=plan.schedule.warps if specs.rows > _FEW_ROWS else 4,
+            num_warps=_warps(plan, specs, kind),
             num_stages=plan.schedule.stages,
         ),
         interpret=plan.interpret,
@@ -285,6 +284,12 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> tile.State:
     with jax.enable_x64(False):  # Pallas' compilers have no 64-bit loop counters
         m, l, o = run(inputs)  # noqa: E741
     return tile.State(m, l, o, jnp.zeros_like(m))
+
+
+def _warps(plan: Plan, specs: Specs, kind: Kind) -> int:
+    if specs.rows > _FEW_ROWS:
+        return plan.schedule.warps
+    return 4 if kind.format is None else 8  # codes and what they become need more registers
 
 
 def _rows_of(x: Array, dtype: jnp.dtype) -> Array:
@@ -396,12 +401,18 @@ class PointerWalk(PagesWalk):
             value=self._rows(refs.value, token + each),
             key_scale=self._rows(refs.key_scale, group),
             key_mean=self._rows(refs.key_mean, group),
-            value_scale=plgpu.load(refs.value_scale.at[token + each])[:, None],
+            value_scale=self._value_scale(token + each),
             open_key=open_key,
             open_value=open_value,
             format=self.kind.format,
             dtype=self.kind.dtype,
         )
+
+    def _value_scale(self, token: Array) -> Array:
+        """[1, g] or [g, 1], see `PackedTile`."""
+        scale = plgpu.load(self.refs.value_scale.at[token])
+        by_value = self.numerics.precision.probabilities == "float16"
+        return scale[:, None] if by_value else scale[None]
 
     def _rows(self, ref: Ref, row: Array) -> Array:
         """[n, side(W)] the rows of ref [L, W]; zeros beyond W."""

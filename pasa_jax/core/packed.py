@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +47,11 @@ class Format:
             return jnp.round(x).astype(jnp.int8)
         return lax.bitcast_convert_type(x.astype(self.dtype), jnp.int8)
 
-    def read(self, codes: Array) -> Array:
-        """float32 numbers of codes."""
+    def read(self, codes: Array, dtype: Any = jnp.float32) -> Array:
+        """The numbers of codes, which every type of 16 bits or more holds."""
         if self.dtype != "int8":
             codes = lax.bitcast_convert_type(codes, jnp.dtype(self.dtype))
-        return codes.astype(jnp.float32)
+        return codes.astype(dtype)
 
     def centred(self, codes: Int[Array, "n D"], scale: Float[Array, "m D"]) -> Float[Array, "n D"]:
         """float32 keys of m whole groups, each less the mean of its group."""

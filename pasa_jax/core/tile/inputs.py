@@ -40,7 +40,7 @@ class KeyTile(NamedTuple):
     kappa: Array | None = None  # [1, D] what `mean` took off every key (or rows, all equal)
     weights: Array | None = None  # [n, 1] 1/n for the columns that the paper's M mixed, else 0
     raw: Array | None = None  # [n, D] the keys as they are, for `Storage.LAGGING`
-    means: Array | None = None  # [m, D] what was taken off the keys of m groups when packed, less κ
+    means: Array | None = None  # [m, D] what was taken off m groups of keys when packed, less κ
     value_scale: Array | None = None  # [1, n] factors of the rows of v, or None: 1
 
 
@@ -87,6 +87,7 @@ def key_tile(
     weights: Float[Array, "n 1"] | None = None,
     value_gain: Float[Array, ""] | None = None,
     means: Float[Array, "m D"] | None = None,
+    value_scale: Float[Array, "1 n"] | None = None,
 ) -> KeyTile:
     """Keys without what the shift takes off them (eq. 4, 7), and values fit for the product.
 
@@ -101,7 +102,9 @@ def key_tile(
         several equal rows, for a matrix unit that cannot multiply by a single one.
       matrix, weights: M [n, n] and the share of each column in the row mean [n, 1], for `paper`.
       value_gain: [] the power of two that keeps P·V in range, or None.
-      means: [m, D] float32, what m groups of keys lack in ``k``; κ is taken off these.
+      means: [m, D] float32 what was taken off m groups of keys before, or None; κ is then taken off
+        the means.
+      value_scale: [1, n] float32 factors of the values, or None: 1.
     """
     if usable is not None:
         k, v = zero_unusable(k, usable), zero_unusable(v, usable)
@@ -118,7 +121,7 @@ def key_tile(
     else:
         shifted = _nan_unusable(shifted, usable)
     row = None if usable is None else usable.reshape(1, -1)
-    return KeyTile(shifted, v, row, kappa, weights, raw, means)
+    return KeyTile(shifted, v, row, kappa, weights, raw, means, value_scale)
 
 
 def mean_key(
