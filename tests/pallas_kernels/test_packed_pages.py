@@ -1,6 +1,7 @@
 """The kernels over pages of 8 bits against float64, on what the codes say; and the lax walk."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,12 @@ from tests.pallas_kernels.test_pages import (
 )
 from tests.thin import only, some_tuples
 
-CODES = {"int8": (127, None)}
-CODES["float8_e4m3"] = (448, ml_dtypes.float8_e4m3fn)
-CODES["float8_e5m2"] = (57344, ml_dtypes.float8_e5m2)
+# The largest code, and its type.
+CODES: dict[str, tuple[int, Any]] = {
+    "int8": (127, None),
+    "float8_e4m3": (448, ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": (57344, ml_dtypes.float8_e5m2),
+}
 # Of queries and keys; the last group of each is open, or, of 64 tokens, none.
 LENGTHS, ROWS = (70, 0, 13, 64), (3, 1, 4, 0)
 # What 16 bits cost: keys less their mean, and weights.
@@ -65,7 +69,7 @@ class Filled:
         pages = PackedPages.empty(count, 6, g, heads, n, size, value_size, dtype, format)
         names = [x for x in vars(pages) if x not in ("facts", "dtype", "format")]
         self.arrays = {x: self._nan(getattr(pages, x)) for x in names}
-        self.facts = PageFacts(*(np.array(x) for x in pages.facts))
+        self.facts = PageFacts._make(np.array(x) for x in pages.facts)
         self.table = np.full((len(sequences), blocks), -1, np.int32)
         order = np.random.default_rng(0).permutation(count)
         for b, (k, v) in enumerate(sequences):
