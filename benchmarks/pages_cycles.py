@@ -1,8 +1,10 @@
 """A step of decoding over pages on TPUs that are not there, against the time to read its pages.
 
     python benchmarks/pages_cycles.py --chip tpu_v6e --output out/pages_cycles.json
+    python benchmarks/pages_cycles.py --format int8
 
-16 sequences of 8192 tokens with one query each, 8 key heads, D = E = 128, bfloat16. The limit is
+16 sequences of 8192 tokens with one query each, 8 key heads, D = E = 128, bfloat16, or, with
+``--format``, 8 bits with what they are multiplied by (the scales and means of pages). The limit is
 the time in which a core reads the pages at its share of the chip's bandwidth, in cycles; both of
 what the compiler says should be below it:
 
@@ -34,12 +36,12 @@ from rich.table import Table
 
 from pallas_kernels import _tpu_pages_program as program
 from pallas_kernels import gpu_pages, tpu_pages
-from pallas_kernels._pages import Sight
+from pallas_kernels._pages import Numbers, Sight
 from pallas_kernels.aot import Compiler, MakeArray
 from pallas_kernels.worker import Report
 from pasa_jax import Schedule
 from pasa_jax.call import checks
-from pasa_jax.core.pages import Pages
+from pasa_jax.core.packed import FORMATS, PackedPages, Store, empty_store
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import find_target
 from pasa_jax.implementations.page_walk import Call, Queries, Sequences
@@ -63,11 +65,13 @@ class Step:
     Arguments:
       groups: query heads of a key head.
       page: tokens of a page.
+      format: a name of `FORMATS`, or None: keys and values in their own type.
     """
 
     chip: str
     groups: int
     page: int
+    format: str | None = None
 
     @property
     def blocks(self) -> int:
@@ -84,17 +88,33 @@ class Step:
 
     def call(self, array: Callable[[Any, str], Any]) -> Call:
         """The call, of arrays that ``array`` makes."""
-        count = SEQUENCES * self.blocks
-        pages = jax.eval_shape(lambda: Pages.empty(count, KV_HEADS, self.page, SIZE, SIZE, DTYPE))
+        pages = self.pages()
         query = array((SEQUENCES, KV_HEADS * self.groups, SIZE), DTYPE)
         column = array((SEQUENCES,), "int32")
         return Call(
             pages=jax.tree.map(lambda x: array(x.shape, str(x.dtype)), pages),
             queries=Queries(query, None, array((), "float32")),
-            sequences=Sequences(column, column, column, array((SEQUENCES, self.blocks), "int32")),
+            sequences=Sequences(
+                *[column] * 3, table=array((SEQUENCES, self.blocks), "int32"), row=column
+            ),
             most=1,
             window=None,
         )
+
+    def pages(self) -> Store:
+        """Shapes and types of the pages, one row for each sequence."""
+        sizes = (self.plan().schedule.block_kv, KV_HEADS, self.page, SIZE, SIZE, DTYPE)
+        count = SEQUENCES * self.blocks
+        return jax.eval_shape(lambda: empty_store(count, SEQUENCES, *sizes, self.format))
+
+    @property
+    def bytes(self) -> int:
+        """What a step must read: keys and values, and of 8 bits their scales and means."""
+        pages = self.pages()
+        names = ["key", "value"]
+        if isinstance(pages, PackedPages):
+            names += ["key_scale", "key_mean", "value_scale"]
+        return sum(x.size * x.dtype.itemsize for x in (getattr(pages, name) for name in names))
 
     @property
     def module(self) -> Any:
@@ -109,7 +129,7 @@ class Step:
     def limit(self) -> int:
         """Cycles in which a core reads the pages."""
         clock, bandwidth = CORES[self.chip]
-        return round(2 * SEQUENCES * KV_HEADS * LENGTH * SIZE * 2 / bandwidth * clock)
+        return round(self.bytes / bandwidth * clock)
 
     def bundles(self, report: Report) -> int:
         """Instruction words that all steps execute, at most."""
@@ -117,10 +137,10 @@ class Step:
 
 
 def decode(
-    array: MakeArray, *, chip: str, groups: int, page: int
+    array: MakeArray, *, chip: str, groups: int, page: int, format: str | None
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The kernel's step, and its arguments."""
-    step = Step(chip, groups, page)
+    step = Step(chip, groups, page, format)
     call, plan = step.call(array), step.plan()
 
     def function(*arrays: Any) -> Any:
@@ -136,9 +156,9 @@ def _know_everything(step: Step, stack: ExitStack) -> None:
     """Puts program ids in the place of what a TPU kernel reads in SMEM."""
     specs, over = step.specs(), program.over_heads
 
-    def numbers(ref: Any, i: jax.Array) -> program.Numbers:
+    def numbers_at(ref: Any, i: jax.Array) -> Numbers:
         of_tile = (1, LENGTH, 0, 0, 0, specs.steps, specs.steps, 0, step.blocks)
-        return program.Numbers(i, Sight(*map(jnp.int32, of_tile)))
+        return Numbers(i, i, Sight(*map(jnp.int32, of_tile)))
 
     def page_at(shown: Any, specs: Any, i: jax.Array, t: jax.Array, place: int) -> jax.Array:
         return (i * specs.steps + t) * specs.pages + place
@@ -150,11 +170,12 @@ def _know_everything(step: Step, stack: ExitStack) -> None:
     known: dict[str, Any] = {
         "tpu_pages.grid_of": lambda *_: (SEQUENCES, specs.steps),
         "tpu_pages.page_at": page_at,
+        "tpu_pages.numbers_at": numbers_at,
+        "_tpu_pages_program.numbers_at": numbers_at,
         "_tpu_pages_program.over_heads": over_heads,
     }
     for name, function in known.items():
         stack.enter_context(mock.patch(f"pallas_kernels.{name}", function))
-    stack.enter_context(mock.patch.object(program.Numbers, "of", staticmethod(numbers)))
 
 
 def row(step: Step, report: Report) -> dict[str, Any]:
@@ -171,13 +192,14 @@ def main(
     chip: Annotated[list[str], typer.Option(help="Chips to compile for.")] = [*CORES, "h100"],  # noqa: B006
     groups: Annotated[list[int], typer.Option(help="Query heads a key head.")] = list(GROUPS),  # noqa: B006
     page: Annotated[list[int], typer.Option(help="Tokens of a page.")] = list(PAGES),  # noqa: B006
+    format: Annotated[str | None, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write every figure there.")] = None,
 ) -> None:
     """Prints what the compilers say of each step."""
     columns = ("chip", "page", "heads a key head", "estimate", "bundles", "limit", "ratio")
     table, rows = Table(*columns, "registers", "spills", "error"), []
     with Compiler() as compiler:
-        for step in (Step(c, g, p) for c in chip for p in page for g in groups):
+        for step in (Step(c, g, p, format) for c in chip for p in page for g in groups):
             estimates = step.chip == "tpu_v6e"
             report = compiler("pages_cycles:decode", step.chip, estimates=estimates, **vars(step))
             rows.append(row(step, report))

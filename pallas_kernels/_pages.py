@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._common import only_on, repairing
+from pallas_kernels._packed import PackedTile, unpacked
 from pasa_jax.core import tile
 from pasa_jax.core.guard import divides_values, guards
 from pasa_jax.core.heads import varying
-from pasa_jax.core.mask import Index, Mask
-from pasa_jax.core.packed import PackedPages
+from pasa_jax.core.mask import Index, Mask, div
+from pasa_jax.core.packed import PackedPages, Store
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.walk import Walk
 from pasa_jax.implementations import page_walk
@@ -119,6 +120,42 @@ class Sight(NamedTuple):
         return jax.vmap(one)(tiles.sequence, tiles.start, used)
 
 
+def numbers_of(call: Call, tiles: Tiles, sight: Sight) -> Array:
+    """[tiles · `WIDTH`] int32: of each query tile its sequence, the row of that, and its sight."""
+    row = call.sequences.row
+    row = jnp.zeros_like(tiles.sequence) if row is None else row[tiles.sequence]
+    return jnp.stack([tiles.sequence, row.astype(jnp.int32), *sight], axis=1).reshape(-1)
+
+
+class Kind(NamedTuple):
+    """What pages hold: the type of keys and values, and a name of `FORMATS` or None."""
+
+    dtype: jnp.dtype
+    format: str | None
+
+    @staticmethod
+    def of(pages: Store) -> Kind:
+        format = pages.format if isinstance(pages, PackedPages) else None
+        return Kind(jnp.dtype(pages.dtype), format)
+
+
+class Numbers(NamedTuple):
+    """What a program reads of its query tile."""
+
+    sequence: Array
+    row: Array  # which open group of `PackedPages` its sequence has
+    sight: Sight
+
+    @staticmethod
+    def of(read: Callable[[Index], Array], i: Array) -> Numbers:
+        """Those of query tile i, by a function that reads one number."""
+        first, row, *rest = (read(i * WIDTH + x) for x in range(WIDTH))
+        return Numbers(first, row, Sight(*rest))
+
+
+WIDTH = 2 + len(Sight._fields)
+
+
 def mask_of(call: Call) -> Mask:
     """The mask that a kernel is traced with: that of a sequence, without its lengths."""
     one = jax.tree.map(lambda x: x[0], call.sequences)
@@ -167,6 +204,10 @@ class PagesWalk(Walk):
         """[n, D] and [n, E] keys and values of tile j as they are."""
 
     @abstractmethod
+    def packed(self, j: Index, *, with_open: bool) -> PackedTile | None:
+        """Tile j of pages of 8 bits, with the open group if asked for; None for other pages."""
+
+    @abstractmethod
     def kappa(self, j: Index) -> Array | None:
         """[1, D] κ of tile j in float32; None where nobody asks."""
 
@@ -176,6 +217,9 @@ class PagesWalk(Walk):
     def key_beneath(self, j: Index, seen: Array | None, value_gain: Array | None) -> tile.KeyTile:
         """Hidden keys may be NaN, since their scores are replaced; hidden values are multiplied."""
         assert value_gain is None  # the lax walk repairs calls that would need one
+        packed = self.packed(j, with_open=seen is not None)
+        if packed is not None:
+            return self._key_of_packed(packed, j, seen is not None)
         k, v = self.stored(j)
         if seen is not None:
             v = tile.zero_unusable(v, self.shown(j))
@@ -186,12 +230,48 @@ class PagesWalk(Walk):
         key = tile.key_tile(k, v, None, self.numerics, kappa=kappa)
         return key._replace(kappa=jnp.broadcast_to(kappa, (_MATRIX_ROWS, kappa.shape[1])))
 
-    def shown(self, j: Index) -> Array:
-        """[n, 1] bool: the keys of tile j that some row sees."""
+    def _key_of_packed(self, packed: PackedTile, j: Index, partly: bool) -> tile.KeyTile:
+        """`key_beneath` of pages of 8 bits.
+
+        Arguments:
+          partly: whether some row does not see the whole tile. Then some keys may be unwritten, and
+            some in the open group.
+        """
+        kappa = self.kappa(j)
+        open_at = None
+        if partly:
+            g = packed.group
+            assert self.mask.key_lengths is not None
+            open_at = div(self.mask.key_lengths, g) - div(self.key_start(j), g)
+        found = unpacked(packed, open_at, kappa)
+        v, factors = found.value, found.value_scale
+        if partly:
+            v = tile.zero_unusable(v, self.shown(j))
+            if factors is not None:
+                factors = jnp.where(self.shown(j, axis=1), factors, jnp.zeros_like(factors))
+        if kappa is not None:
+            kappa = kappa.astype(v.dtype)
+        key = tile.key_tile(
+            found.key,
+            v,
+            None,
+            self.numerics,
+            kappa=kappa,
+            means=found.means,
+            value_scale=factors,
+        )
+        key = key._replace(usable=found.usable)
+        if kappa is None:
+            return key
+        return key._replace(kappa=jnp.broadcast_to(kappa, (_MATRIX_ROWS, kappa.shape[1])))
+
+    def shown(self, j: Index, axis: int = 0) -> Array:
+        """[n, 1] bool, [1, n] along axis 1: the keys of tile j that some row sees."""
         last = jnp.minimum(self.start + self.block_q, self.mask.valid_queries()) - 1
         lo, _ = self.mask.key_interval(jnp.asarray(self.start, jnp.int32))
         _, hi = self.mask.key_interval(last)
-        column = self.key_start(j) + lax.broadcasted_iota(jnp.int32, (self.block_kv, 1), 0)
+        shape = (self.block_kv, 1) if axis == 0 else (1, self.block_kv)
+        column = self.key_start(j) + lax.broadcasted_iota(jnp.int32, shape, axis)
         return (column >= lo) & (column < hi)
 
     def key_start(self, j: Index) -> Index:
@@ -206,8 +286,6 @@ class PagesWalk(Walk):
 
 def refusal(call: Call, plan: Plan) -> str | None:
     """None, or the reason why neither kernel can run the call."""
-    if isinstance(call.pages, PackedPages):
-        return "it does not read pages of 8 bits"
     if call.pages.dtype == "float64":
         return "it has no float64"
     if plan.shift == "paper":
@@ -248,4 +326,8 @@ def repaired(
         return varying(page_walk.attend(*call.beside(*arrays), repairing(plan)), arrays)
 
     # The walk wants pages in an order of its own: only a branch that is taken puts them into it.
-    return lax.cond(page_walk.are_plain(call, plan, largest_log2), by_kernel, by_lax, *call.arrays)
+    plain = page_walk.are_plain(call, plan, largest_log2)
+    if isinstance(call.pages, PackedPages) and query.dtype == jnp.float16:
+        # A key less the mean of its group may be twice as large.
+        plain = plain & (jnp.max(call.pages.facts.key_top) < float(jnp.finfo(query.dtype).max) / 2)
+    return lax.cond(plain, by_kernel, by_lax, *call.arrays)

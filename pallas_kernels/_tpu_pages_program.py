@@ -13,11 +13,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._float16 import from_bits
-from pallas_kernels._pages import PagesWalk, Sight, pages_of_tile
+from pallas_kernels._packed import PackedTile
+from pallas_kernels._pages import Kind, Numbers, PagesWalk, pages_of_tile
 from pallas_kernels._tpu_inputs import padded
 from pallas_kernels._tpu_walk import vmem
 from pasa_jax.core import tile
 from pasa_jax.core.mask import Index, Mask
+from pasa_jax.core.packed import PackedPages
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.walk import Rows
 from pasa_jax.implementations.page_walk import Call
@@ -87,6 +89,9 @@ def _bytes(call: Call, rows: int, pages: int) -> int:
     heads, n, size = call.pages.key.shape[1:]
     e, item = call.pages.value.shape[3], call.pages.key.dtype.itemsize
     keys = pages * heads * (padded(n, size) + padded(n, e)) * item
+    if isinstance(call.pages, PackedPages):
+        keys += pages * (2 * heads * padded(n // call.pages.group, size) + padded(heads, n)) * 4
+    item = call.queries.query.dtype.itemsize
     of_rows = heads * (padded(rows, size) * item + padded(rows, e) * 4 + padded(rows, 1) * 4)
     state = heads * (padded(rows, e) + 3 * padded(rows, 1)) * 4
     return 2 * (keys + of_rows) + state + 8 * padded(rows, pages * n) * 4
@@ -101,19 +106,17 @@ class Inputs(NamedTuple):
     kappa: Any  # [B, key tiles, K, D] float32, or None; inside a key tile's
     key: Any  # of each page of a tile: [P, K, n, D]; inside a page's
     value: Any  # the same: [P, K, n, E]
+    # Of `PackedPages`, by page as the keys; else None.
+    key_scale: Any = None  # [P, K, n/g, D]
+    key_mean: Any = None  # [P, K, n/g, D]
+    value_scale: Any = None  # [P, K, n]
+    open_key: Any = None  # [R, K, g, D]; inside that of a tile's sequence
+    open_value: Any = None  # [R, K, g, E]
 
 
-class Numbers(NamedTuple):
-    """What SMEM holds of one query tile."""
-
-    sequence: Array
-    sight: Sight
-
-    @staticmethod
-    def of(numbers: Ref, i: Array) -> Numbers:
-        width = 1 + len(Sight._fields)
-        first, *rest = (numbers[i * width + x] for x in range(width))
-        return Numbers(first, Sight(*rest))
+def numbers_at(numbers: Ref, i: Array) -> Numbers:
+    """What SMEM holds of query tile i."""
+    return Numbers.of(lambda x: numbers[x], i)
 
 
 class Heads(NamedTuple):
@@ -124,6 +127,12 @@ class Heads(NamedTuple):
     value: Array | None = None  # [heads, n, E]
     kappa: Array | None = None  # [heads, 1, D]
     sinks: Array | None = None  # [heads, R, 1]
+    # Of pages of 8 bits, see `PackedTile`.
+    key_scale: Array | None = None  # [heads, m, D]
+    key_mean: Array | None = None  # [heads, m, D]
+    value_scale: Array | None = None  # [heads, 1, n]
+    open_key: Array | None = None  # [heads, g, D]
+    open_value: Array | None = None  # [heads, g, E]
 
 
 def run(
@@ -137,7 +146,7 @@ def run(
     plan: Plan,
     specs: Specs,
     value_size: int,
-    dtype: str,
+    kind: Kind,
 ) -> None:
     """The kernel: one key tile of every key head, for one query tile.
 
@@ -146,7 +155,7 @@ def run(
     """
     del shown
     i, t = pl.program_id(0), pl.program_id(1)
-    sight = Numbers.of(numbers, i).sight
+    sight = numbers_at(numbers, i).sight
     refs = tile.State(*state)
     start, j = sight.start, sight.lo + t
 
@@ -161,6 +170,7 @@ def run(
             start=start,
             scale=inputs.scale[0],
             arrays=arrays,
+            format=kind.format,
         )
 
     def begin() -> None:
@@ -175,7 +185,7 @@ def run(
             return walk.fold(start, walk.query(start), j, seen, (held, jnp.float32(0)))[0]
 
         held = tile.State(*(ref[heads] for ref in refs))
-        new = jax.vmap(of_head)(_key_tiles(inputs, heads, dtype), held)
+        new = jax.vmap(of_head)(_key_tiles(inputs, heads, kind.dtype, with_open=masked), held)
         for ref, x in zip(refs, new, strict=True):
             ref[heads] = x
 
@@ -208,8 +218,8 @@ def over_heads(specs: Specs, body: Callable[[Any], None]) -> None:
     lax.fori_loop(0, specs.heads // specs.at_once, several, None)
 
 
-def _key_tiles(inputs: Inputs, heads: Any, dtype: str) -> Heads:
-    """The queries and the key tile of some key heads."""
+def _key_tiles(inputs: Inputs, heads: Any, dtype: jnp.dtype, *, with_open: bool) -> Heads:
+    """The queries and the key tile of some key heads, with the open group if asked for."""
 
     def read(x: Array) -> Array:
         if dtype == "bfloat16" and x.dtype == jnp.uint16:
@@ -224,7 +234,19 @@ def _key_tiles(inputs: Inputs, heads: Any, dtype: str) -> Heads:
     if inputs.kappa is not None:
         kappa = inputs.kappa[0, 0, heads][:, None]
     query = from_bits(inputs.query[0, heads])
-    return Heads(query, of_pages(inputs.key), of_pages(inputs.value), kappa)
+    tiles = Heads(query, of_pages(inputs.key), of_pages(inputs.value), kappa)
+    if inputs.key_scale is None:
+        return tiles
+    tiles = tiles._replace(
+        key_scale=of_pages(inputs.key_scale),
+        key_mean=of_pages(inputs.key_mean),
+        value_scale=of_pages(inputs.value_scale)[:, None],
+    )
+    if not with_open:
+        return tiles
+    return tiles._replace(
+        open_key=read(inputs.open_key[0, heads]), open_value=read(inputs.open_value[0, heads])
+    )
 
 
 def _ends(inputs: Inputs, heads: Any, specs: Specs) -> Heads:
@@ -242,12 +264,16 @@ def _ends(inputs: Inputs, heads: Any, specs: Specs) -> Heads:
     return Heads(query, sinks=jnp.stack([of_head(h) for h in range(specs.at_once)]))
 
 
+_PACKED = tuple(x for x in PackedTile._fields if x in Heads._fields)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RefWalk(PagesWalk):
     """One key head of a program's query tile, and one key tile."""
 
     scale: Array
     arrays: Heads
+    format: str | None
 
     def query(self, start: Index) -> tile.QueryTile:
         scale = self.scale.astype(self.numerics.product)
@@ -257,6 +283,13 @@ class RefWalk(PagesWalk):
         assert self.arrays.key is not None
         assert self.arrays.value is not None
         return self.arrays.key, self.arrays.value
+
+    def packed(self, j: Index, *, with_open: bool) -> PackedTile | None:
+        if self.format is None:
+            return None
+        found: dict[str, Any] = {x: getattr(self.arrays, x) for x in _PACKED}
+        # Mosaic has no float16.
+        return PackedTile(**found, format=self.format, dtype=self.arrays.query.dtype)
 
     def kappa(self, j: Index) -> Array | None:
         return self.arrays.kappa

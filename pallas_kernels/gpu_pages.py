@@ -23,18 +23,23 @@ from pallas_kernels import gpu as _kernel
 from pallas_kernels._common import shape_maker
 from pallas_kernels._gpu_inputs import side
 from pallas_kernels._gpu_walk import LARGEST_SCORE, for_triton
+from pallas_kernels._packed import PackedTile
 from pallas_kernels._pages import (
+    Kind,
+    Numbers,
     PagesWalk,
     Sight,
     Tiles,
     kappas,
     mask_of,
+    numbers_of,
     pages_of_tile,
     refusal,
     repaired,
 )
 from pasa_jax.core import bits, tile
 from pasa_jax.core.mask import Index, KeyRange, Mask, div
+from pasa_jax.core.packed import PackedPages
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import find_target
 from pasa_jax.implementations.page_walk import Call, Outputs
@@ -92,6 +97,11 @@ class Specs:
         )
 
     @property
+    def pages(self) -> int:
+        """Of a tile, or of the page of which it is a part; they have one mean."""
+        return max(1, self.block_kv // self.page_size)
+
+    @property
     def rows(self) -> int:
         """Of a query tile."""
         return self.padded_groups * self.block_q
@@ -99,6 +109,8 @@ class Specs:
 
 def _keys_of_tile(call: Call, plan: Plan, rows: int) -> int:
     """The keys of a tile: of few rows more than the schedule's, where they fit."""
+    if isinstance(call.pages, PackedPages):
+        return call.pages.group  # which has one mean, and one scale of each channel
     keys = side(plan.schedule.block_kv)
     if plan.storage.uses_kappa:  # a tile has one mean, of whole pages
         return pages_of_tile(call, keys) * call.pages.page_size
@@ -125,6 +137,9 @@ def supports(call: Call, plan: Plan) -> str | None:
         if block != side(block):
             return f"schedule.{name} must be a power of two of at least 16, and is {block}"
     keys = _keys_of_tile(call, plan, _FEW_ROWS)
+    if isinstance(call.pages, PackedPages) and keys != side(keys):
+        least = f"a power of two of at least 16 tokens, and have {keys}"
+        return f"tokens packed at once must be {least}: use another page size or block_kv"
     if keys != side(keys):
         return f"the pages of a key tile must have a power of two of at least 16 keys, not {keys}"
     return None
@@ -197,12 +212,18 @@ class Inputs(NamedTuple):
     """The arrays of a program outside; inside refs, of its own queries and of all else."""
 
     scale: Any  # [1]
-    numbers: Any  # [tiles · (1 + fields of `Sight`)]
+    numbers: Any  # [tiles · `WIDTH`]
     table: Any  # [B · blocks]
     query: Any  # [tiles, K, rows, D]; inside [rows, D]
-    kappa: Any  # [B · key tiles · K, D] float32, or None
+    kappa: Any  # [B · tiles of one mean · K, D] float32, or None
     key: Any  # [P · K · n, D]
     value: Any  # [P · K · n, E]
+    # Of `PackedPages`, else None.
+    key_scale: Any = None  # [P · K · n/g, D]
+    key_mean: Any = None  # [P · K · n/g, D]
+    value_scale: Any = None  # [P · K · n]
+    open_key: Any = None  # [R · K · g, D]
+    open_value: Any = None  # [R · K · g, E]
 
 
 def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> tile.State:
@@ -219,33 +240,42 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> tile.State:
     table = jnp.clip(table, 0, pages.count - 1)
     kappa = None
     if plan.storage.uses_kappa:
-        kappa = kappas(call, table, specs.block_kv // n, plan).reshape(-1, specs.size)
+        kappa = kappas(call, table, specs.pages, plan).reshape(-1, specs.size)
         kappa = jnp.pad(kappa, ((0, 0), (0, d - specs.size)))
     query = tiles.gathered(call.queries.query, specs.heads)
     query = query.reshape(count, specs.heads, specs.groups, specs.block_q, specs.size)
     query = _padded(query, specs, 2).reshape(count, specs.heads, specs.rows, specs.size)
     inputs = Inputs(
         scale=call.queries.scale.astype(jnp.float32).reshape(1),
-        numbers=jnp.stack([tiles.sequence, *sight], axis=1).reshape(-1),
+        numbers=numbers_of(call, tiles, sight),
         table=table.reshape(-1),
         query=jnp.pad(query, ((0, 0),) * 3 + ((0, d - specs.size),)),
         kappa=kappa,
-        key=bits.read(pages.key, dtype).reshape(-1, specs.size),
-        value=bits.read(pages.value, dtype).reshape(-1, specs.value_size),
+        key=_rows_of(pages.key, dtype),
+        value=_rows_of(pages.value, dtype),
     )
+    if isinstance(pages, PackedPages):
+        inputs = inputs._replace(
+            key_scale=_rows_of(pages.key_scale, dtype),
+            key_mean=_rows_of(pages.key_mean, dtype),
+            value_scale=pages.value_scale.reshape(-1),
+            open_key=_rows_of(pages.open_key, dtype),
+            open_value=_rows_of(pages.open_value, dtype),
+        )
     in_specs = jax.tree.map(lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim), inputs)
     own = pl.BlockSpec((None, None, specs.rows, d), lambda i, h, p: (i, h, 0, 0))
     column = pl.BlockSpec((None, None, None, specs.rows), lambda i, h, p: (p, i, h, 0))
     out = pl.BlockSpec((None, None, None, specs.rows, e), lambda i, h, p: (p, i, h, 0, 0))
     shape, rows = shape_maker(call.arrays), (specs.parts, count, specs.heads, specs.rows)
+    kind = Kind.of(pages)
     run = pl.pallas_call(
-        partial(_run, mask=mask_of(call), plan=plan, specs=specs, blocks=blocks),
+        partial(_run, mask=mask_of(call), plan=plan, specs=specs, blocks=blocks, kind=kind),
         grid=(count, specs.heads, specs.parts),
         in_specs=(in_specs._replace(query=own),),
         out_specs=[column, column, out],
         out_shape=[shape(rows, jnp.float32)] * 2 + [shape((*rows, e), jnp.float32)],
         compiler_params=plgpu.CompilerParams(
-            num_warps=plan.schedule.warps if specs.rows > _FEW_ROWS else 4,
+            num_warps=_warps(plan, specs, kind),
             num_stages=plan.schedule.stages,
         ),
         interpret=plan.interpret,
@@ -254,6 +284,18 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> tile.State:
     with jax.enable_x64(False):  # Pallas' compilers have no 64-bit loop counters
         m, l, o = run(inputs)  # noqa: E741
     return tile.State(m, l, o, jnp.zeros_like(m))
+
+
+def _warps(plan: Plan, specs: Specs, kind: Kind) -> int:
+    if specs.rows > _FEW_ROWS:
+        return plan.schedule.warps
+    return 4 if kind.format is None else 8  # codes and what they become need more registers
+
+
+def _rows_of(x: Array, dtype: jnp.dtype) -> Array:
+    """[L, W] of x […, W], bits of numbers of ``dtype`` as these."""
+    x = bits.read(x, dtype) if x.dtype == bits.stored_type(dtype) else x
+    return x.reshape(-1, x.shape[-1])
 
 
 def _run(
@@ -266,12 +308,11 @@ def _run(
     plan: Plan,
     specs: Specs,
     blocks: int,
+    kind: Kind,
 ) -> None:
     """The kernel: the state of one query tile and key head over one part of the keys."""
-    width = 1 + len(Sight._fields)
-    first = pl.program_id(0) * width
-    sequence, *rest = (_number(inputs.numbers, first + x) for x in range(width))
-    sight = Sight(*rest)
+    numbers = Numbers.of(partial(_number, inputs.numbers), pl.program_id(0))
+    sight = numbers.sight
     walk = PointerWalk(
         mask=replace(mask, query_lengths=sight.count, key_lengths=sight.length),
         plan=plan,
@@ -282,10 +323,11 @@ def _run(
         start=sight.start,
         refs=inputs,
         specs=specs,
-        sequence=sequence,
+        numbers=numbers,
         head=pl.program_id(1),
         part=pl.program_id(2),
         blocks=blocks,
+        kind=kind,
     )
     state, _ = walk.absorb(walk.start, walk.query(walk.start), walk.begin())
     m[...], l[...], o[...] = state.m, state.l, state.o
@@ -301,16 +343,18 @@ class PointerWalk(PagesWalk):
     """One program: its key tiles are loaded row by row, as the table says.
 
     Arguments:
-      sequence, head, part: of the program.
+      numbers, head, part: of the program.
       blocks: of a sequence in the table.
+      kind: of the pages.
     """
 
     refs: Inputs
     specs: Specs
-    sequence: Array
+    numbers: Numbers
     head: Array
     part: Array
     blocks: int
+    kind: Kind
 
     def key_range(self, start: Index) -> KeyRange:
         """The key tiles of the program's part."""
@@ -332,9 +376,43 @@ class PointerWalk(PagesWalk):
         n, at = self.specs.page_size, self.key_start(j)
         place = at + lax.broadcasted_iota(jnp.int32, (self.block_kv,), 0)
         block = div(place, n)
-        page = plgpu.load(self.refs.table.at[self.sequence * self.blocks + block])
-        row = (page * self.specs.heads + self.head) * n + place - block * n
+        row = self._page(block) * n + place - block * n
         return self._rows(self.refs.key, row), self._rows(self.refs.value, row)
+
+    def _page(self, block: Index) -> Array:
+        """Where the program's head begins in the page of a block of the sequence."""
+        page = plgpu.load(self.refs.table.at[self.numbers.sequence * self.blocks + block])
+        return page * self.specs.heads + self.head
+
+    def packed(self, j: Index, *, with_open: bool) -> PackedTile | None:
+        if self.kind.format is None:
+            return None
+        refs, n, g, at = self.refs, self.specs.page_size, self.block_kv, self.key_start(j)
+        block = div(at, n)
+        token = self._page(block) * n + at - block * n
+        each = lax.broadcasted_iota(jnp.int32, (g,), 0)
+        group = jnp.full((1,), div(token, g))
+        open_key = open_value = None
+        if with_open:
+            row = (self.numbers.row * self.specs.heads + self.head) * g + each
+            open_key, open_value = (self._rows(x, row) for x in (refs.open_key, refs.open_value))
+        return PackedTile(
+            key=self._rows(refs.key, token + each),
+            value=self._rows(refs.value, token + each),
+            key_scale=self._rows(refs.key_scale, group),
+            key_mean=self._rows(refs.key_mean, group),
+            value_scale=self._value_scale(token + each),
+            open_key=open_key,
+            open_value=open_value,
+            format=self.kind.format,
+            dtype=self.kind.dtype,
+        )
+
+    def _value_scale(self, token: Array) -> Array:
+        """[1, g] or [g, 1], see `PackedTile`."""
+        scale = plgpu.load(self.refs.value_scale.at[token])
+        by_value = self.numerics.precision.probabilities == "float16"
+        return scale[:, None] if by_value else scale[None]
 
     def _rows(self, ref: Ref, row: Array) -> Array:
         """[n, side(W)] the rows of ref [L, W]; zeros beyond W."""
@@ -349,8 +427,10 @@ class PointerWalk(PagesWalk):
     def kappa(self, j: Index) -> Array | None:
         if self.refs.kappa is None:
             return None
-        tiles = self.blocks * self.specs.page_size // self.block_kv
-        row = (self.sequence * tiles + j) * self.specs.heads + self.head
+        keys = self.specs.pages * self.specs.page_size
+        tiles = self.blocks * self.specs.page_size // keys
+        j = div(self.key_start(j), keys)
+        row = (self.numbers.sequence * tiles + j) * self.specs.heads + self.head
         return plgpu.load(self.refs.kappa.at[pl.ds(row, 1), :])
 
     def sinks(self) -> Array | None:

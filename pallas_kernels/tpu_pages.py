@@ -22,18 +22,21 @@ from pallas_kernels import tpu as _kernel
 from pallas_kernels._common import shape_maker
 from pallas_kernels._float16 import to_bits
 from pallas_kernels._pages import (
+    Kind,
     Sight,
     Tiles,
     kappas,
     mask_of,
+    numbers_of,
     refusal,
     repaired,
     with_pages,
 )
 from pallas_kernels._tpu_lists import LISTED
-from pallas_kernels._tpu_pages_program import Inputs, Numbers, Specs, run
+from pallas_kernels._tpu_pages_program import Inputs, Specs, numbers_at, run
 from pallas_kernels._tpu_walk import vmem
 from pasa_jax.core import tile
+from pasa_jax.core.packed import PackedPages
 from pasa_jax.core.plan import Plan
 from pasa_jax.core.target import MIB
 from pasa_jax.implementations.page_walk import Call, Outputs
@@ -45,6 +48,8 @@ Ref = Any
 _MOST_PAGES = 32
 # Rows of a tile of a sequence with few queries: whole vectors of 32-bit numbers.
 _FEW_ROWS = 8
+# Tokens of a group of `PackedPages`: whole vectors of 16-bit numbers.
+_UNIT_OF_GROUPS = 16
 
 
 def supports(call: Call, plan: Plan) -> str | None:
@@ -58,7 +63,11 @@ def supports(call: Call, plan: Plan) -> str | None:
         return "Mosaic has no float16: store scores in bfloat16 or float32"
     n, unit = call.pages.page_size, 8 * 4 // call.pages.key.dtype.itemsize
     if n % unit:
-        return f"a page of {call.pages.dtype} must have a multiple of {unit} tokens, and has {n}"
+        stored = "8 bits" if isinstance(call.pages, PackedPages) else call.pages.dtype
+        return f"a page of {stored} must have a multiple of {unit} tokens, and has {n}"
+    if isinstance(call.pages, PackedPages) and call.pages.group % _UNIT_OF_GROUPS:
+        least = f"a multiple of {_UNIT_OF_GROUPS} tokens, and have {call.pages.group}"
+        return f"tokens packed at once must be {least}: use another page size or block_kv"
     specs = Specs.of(call, plan, _tile_sizes(call, plan)[-1])
     if specs.pages > _MOST_PAGES:
         most = f"a key tile may have {_MOST_PAGES} pages, and has {specs.pages}"
@@ -142,13 +151,21 @@ def _program(call: Call, plan: Plan, specs: Specs, tiles: Tiles) -> Outputs:
         key=[pages.key] * specs.pages,
         value=[pages.value] * specs.pages,
     )
-    numbers = jnp.stack([tiles.sequence, *sight], axis=1).reshape(-1)
+    if isinstance(pages, PackedPages):
+        inputs = inputs._replace(
+            key_scale=[pages.key_scale] * specs.pages,
+            key_mean=[pages.key_mean] * specs.pages,
+            value_scale=[pages.value_scale] * specs.pages,
+            open_key=pages.open_key,
+            open_value=pages.open_value,
+        )
+    numbers = numbers_of(call, tiles, sight)
     state = jax.eval_shape(
         partial(tile.initial_state, specs.rows, e, plan.numerics(plan.schedule.block_kv))
     )
     shape = shape_maker(call.arrays)
     program = pl.pallas_call(
-        partial(run, mask=mask_of(call), plan=plan, specs=specs, value_size=e, dtype=pages.dtype),
+        partial(run, mask=mask_of(call), plan=plan, specs=specs, value_size=e, kind=Kind.of(pages)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid_of(tiles, sight, specs, plan),
@@ -224,14 +241,23 @@ def _of_tile(shape: tuple[int, ...]) -> pl.BlockSpec:
 def _blocks(inputs: Inputs, specs: Specs) -> Inputs:
     def page(x: Array, place: int) -> pl.BlockSpec:
         def index(i: Array, t: Array, numbers: Ref, shown: Ref) -> tuple[Any, ...]:
-            return (page_at(shown, specs, i, t, place), 0, 0, 0)
+            return (page_at(shown, specs, i, t, place), *[0] * (x.ndim - 1))
 
         return pl.BlockSpec((1, *x.shape[1:]), index)
 
     def key_tile(i: Array, t: Array, numbers: Ref, shown: Ref) -> tuple[Any, ...]:
-        at = Numbers.of(numbers, i)
+        at = numbers_at(numbers, i)
         last = jnp.maximum(at.sight.hi - 1, 0)
         return (at.sequence, jnp.minimum(at.sight.lo + t, last), 0, 0)
+
+    def open_group(x: Array | None) -> pl.BlockSpec | None:
+        def index(i: Array, t: Array, numbers: Ref, shown: Ref) -> tuple[Any, ...]:
+            return (numbers_at(numbers, i).row, 0, 0, 0)
+
+        return None if x is None else pl.BlockSpec((1, *x.shape[1:]), index)
+
+    def pages(arrays: list[Array] | None) -> list[pl.BlockSpec] | None:
+        return None if arrays is None else [page(x, p) for p, x in enumerate(arrays)]
 
     in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     return Inputs(
@@ -241,6 +267,11 @@ def _blocks(inputs: Inputs, specs: Specs) -> Inputs:
         kappa=None
         if inputs.kappa is None
         else pl.BlockSpec((1, 1, *inputs.kappa.shape[2:]), key_tile),
-        key=[page(x, p) for p, x in enumerate(inputs.key)],
-        value=[page(x, p) for p, x in enumerate(inputs.value)],
+        key=pages(inputs.key),
+        value=pages(inputs.value),
+        key_scale=pages(inputs.key_scale),
+        key_mean=pages(inputs.key_mean),
+        value_scale=pages(inputs.value_scale),
+        open_key=open_group(inputs.open_key),
+        open_value=open_group(inputs.open_value),
     )

@@ -335,6 +335,27 @@ MUTANTS = (
         ("tests/pallas_kernels/test_pages.py",),
     ),
     Mutant(
+        "keys of 8 bits lack the means of their groups",
+        "pasa_jax/core/tile/stored.py",
+        "product = product + _means_product(query, key, numerics)",
+        "pass",
+        ("tests/pallas_kernels/test_packed_pages.py",),
+    ),
+    Mutant(
+        "values of 8 bits lack their scales",
+        "pasa_jax/core/tile/softmax.py",
+        ".astype(numerics.statistics) * key.value_scale",
+        ".astype(numerics.statistics)",
+        ("tests/pallas_kernels/test_packed_pages.py",),
+    ),
+    Mutant(
+        "the open group is that of the first sequence",
+        "pallas_kernels/_pages.py",
+        "else row[tiles.sequence]",
+        "else row[tiles.sequence * 0]",
+        ("tests/pallas_kernels/test_packed_pages.py",),
+    ),
+    Mutant(
         "on a GPU two parts share a key tile",
         "pallas_kernels/gpu_pages.py",
         "hi = jnp.minimum(lo + each, whole.hi)",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +47,16 @@ class Format:
             return jnp.round(x).astype(jnp.int8)
         return lax.bitcast_convert_type(x.astype(self.dtype), jnp.int8)
 
-    def read(self, codes: Array) -> Array:
-        """float32 numbers of codes."""
+    def read(self, codes: Array, dtype: Any = jnp.float32) -> Array:
+        """The numbers of codes, which every type of 16 bits or more holds."""
         if self.dtype != "int8":
             codes = lax.bitcast_convert_type(codes, jnp.dtype(self.dtype))
-        return codes.astype(jnp.float32)
+        return codes.astype(dtype)
+
+    def centred(self, codes: Int[Array, "n D"], scale: Float[Array, "m D"]) -> Float[Array, "n D"]:
+        """float32 keys of m whole groups, each less the mean of its group."""
+        k = self.read(codes).reshape(len(scale), -1, codes.shape[1])
+        return (k * scale[:, None]).reshape(codes.shape)
 
 
 FORMATS = {
@@ -170,10 +175,10 @@ class PackedPages:
         """
         format, g = FORMATS[self.format], self.group
         scale, mean = (
-            cut(x, page, div(start, g), size // g)[:, None] for x in (self.key_scale, self.key_mean)
+            cut(x, page, div(start, g), size // g) for x in (self.key_scale, self.key_mean)
         )
-        k = format.read(cut(self.key, page, start, size)).reshape(-1, g, scale.shape[-1])
-        k = (k * scale + mean).reshape(size, -1)
+        k = format.centred(cut(self.key, page, start, size), scale)
+        k = (k.reshape(*mean.shape[:1], g, -1) + mean[:, None]).reshape(size, -1)
         of_value = cut(self.value_scale, page, start, size)[:, None]
         v = format.read(cut(self.value, page, start, size)) * of_value
         sound = of_value == of_value

@@ -51,6 +51,8 @@ class KeyTile(NamedTuple):
     weights: Array | None = None  # [n, 1] 1/n for the columns that the paper's M mixed, else 0
     raw: Array | None = None  # [n, D] the keys as they are, for `Storage.LAGGING`
     scale: Array | None = None  # [1, n] of codes; [n, 1] where tiles are transposed
+    means: Array | None = None  # [m, D] what was taken off m groups of keys when packed, less κ
+    value_scale: Array | None = None  # [1, n] factors of the rows of v, or None: 1
 
 
 def query_tile(
@@ -104,6 +106,8 @@ def key_tile(
     matrix: Float[Array, "n n"] | None = None,
     weights: Float[Array, "n 1"] | None = None,
     value_gain: Float[Array, ""] | None = None,
+    means: Float[Array, "m D"] | None = None,
+    value_scale: Float[Array, "1 n"] | None = None,
 ) -> KeyTile:
     """Keys without what the shift takes off them (eq. 4, 7), and values fit for the product.
 
@@ -119,6 +123,9 @@ def key_tile(
         several equal rows, for a matrix unit that cannot multiply by a single one.
       matrix, weights: M [n, n] and the share of each column in the row mean [n, 1], for `paper`.
       value_gain: [] the power of two that keeps P·V in range, or None.
+      means: [m, D] float32 what was taken off m groups of keys before, or None; κ is then taken off
+        the means.
+      value_scale: [1, n] float32 factors of the values, or None: 1.
     """
     if usable is not None:
         k, v = zero_unusable(k, usable), zero_unusable(v, usable)
@@ -127,16 +134,17 @@ def key_tile(
     row = None if usable is None else usable.reshape(1, -1)
     if scale is not None:
         return KeyTile(k, v, row, kappa, scale=scale)
-    shifted, raw = k, None
-    if kappa is not None:
-        wide = numerics.product
+    shifted, raw, wide = k, None, numerics.product
+    if kappa is not None and means is not None:
+        means = means - kappa[:1].astype(wide)
+    elif kappa is not None:
         shifted = (k.astype(wide) - kappa[:1].astype(wide)).astype(k.dtype)
         raw = _nan_unusable(k, usable) if numerics.storage is Storage.LAGGING else None
     if matrix is not None:  # the row mean needs every column: `scores` makes them NaN later
         shifted = dot(matrix, k, (1, 0), numerics.product).astype(k.dtype)
     else:
         shifted = _nan_unusable(shifted, usable)
-    return KeyTile(shifted, v, row, kappa, weights, raw)
+    return KeyTile(shifted, v, row, kappa, weights, raw, means=means, value_scale=value_scale)
 
 
 _LEAST_SCALED = 2.0**-100  # smaller numbers become codes of 0

@@ -55,7 +55,7 @@ def update(
     stat, acc = numerics.statistics, jnp.dtype(numerics.precision.accumulator)
     wide = numerics.product
     p = probabilities(s, query, numerics)
-    l_loc, pv = _sum_and_product(p, key.v, numerics, kept)
+    l_loc, pv = _sum_and_product(p, key, numerics, kept)
     pv = pv.astype(acc)
     if numerics.storage is Storage.BOUND:  # partial results add
         return State(s.base, state.l + l_loc, state.o + pv, state.f)
@@ -115,11 +115,16 @@ def running_maximum(m: Column, s: Scores, numerics: Numerics) -> Column:
 
 def _sum_and_product(
     p: Float[Array, "R n"],
-    v: Float[Array, "n E"],
+    key: KeyTile,
     numerics: Numerics,
     kept: Bool[Array, "R n"] | None,
 ) -> tuple[Column, Float[Array, "R E"]]:
     """P's row sums [R, 1], and P·V [R, E] of the weights that dropout keeps."""
+    v = key.v
+    if key.value_scale is not None:
+        l_loc = numerics.over_row(jnp.sum, p.astype(numerics.statistics))
+        weights = undropped(p, kept).astype(numerics.statistics) * key.value_scale
+        return l_loc, weigh(weights.astype(p.dtype), v, numerics.accumulated, numerics)
     if numerics.dialect.sum_columns:
         ones = jnp.ones((v.shape[0], numerics.dialect.sum_columns), p.dtype)
         l_loc = numerics.over_row(jnp.max, dot(p, ones, (1, 0), numerics.product))  # all equal

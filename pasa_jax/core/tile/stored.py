@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pasa_jax.core.tile.arrays import Guard, beside, divided, dot, query_key, shown_by, tempered
 from pasa_jax.core.tile.inputs import KeyTile, QueryTile
@@ -169,14 +170,6 @@ def scores(
     return Scores(stored, base, offset, slope, mask is None, given)
 
 
-def _product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Float[Array, "R n"]:
-    """q·k' [R, n] in the product's type, without gains and scales."""
-    pair, accumulated = (query.q, key.k), numerics.accumulated
-    if query.codes is not None:
-        pair, accumulated = (query.codes, key.k), jnp.dtype(jnp.int32)
-    return query_key(*pair, accumulated, numerics).astype(numerics.product)
-
-
 def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Column:
     """c = q·κ/α, [R, 1], the offset of `mean` (eq. 7), like one more column of the product."""
     assert key.kappa is not None
@@ -185,6 +178,50 @@ def _kappa_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Column
     if len(key.kappa) > 1:  # equal rows, see `key_tile`
         product = numerics.over_row(jnp.max, product)
     return product.astype(numerics.statistics)
+
+
+def _product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Float[Array, "R n"]:
+    """q·k [R, n] in the product's type, before gains and scales."""
+    wide = numerics.product
+    if query.codes is not None:
+        return query_key(query.codes, key.k, jnp.dtype(jnp.int32), numerics).astype(wide)
+    product = query_key(query.q, key.k, numerics.accumulated, numerics).astype(wide)
+    if key.means is not None:
+        product = product + _means_product(query, key, numerics)
+        if key.usable is not None:
+            product = jnp.where(key.usable, product, jnp.full_like(product, jnp.nan))
+    return product
+
+
+def _means_product(query: QueryTile, key: KeyTile, numerics: Numerics) -> Float[Array, "R n"]:
+    """q·κ of each key's group, κ what was taken off its keys when they were packed; [R, 1] where
+    there is one group.
+    """
+    assert key.means is not None
+    groups, q = len(key.means), query.q.astype(numerics.product)
+    if groups == 1:  # a single column is no work for a matrix unit
+        return jnp.sum(q * key.means, axis=1, keepdims=True)
+    if query.q.dtype == jnp.bfloat16:  # one product of 16 bits, not one of 32
+        parts = dot(query.q, jnp.concatenate(_parts(key.means)), (1, 1), numerics.product)
+        each = parts[:, :groups] + parts[:, groups : 2 * groups] + parts[:, 2 * groups :]
+    else:
+        each = dot(q, key.means, (1, 1), numerics.product)
+    shape = (len(q), len(key.k) // groups)
+    columns = [jnp.broadcast_to(each[:, g : g + 1], shape) for g in range(groups)]
+    return jnp.concatenate(columns, axis=1)
+
+
+def _parts(x: Float[Array, "*shape"]) -> list[Float[Array, "*shape"]]:
+    """Three numbers of bfloat16 whose sum is x in float32, by its bits: a compiler may leave out a
+    rounding to 16 bits.
+    """
+    parts = []
+    for _ in range(3):
+        upper = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(1 << 16))
+        part = lax.bitcast_convert_type(upper, jnp.float32)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
 
 
 def _lagging_reference(

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pasa_jax import BackendUnsupported, Schedule, dot_product_attention
+from pasa_jax import Schedule, dot_product_attention
 from pasa_jax.core.packed import FORMATS, pack_keys, pack_values
 from pasa_jax.plugins import KVCache
 from pasa_jax.serving import PagedCache, as_stored, format_errors
@@ -203,16 +203,6 @@ def test_what_a_format_would_cost_is_what_a_cache_gives_back():
     assert set(found) == {*FORMATS, "bfloat16", "float16"}
     with pytest.raises(ValueError, match="`format` must be one of"):
         as_stored("int4", k, v)
-
-
-@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
-def test_kernels_refuse_pages_of_8_bits(kernel):
-    target = {"pallas_tpu": "tpu_v6e", "pallas_gpu": "h100"}[kernel]
-    schedule = Schedule(block_q=64, block_kv=64, target=target)
-    cache = KVCache.empty(1, 64, K, D, "bfloat16", schedule=schedule, format="int8")
-    x = jnp.zeros((1, 1, K, D), jnp.bfloat16)
-    with pytest.raises(BackendUnsupported, match="it does not read pages of 8 bits"):
-        cache.append(x, x).attend(x, implementation=kernel)
 
 
 def test_wrong_format():
