@@ -226,8 +226,8 @@ class Decoder(nnx.Module):
             another one every step reads the whole text again.
           on_token: called on the host as soon as a token of each text is there, while the next is
             computed, with how many came before, the tokens [B] and whether each text has ended by
-            it. The loop is compiled for the function: pass the same one again. `jax.effects_barrier`
-            waits for the last call.
+            it. The loop is compiled for the function: pass the same one again.
+            `jax.effects_barrier` waits for the last call.
 
         Returns:
           [B, max_new_tokens] int32; what follows an ``eos`` is the first of ``eos``.
