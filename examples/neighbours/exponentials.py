@@ -31,6 +31,7 @@ from pasa_jax.core.tile.exponentials import COEFFICIENTS, polynomial_exp2
 EXACT = "exact"
 KINDS = (EXACT, "cubic", "quadratic")
 PROBABILITIES = ("float32", "float16", "bfloat16")
+TIMED = ("float32", "bfloat16")
 DATA = ("bias 0", "bias 50", "heavy-tailed (Student's t, 2)", "SmolLM2")
 CALL: dict[str, Any] = {"is_causal": True, "shift": "mean", "implementation": "lax"}
 Results = dict[str, dict[str, float]]
@@ -87,12 +88,12 @@ def least_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[s
 
 
 def timed_calls(length: int) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
-    """2^x alone of length² numbers, and attention of 4 heads, D = 64, in two types."""
+    """2^x alone of length² numbers, and attention of 4 heads, D = 64, in each type."""
     x = -20 * jax.random.uniform(jax.random.key(0), (length, length), jnp.float32)
     powers = {EXACT: jax.jit(jnp.exp2)}
     powers |= {k: jax.jit(partial(polynomial_exp2, degree=k)) for k in COEFFICIENTS}
     yield "2^x alone", {name: partial(f, x) for name, f in powers.items()}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in TIMED:
         shape = (1, length, 4, 64)
         operands = [
             jax.random.normal(y, shape, dtype) for y in jax.random.split(jax.random.key(1), 3)
