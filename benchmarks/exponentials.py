@@ -43,7 +43,7 @@ def compiled(
         precision=precision,
         head_major=on_tpu,
         repair=False,
-        **({"shift": "bound"} if on_tpu else {}),
+        shift="bound" if on_tpu else "auto",
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from examples.neighbours import _keys, mxfp
 
-OFF, CENTRED = mxfp.MEANS
+OFF, CENTRED, SHORTER = mxfp.MEANS
 
 
 def numbers(exponent_bits: int, mantissa_bits: int, emax: int, largest: float) -> list[float]:
@@ -117,12 +117,23 @@ def test_means_of_keys_make_biased_keys_as_good_as_others(found):
         for data in ("bias 50", "bias 200"):
             assert found[f"{band}, {OFF}"][data] > 3 * unbiased
             assert found[f"{band}, {CENTRED}"][data] < 1.2 * unbiased
+            assert found[f"{band}, {SHORTER}"][data] < 1.2 * unbiased
 
 
 def test_no_tile_may_have_4_bits_beside_biased_keys_without_means(found):
     allowed = mxfp.allowed(found, 4, "bias 50")
     assert np.isnan(allowed[OFF]).all()
     assert allowed[CENTRED][-1] > 0.5
+
+
+def test_a_mean_is_kept_off_the_key_that_it_would_lengthen():
+    k = np.random.default_rng(0).standard_normal((128, 8)) + 10
+    k[3] = 0.1
+    off = mxfp.where_shorter(k)
+    np.testing.assert_array_equal(np.flatnonzero(~off.any(axis=1)), [3])
+    np.testing.assert_array_equal(
+        np.delete(off, 3, axis=0), np.delete(mxfp.MEANS[CENTRED](k), 3, axis=0)
+    )
 
 
 def test_shares_are_counted_below_the_diagonal():
@@ -140,5 +151,9 @@ def test_on_a_real_model(tmp_path):
             for band in ("band 2", "band 2 and first", "band 8")
         )
         assert everywhere < with_first < 0.8 * near
-    pair = [found[f"band 2 and first, {mean}"][_keys.MEDIAN] for mean in mxfp.MEANS]
-    assert pair[1] < pair[0]
+    for band in ("band 1 and first", "band 2 and first"):
+        off, centred, shorter = (found[f"{band}, {mean}"][_keys.MEDIAN] for mean in mxfp.MEANS)
+        assert centred < off
+        assert shorter < off
+    off, centred, shorter = (found[f"band 8, {mean}"][_keys.WORST] for mean in mxfp.MEANS)
+    assert shorter < 1.05 * min(off, centred)
