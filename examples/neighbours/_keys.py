@@ -77,6 +77,15 @@ def mean_of_blocks(x: NDArray, rows: int) -> NDArray:
     return np.repeat(blocks(x, rows).mean(axis=1), rows, axis=0)
 
 
+def mean_where_shorter(x: NDArray, rows: int) -> NDArray:
+    """`mean_of_blocks` for rows that are shorter without it, 0 for the others: the key of an
+    attention sink is short, and its block's mean would lengthen it.
+    """
+    mean = mean_of_blocks(x, rows)
+    shorter = np.linalg.norm(x - mean, axis=1) < np.linalg.norm(x, axis=1)
+    return np.where(shorter[:, None], mean, 0)
+
+
 def output(scores: NDArray, head: Head) -> NDArray:
     """softmax(scores)·V, in the type of the scores."""
     if head.is_causal:

@@ -29,6 +29,7 @@ from examples.neighbours._keys import (
     Scheme,
     errors,
     mean_of_blocks,
+    mean_where_shorter,
     of_smollm2,
     synthetic,
 )
@@ -55,19 +56,12 @@ TARGETS = (0.05, 0.1, 0.15, 0.2)
 Results = dict[str, dict[str, float]]
 
 
-def where_shorter(k: Doubles) -> Doubles:
-    """The mean for keys that are shorter without it, 0 for the others."""
-    mean = mean_of_blocks(k, TILE)
-    shorter = np.linalg.norm(k - mean, axis=1) < np.linalg.norm(k, axis=1)
-    return np.where(shorter[:, None], mean, 0)
-
-
 OFF, CENTRED, SHORTER = "nothing off", "block means off", "off where shorter"
 # What is taken off the keys [S, D].
 MEANS: dict[str, Callable[[Doubles], Doubles]] = {
     OFF: np.zeros_like,
     CENTRED: partial(mean_of_blocks, rows=TILE),
-    SHORTER: where_shorter,
+    SHORTER: partial(mean_where_shorter, rows=TILE),
 }
 # Tiles [T/64, S/64], bool: which of them are in 8 bits.
 Choice = Callable[[int], NDArray[np.bool_]]

@@ -5,9 +5,10 @@
 SageAttention (arXiv 2410.02367) takes the mean over all tokens off the keys before Q·Kᵀ is formed
 in int8; a softmax does not see what is lost. Its second version (2411.10958) takes the mean of a
 block of queries off as well, and adds q̄·Kᵀ back. PASA takes off the mean of each block of keys and
-adds q·k̄ back. Here each is combined with each type; P and V stay in float32, so that only the type
-of Q·Kᵀ counts. Integers have a scale for 128 queries and one for 64 keys, as in the paper's
-first version; e4m3 likewise. What is added back is in float32.
+adds q·k̄ back; here also of those keys alone that are shorter without it. Each is combined with each
+type. P and V stay in float32, so that only the type of Q·Kᵀ counts. Integers have a scale for 128
+queries and one for 64 keys, as in Sage's first version; e4m3 likewise. What is added back is in
+float32.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from examples.neighbours._keys import (
     blocks,
     errors,
     mean_of_blocks,
+    mean_where_shorter,
     of_smollm2,
     rms_error,
     synthetic,
@@ -55,8 +57,10 @@ def global_mean(q: Doubles, k: Doubles) -> tuple[NDArray, NDArray, float]:
     return q, k - k.mean(axis=0), 0.0
 
 
-def block_mean(q: Doubles, k: Doubles) -> tuple[NDArray, NDArray, NDArray]:
-    of_block = mean_of_blocks(k, KEYS)
+def block_mean(
+    means: Callable[[NDArray, int], NDArray], q: Doubles, k: Doubles
+) -> tuple[NDArray, NDArray, NDArray]:
+    of_block = means(k, KEYS)
     return q, k - of_block, q @ of_block.T
 
 
@@ -70,9 +74,10 @@ def with_queries(keys: Smoothing, q: Doubles, k: Doubles) -> tuple[NDArray, NDAr
 SMOOTHINGS: dict[str, Smoothing] = {
     "nothing": nothing,
     "K, all tokens (Sage)": global_mean,
-    "K, blocks (PASA)": block_mean,
+    "K, blocks (PASA)": partial(block_mean, mean_of_blocks),
+    "K, blocks, if shorter": partial(block_mean, mean_where_shorter),
     "K, all tokens; Q (Sage 2)": partial(with_queries, global_mean),
-    "K, blocks; Q (both)": partial(with_queries, block_mean),
+    "K, blocks; Q (both)": partial(with_queries, partial(block_mean, mean_of_blocks)),
 }
 
 
@@ -157,14 +162,14 @@ def draw(found: Results, data: list[str], output: Path) -> None:
     figure.set_size_inches(3 * len(TYPES) + 2, 5.5)
     places = np.arange(len(data))
     for ax, name in zip(axes[0], TYPES, strict=True):
-        for how, mark in zip(SMOOTHINGS, "o^sv*", strict=True):
+        for how, mark in zip(SMOOTHINGS, "o^sDv*", strict=True):
             of_scheme = found[f"{name}, {how}"]
             ax.plot([of_scheme[x] for x in data], places, mark, alpha=0.7, label=how)
         ax.set(xscale="log", title=name, xlabel="error of the output")
         ax.set_yticks(places, data if name == TYPES[0] else [""] * len(data))
         ax.invert_yaxis()
         ax.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     save(figure, output, "sage")
 
 

@@ -129,7 +129,7 @@ def test_no_tile_may_have_4_bits_beside_biased_keys_without_means(found):
 def test_a_mean_is_kept_off_the_key_that_it_would_lengthen():
     k = np.random.default_rng(0).standard_normal((128, 8)) + 10
     k[3] = 0.1
-    off = mxfp.where_shorter(k)
+    off = mxfp.MEANS[SHORTER](k)
     np.testing.assert_array_equal(np.flatnonzero(~off.any(axis=1)), [3])
     np.testing.assert_array_equal(
         np.delete(off, 3, axis=0), np.delete(mxfp.MEANS[CENTRED](k), 3, axis=0)

@@ -5,7 +5,7 @@ import pytest
 
 from examples.neighbours import _keys, sage
 
-NOTHING, GLOBAL, BLOCKS, GLOBAL_Q, BLOCKS_Q = sage.SMOOTHINGS
+NOTHING, GLOBAL, BLOCKS, SHORTER, GLOBAL_Q, BLOCKS_Q = sage.SMOOTHINGS
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", sage.TYPES)
 def test_any_mean_repairs_a_constant_bias(found, dtype):
-    for how in (GLOBAL, BLOCKS, GLOBAL_Q, BLOCKS_Q):
+    for how in (GLOBAL, BLOCKS, SHORTER, GLOBAL_Q, BLOCKS_Q):
         mean = found[f"{dtype}, {how}"]
         assert mean["bias 200"] < 1.2 * mean["bias 0"]
         assert mean["bias 200"] < found[f"{dtype}, {NOTHING}"]["bias 200"] / 3
@@ -72,8 +72,10 @@ def test_without_rounding_every_smoothing_gives_the_true_output():
 def test_on_a_real_model(tmp_path):
     found = sage.main(tokens=512, every=6, output=tmp_path)
     for dtype in ("int8", "int4", "e4m3"):
-        medians = [found[f"{dtype}, {how}"][_keys.MEDIAN] for how in sage.SMOOTHINGS]
-        print(dtype, medians)
-        assert medians[0] > max(medians[1:])
-        assert medians[1] > 1.3 * medians[3]
-        assert medians[2] > 1.3 * medians[4]
+        nothing, of_all, of_blocks, shorter, all_and_q, blocks_and_q = (
+            found[f"{dtype}, {how}"][_keys.MEDIAN] for how in sage.SMOOTHINGS
+        )
+        assert nothing > max(of_all, of_blocks, shorter, all_and_q, blocks_and_q)
+        assert of_all > 1.3 * all_and_q
+        assert of_blocks > 1.3 * blocks_and_q
+        assert shorter < 1.05 * of_blocks
