@@ -48,7 +48,10 @@ device_description_str: "{product}"
 """
 
 
-_PTX = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|ex2|cvt)\.[a-z0-9_:.]+")
+_PTX = re.compile(
+    r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|ex2|cvt)\.[a-z0-9_:.]+"
+    r"|\b(?:fma|mul|add|sub|max|min)(?:\.rn|\.ftz)*\.f32\b"
+)
 
 
 @dataclass(frozen=True)

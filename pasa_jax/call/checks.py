@@ -21,7 +21,7 @@ from pasa_jax.core.errors import check_choice, wrong
 from pasa_jax.core.low_rank import LowRankBias
 from pasa_jax.core.operands import Factors
 from pasa_jax.core.plan import Plan
-from pasa_jax.core.precision import FLOATS, Precision
+from pasa_jax.core.precision import FLOATS, POLYNOMIALS, Precision
 from pasa_jax.core.schedule import Schedule
 from pasa_jax.core.shifts import SHIFTS, check_beta, optimal_beta
 from pasa_jax.core.target import find_target, target_of_device
@@ -125,7 +125,7 @@ def _wide_enough(precision: Precision, target: str) -> bool:
         wide <= {"float32", "float64"}
         and precision.products == "float32"
         and precision.probabilities != "float16"
-        and precision.exponential in (None, "float32", "float64")
+        and precision.exponential in (None, "float32", "float64", *POLYNOMIALS)
     )
 
 

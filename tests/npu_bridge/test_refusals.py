@@ -85,6 +85,10 @@ WRONG = [
         "`precision.exponential` must be one of 'float16', 'float32'; got 'bfloat16'.",
     ),
     (
+        {"precision": replace(HALF, exponential="cubic")},
+        "`precision.exponential` must be one of 'float16', 'float32'; got 'cubic'.",
+    ),
+    (
         {"precision": replace(HALF, products="float16")},
         "`precision.products` must be one of 'float32'; got 'float16'.",
     ),

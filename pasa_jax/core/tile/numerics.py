@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pasa_jax.core.precision import Precision
+from pasa_jax.core.precision import POLYNOMIALS, Precision
+from pasa_jax.core.tile.exponentials import polynomial_exp2
 
 Array = jax.Array
 
@@ -139,6 +140,9 @@ class Numerics:
 
     @property
     def exponential(self) -> str | None:
+        """The type in which a tile's exponentials are computed; None: the statistics'."""
+        if self.precision.exponential in POLYNOMIALS:
+            return "float32"
         return self.precision.exponential or self.dialect.exponential
 
     @property
@@ -181,6 +185,14 @@ class Numerics:
     def exp(self, x: Array) -> Array:
         """e^x for x in the unit of the scores."""
         return self.dialect.exp2(x) if self.dialect.base_two else jnp.exp(x)
+
+    def exp_of_tile(self, x: Array) -> Array:
+        """`exp` of a tile's exponents, by a polynomial where the precision asks for it."""
+        degree = self.precision.exponential
+        if degree not in POLYNOMIALS:
+            return self.exp(x)
+        x = x if self.dialect.base_two else x * x.dtype.type(math.log2(math.e))
+        return polynomial_exp2(x, degree)
 
     def over_row(self, reduce: Callable[..., Array], x: Array) -> Array:
         """The column that ``reduce`` makes of x [R, n]."""

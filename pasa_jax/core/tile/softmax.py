@@ -24,7 +24,7 @@ _LANES = 128  # of a vector, and columns of the narrowest matrix unit
 
 def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Float[Array, "R n"]:
     """P = exp(S' − max S') in the stored type, [R, n]: at most 1, its row maximum exactly 1 (more
-    than 1/2 where the dialect rounds the maximum up).
+    than 1/2 where the dialect rounds the maximum up), but for the error of a polynomial.
 
     Of `Storage.BOUND` the reference takes the maximum's place, and P may be large or small.
     """
@@ -33,7 +33,7 @@ def probabilities(s: Scores, query: QueryTile, numerics: Numerics) -> Float[Arra
         exponent = tempered(exponent.astype(numerics.statistics), query.guard)
     if numerics.exponential is not None:
         exponent = exponent.astype(numerics.exponential)
-    p = numerics.exp(exponent)
+    p = numerics.exp_of_tile(exponent)
     return numerics.dialect.narrow(p, jnp.dtype(numerics.precision.probabilities))
 
 
