@@ -53,6 +53,27 @@ MUTANTS = (
         ("tests/pasa_jax/test_contract.py",),
     ),
     Mutant(
+        "keys of 8 bits keep their mean",
+        "pasa_jax/core/eight_bits.py",
+        "k.astype(wide) - spread(kappa.astype(wide), n, len(k))",
+        "k.astype(wide)",
+        ("tests/pasa_jax/test_eight_bits.py",),
+    ),
+    Mutant(
+        "a key of 8 bits has the scale of the one before it",
+        "pasa_jax/implementations/head_walk.py",
+        'extra["scale"] = scale.reshape(1, -1)',
+        'extra["scale"] = jnp.roll(scale, 1).reshape(1, -1)',
+        ("tests/pasa_jax/test_eight_bits.py",),
+    ),
+    Mutant(
+        "a gradient of products of 8 bits is given",
+        "pasa_jax/call/differentiation.py",
+        "    if core.plan.eight_bits:\n",
+        "    if False:\n",
+        ("tests/pasa_jax/test_eight_bits.py",),
+    ),
+    Mutant(
         "the offset of a block mean lacks the scale",
         "pasa_jax/core/tile/stored.py",
         "numerics.product, numerics) * query.gain\n    product = product if",
