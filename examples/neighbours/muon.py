@@ -98,6 +98,14 @@ def probing(query: Array, key: Array, value: Array, **_: Any) -> Array:
     return out
 
 
+@partial(jax.jit, static_argnums=0)
+def largest_product(probe: Any, state: Any, text: Array) -> Array:
+    """max |q·k| over layers, heads and places, of a model whose attention is `probing`."""
+    seen.clear()
+    nnx.merge(probe, state)(text)
+    return jnp.max(jnp.stack(seen))
+
+
 def train(
     run: str, optimizer: optax.GradientTransformation, data: np.ndarray, **sizes: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -108,24 +116,20 @@ def train(
     probe, _ = nnx.split(make(probing, rngs=nnx.Rngs(0)))
 
     @jax.jit
-    def part(state: Any, texts: Array) -> tuple[Any, tuple[Array, Array]]:
-        seen.clear()
-        nnx.merge(probe, nnx.state(nnx.merge(graph, state)[0], nnx.Param))(texts[0, :, :-1])
-        largest = jnp.max(jnp.stack(seen))
-
+    def part(state: Any, texts: Array) -> tuple[Any, Array]:
         def step(state: Any, text: Array) -> tuple[Any, Array]:
             pair = nnx.merge(graph, state)
             loss = training.train_step(*pair, text[:, :-1], text[:, 1:])
             return nnx.state(pair), loss
 
-        state, losses = jax.lax.scan(step, state, texts)
-        return state, (losses, largest)
+        return jax.lax.scan(step, state, texts)
 
-    found = []
-    for texts in data:
-        state, got = part(state, jnp.asarray(texts))
-        found.append(got)
-    losses, largest = zip(*found, strict=True)
+    losses, largest = [], []
+    for texts in jnp.asarray(data):
+        params = nnx.state(nnx.merge(graph, state)[0], nnx.Param)
+        largest.append(largest_product(probe, params, texts[0, :, :-1]))
+        state, lost = part(state, texts)
+        losses.append(lost)
     return np.concatenate(losses), np.asarray(largest)
 
 

@@ -173,7 +173,7 @@ def main(
     """Prints the tables, saves the picture, returns what was measured; all in float64."""
     figure, ((left, right),) = _shared.picture(columns=2)
     with jax.enable_x64(True):
-        found = {"differences": differences(points, 0.01), "W1": distances(points, iterations)}
+        found = {"differences": differences(128, 0.01), "W1": distances(points, iterations)}
         found["exponents"] = {}
         for name, run in {"I": LINEAR, "I in logs": recursions, "dense": dense}.items():
             sizes = np.geomspace(*((5e2, 4e3) if run is dense else (1e3, largest)), 4).astype(int)

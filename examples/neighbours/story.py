@@ -161,9 +161,7 @@ def page(said: dict[str, list[tuple[str, bool]]], made: dict[str, NDArray], vide
             pictures(10 * abs(added - true)) for added in made.values()
         ],
     }
-    cells = (
-        f"<tr><th>{title}" + "".join(f"<td>{cell}" for cell in row) for title, row in rows.items()
-    )
+    cells = ("<td>".join([f"<tr><th>{title}", *row]) for title, row in rows.items())
     head = f"<!doctype html><meta charset=utf-8><title>PASA's story</title><style>{STYLE}</style>"
     return f"{head}<table>{''.join(cells)}</table>\n"
 
@@ -183,8 +181,8 @@ def main(
         }
         for name in made
     }
-    columns = ("attention", "agreeing tokens", "text", "error of the frames", "NaN pixels")
-    _shared.show("float16 beside float32", columns, ((n, *f.values()) for n, f in found.items()))
+    columns = ("attention", "same tokens", "text", "error of the frames", "NaN pixels")
+    _shared.show("Beside float32", columns, ((name, *row.values()) for name, row in found.items()))
     output.mkdir(parents=True, exist_ok=True)
     (output / "story.html").write_text(page(said, made, video), encoding="utf-8")
     _shared.console.print(f"written: {output / 'story.html'}")

@@ -18,7 +18,7 @@ def test_every_neighbour_is_tested():
 
 def test_every_neighbour_is_short_and_has_a_section():
     document = (ROOT / "docs" / "neighbours.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"python -m examples\.neighbours\.([a-z]\w*)", document)) == NAMES
     for name in NAMES:
+        assert re.search(rf"neighbours[./]{name}\b", document), name
         source = (EXAMPLES / "neighbours" / f"{name}.py").read_text(encoding="utf-8")
         assert len(source.splitlines()) <= 200, name
