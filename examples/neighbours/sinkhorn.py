@@ -176,7 +176,7 @@ def main(
         found = {"differences": differences(128, 0.01), "W1": distances(points, iterations)}
         found["exponents"] = {}
         for name, run in {"I": LINEAR, "I in logs": recursions, "dense": dense}.items():
-            sizes = np.geomspace(*((5e2, 4e3) if run is dense else (1e3, largest)), 4).astype(int)
+            sizes = np.geomspace(*((500, 4000) if run is dense else (1000, largest)), 3).astype(int)
             times = [seconds(run, n) for n in sizes]
             power = found["exponents"][name] = float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
             left.loglog(sizes, times, "o-", label=f"{name}: N^{power:.2f}")

@@ -44,10 +44,13 @@ def test_muon_takes_the_matrices_and_only_queries_and_keys_are_raised():
         assert kinds["head"]["kernel"] is None
         assert block["attention"]["query"]["bias"] is None
         gradients = jax.tree.map(jnp.ones_like, params)
-        once, raised = (
-            optimizer.update(gradients, optimizer.init(params), params)[0]
-            for optimizer in (muon.optimizer("AdamW", 1.0), muon.optimizer("AdamW", 30.0))
-        )
+
+        @jax.jit
+        def updates(params, gradients):
+            optimizers = (muon.optimizer("AdamW", rate) for rate in (1.0, 30.0))
+            return [x.update(gradients, x.init(params), params)[0] for x in optimizers]
+
+        once, raised = updates(params, gradients)
     ratios = jax.tree.map(lambda x, y: float(y.ravel()[0] / x.ravel()[0]), once, raised)
     attention = ratios["blocks"][0]["attention"]
     assert np.isclose(attention["query"]["kernel"], 30)
