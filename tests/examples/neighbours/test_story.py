@@ -100,4 +100,4 @@ def test_the_whole_story(tmp_path, capsys):
     assert seen["outside"] == 0
     assert "endoftext" in document
     assert (tmp_path / "story.png").stat().st_size > 10_000
-    assert "agreeing" in capsys.readouterr().out
+    assert "same tokens" in capsys.readouterr().out
