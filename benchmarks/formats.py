@@ -128,8 +128,8 @@ def of_model(name: str, model: models.Decoder, tokens: np.ndarray) -> Table:
         f"{name}, {len(tokens)} tokens; perplexity in float32 {metrics.perplexity(true, ids):.3f}"
     )
     table = Table("stored as", "perplexity", "KL from float32", title=title)
-    calls: dict[str, tuple[Stored | None, str | None]]
-    calls = {name: (stored, None) for name, stored in SCHEMES.items()} | {PREFILL: (None, "int8")}
+    calls: dict[str, tuple[Stored | None, str | None]] = {PREFILL: (None, "int8")}
+    calls = {name: (stored, None) for name, stored in SCHEMES.items()} | calls
     for scheme, call in calls.items():
         found = log_probabilities(model, ids, *call)
         figures = metrics.perplexity(found, ids), metrics.divergence(true, found)

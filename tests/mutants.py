@@ -295,8 +295,8 @@ MUTANTS = (
     Mutant(
         "the mean is not added to packed keys",
         "pasa_jax/core/packed.py",
-        "k = (k * scale + mean).reshape",
-        "k = (k * scale + 0 * mean).reshape",
+        "g, -1) + mean[:, None]).reshape",
+        "g, -1) + 0 * mean[:, None]).reshape",
         ("tests/pasa_jax/serving/test_packed.py",),
     ),
     Mutant(
@@ -344,8 +344,8 @@ MUTANTS = (
     Mutant(
         "hidden values of a page are multiplied",
         "pallas_kernels/_pages.py",
-        "v = tile.zero_unusable(v, self.shown(j))",
-        "pass",
+        "v = tile.zero_unusable(v, self.shown(j))\n        kappa",
+        "kappa",
         ("tests/pallas_kernels/test_pages.py",),
     ),
     Mutant(
@@ -386,8 +386,8 @@ MUTANTS = (
     Mutant(
         "on a GPU a row is sought in the page before",
         "pallas_kernels/gpu_pages.py",
-        "self.sequence * self.blocks + block])",
-        "self.sequence * self.blocks + jnp.maximum(block - 1, 0)])",
+        "self.numbers.sequence * self.blocks + block])",
+        "self.numbers.sequence * self.blocks + jnp.maximum(block - 1, 0)])",
         ("tests/pallas_kernels/test_pages.py",),
     ),
     Mutant(

@@ -13,6 +13,7 @@ from tests.weights import needs_minilm
 LEVELS = ("quiet", "in phase", "against", "in phase, ×10", "against, ×10")
 
 
+@pytest.mark.full
 @needs_minilm
 def test_sentence_embeddings(capsys):
     example = load("sentence_embeddings")

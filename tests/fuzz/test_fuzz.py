@@ -64,7 +64,13 @@ SLICE = {
 SHARED = ("is_causal", "causal_alignment", "logits_soft_cap")
 
 
-@pytest.mark.parametrize("name", only([x for x in SLICE if x != "float32, by parts"], SLICE))
+@pytest.mark.parametrize(
+    "name",
+    only(
+        [x for x in SLICE if x not in ("float32, by parts", "bfloat16, mean, rounded products")],
+        SLICE,
+    ),
+)
 def test_slice(name):
     signature, gradient = SLICE[name]
     tally = check.Tally()

@@ -293,6 +293,7 @@ def test_the_host_program_checks_its_files(program, tmp_path):
 TOTALS = {"batch": 3, "heads": 2, "kv_heads": 1, "queries": 27, "keys": 139}
 
 
+@pytest.mark.full
 @needs_compiler
 def test_the_host_program_of_packed_sequences(packed_program, tmp_path):
     inputs = problem(PACKED, queries=(20, 0, 7), keys=(130, 9, 0))

@@ -69,7 +69,8 @@ WRONG = [
     ),
     (
         {"precision": "half"},
-        "`precision` must be one of 'float16', 'bfloat16', 'float32', 'float64', 'paper'; "
+        "`precision` must be one of 'float16', 'bfloat16', 'float32', 'float64', 'paper', "
+        "'int8'; "
         "got 'half'.",
     ),
     (
@@ -391,6 +392,7 @@ def test_emit_takes_what_a_kernel_takes(command, tmp_path, name):
     assert project.read_description(tmp_path) == kernel
 
 
+@pytest.mark.full
 @needs_compiler
 def test_a_packed_project_runs(command, tmp_path, monkeypatch):
     code, _, _ = command("emit", "--out", tmp_path, *SMALL, "--packed", "--lse", "--no-repair")

@@ -101,7 +101,7 @@ def test_many_tiles_against_float64(name):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("shape", only([(1, 1, 150, 200)], BIASES))
+@pytest.mark.parametrize("shape", only([], BIASES))
 def test_bias_against_float64(shape):
     """The later keys are in no tile of the first queries."""
     case = Case(t=150, s=200, bias=shape, keywords={"is_causal": True})
@@ -148,7 +148,7 @@ def rms(found, true):
 
 @INTERPRETED
 @pytest.mark.parametrize("shift", only(["reference"], ["reference", "none", "mean", "mean_past"]))
-@pytest.mark.parametrize("dtype", only(["bfloat16"], ["bfloat16", "float16"]))
+@pytest.mark.parametrize("dtype", only([], ["bfloat16", "float16"]))
 def test_errs_no_more_than_the_lax_walk(dtype, shift):
     case = Case(b=1, t=200, s=200, n=2, k=1, d=64, e=64, offset=4, keywords={"is_causal": True})
     case = dataclasses.replace(case, bias=(1, 2, 200, 200))

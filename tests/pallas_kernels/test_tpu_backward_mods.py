@@ -130,7 +130,7 @@ def compare(keywords, way, names, arrays=None, clean=None, **further):
     return found
 
 
-@pytest.mark.parametrize("way", only(["streamed"], WAYS))
+@pytest.mark.parametrize("way", only([], WAYS))
 def test_together(way):
     """Every mask, function and bias at once."""
     compare(together(200, 300), way, ["bias", "head_data"], long_arrays(200, 300))

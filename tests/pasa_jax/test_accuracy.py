@@ -50,6 +50,7 @@ def test_targets_on_zero_mean_values():
     assert max(found[n]["worst"] for n in ("auto", "auto, rounded products")) <= 1.2
 
 
+@pytest.mark.full
 def test_bfloat16_gains_as_much():
     cases = list(accuracy.zero_mean_grid())[::4]
     names = (BASELINE, "mean", "auto", "auto, rounded products")

@@ -46,6 +46,7 @@ def explicit(q, k, v, kept, rate=0.3, bias=None, mask=None):
     return jnp.einsum("bnts,bsne->btne", p, v, precision="highest")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("implementation", "broadcast"),
     [("lax", True), pytest.param("reference", False, marks=pytest.mark.full)],

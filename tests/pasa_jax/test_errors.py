@@ -139,7 +139,8 @@ WRONG = {
     "precision": (
         (Q, K, V),
         {"precision": "half"},
-        "`precision` must be one of 'float16', 'bfloat16', 'float32', 'float64', 'paper'; "
+        "`precision` must be one of 'float16', 'bfloat16', 'float32', 'float64', 'paper', "
+        "'int8'; "
         "got 'half'.",
     ),
     "schedule": (

@@ -130,6 +130,7 @@ def test_the_documented_difference_rows_that_see_nothing():
     assert np.all(np.asarray(pasa_jax.dot_product_attention(q, k, v, mask=nothing)) == 0)
 
 
+@pytest.mark.full
 def test_the_documented_difference_log_sum_exp():
     q, k, v = arrays("bfloat16")
 

@@ -5,6 +5,7 @@ import pytest
 from examples.neighbours import exponentials
 
 KINDS = exponentials.KINDS
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from examples.neighbours import _keys, incoherent
 
 FORMS = tuple(incoherent.FORMS)
 INTEGERS = ("int8, of blocks", "int4, of blocks")
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,16 @@ def test_the_cast_alone_may_be_too_much():
     )
 
 
+def test_what_each_format_of_a_cache_would_cost():
+    """A bias costs bfloat16 much, and 8 bits less their mean nothing."""
+    q, k, v = (np.tile(draw(96, 1, size), (1, 1, n, 1)) for size, n in ((32, 4), (32, 2), (16, 2)))
+    found = report_of(q, k + np.float32([0, 300])[:, None], v).calls[0].formats
+    assert found["bfloat16"][3] > 10 * found["bfloat16"][0]
+    for format in ("int8", "float8_e4m3", "float8_e5m2"):
+        np.testing.assert_allclose(found[format][2:], found[format][:2], rtol=0.2)
+    assert found["int8"].max() < 0.03 < found["float8_e5m2"].min()
+
+
 CASES = {
     "bias": {"bias": jnp.asarray(RNG.standard_normal((1, 4, 20, 30)), jnp.float32)},
     "shared bias": {"bias": jnp.asarray(RNG.standard_normal((1, 1, 1, 30)), jnp.float32)},

@@ -124,6 +124,7 @@ def test_margin():
     assert not call.overflows.any()
 
 
+@pytest.mark.full
 def test_float64(x64):
     call = look(*(x.astype(np.float64) for x in (Q, K, V)))
     assert call.dtype == "float64"

@@ -88,6 +88,7 @@ def scaled(variables, factor):
     )
 
 
+@pytest.mark.full
 @standard
 def test_a_unet_of_linen():
     before = UNET.apply(VARIABLES, X)

@@ -127,6 +127,7 @@ def test_a_token_that_is_not_finite_spoils_what_sees_it():
     np.testing.assert_array_equal(bad, expected)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layers", only([2], [1, 2]))
 def test_sequences_share_packed_pages(layers):
     """A fork within a page and at its edge; layers have pages of their own."""
@@ -185,6 +186,7 @@ def test_sequences_share_packed_pages(layers):
     check((1, 5, 1))
 
 
+@pytest.mark.full
 def test_what_a_format_would_cost_is_what_a_cache_gives_back():
     q, k, v = arrays("float32", 150, bias=5.0)
     empty = KVCache.empty(B, 192, K, D, "float32", value_head_dim=E, format="int8")

@@ -181,6 +181,7 @@ def test_a_page_that_begins_again_forgets_what_it_held():
     assert float(facts.value_top.max()) == float(jnp.abs(v[:9]).max())
 
 
+@pytest.mark.full
 def test_a_missing_page_spoils_its_own_sequence():
     plain, cache = Plain(), empty()
     first, then = (9, 6, 7, 5), (1, 1, 2, 1)
@@ -222,6 +223,7 @@ def test_a_key_that_is_not_finite_spoils_the_queries_that_see_it():
     assert np.isnan(np.asarray(out)).any((1, 2))[:3].tolist() == [False, True, False]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "size"), some_tuples([("bfloat16", 3e19), ("float32", 1e30)], 2))
 def test_huge_numbers_stay_finite(dtype, size):
     cache, plain = empty(dtype), Plain(dtype, size=size)

@@ -110,6 +110,7 @@ def test_tokens_may_come_one_at_a_time():
     assert np.allclose(cache.attend(q[:, -1:]), at_once.attend(q[:, -1:]), atol=1e-5)
 
 
+@pytest.mark.full
 def test_texts_of_unlike_lengths():
     q, k, v, basis = draws(b=3)
     lengths = np.array([40, 17, 3], np.int32)
