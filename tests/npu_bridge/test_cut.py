@@ -55,6 +55,7 @@ def _forget() -> None:
             function.cache_clear()
 
 
+@pytest.mark.full
 @needs_compiler
 def test_a_changed_tile_function_changes_the_kernel(monkeypatch, tmp_path):
     plain, probabilities = project.files(build(HALF)), tile.probabilities

@@ -72,7 +72,7 @@ def together(queries=300, keys=700):
 
 @pytest.mark.parametrize(
     ("name", "keywords"),
-    some_tuples(product(TARGETS, ["documents", "together", "low rank"]), 6),
+    some_tuples(product(TARGETS, ["documents", "together", "low rank"]), 6, 3),
 )
 def test_lists_of_long_sequences(name, keywords, request):
     """Several tiles in each list: tiles that are hidden, partly seen and seen whole."""

@@ -318,6 +318,7 @@ def test_statistics_of_nothing(shapes):
         assert np.all(np.isfinite(x))
 
 
+@pytest.mark.full
 def test_resonance_of_zeros_and_of_nothing_seen():
     x = normal(1, (2, 8, 2, 8))
     for q, options in ((0 * x, {}), (x, {"mask": jnp.zeros((1, 1, 8, 8), bool)})):

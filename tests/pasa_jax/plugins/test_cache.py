@@ -91,6 +91,7 @@ def test_what_is_kept_is_what_the_arrays_say():
     np.testing.assert_allclose(facts.key_norm, norms, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_prompts_of_unlike_length():
     q, k, v = arrays()
     lengths = jnp.asarray([PROMPT, 9], jnp.int32)
