@@ -127,7 +127,6 @@ def test_a_token_that_is_not_finite_spoils_what_sees_it():
     np.testing.assert_array_equal(bad, expected)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("layers", only([2], [1, 2]))
 def test_sequences_share_packed_pages(layers):
     """A fork within a page and at its edge; layers have pages of their own."""
