@@ -132,9 +132,9 @@ class PointerWalk(Walk):
         if self.refs.kappa is not None:
             kappa = self.load(self.refs.kappa, (j, 1, 1), self.along_size)
             kappa = jnp.broadcast_to(kappa, (side(1), self.specs.padded_size))
-        if self.refs.key_scale is None:
-            return tile.KeyTile(k, v, None, kappa)
-        scale = self.column(self.refs.key_scale, *self.keys_at(j))[None]
+        scale = None
+        if self.refs.key_scale is not None:
+            scale = self.column(self.refs.key_scale, *self.keys_at(j))[None]
         return tile.KeyTile(k, v, None, kappa, scale=scale)
 
     def store(self, ref: Ref, x: Array, *place: tuple[Index, int, int]) -> None:

@@ -224,11 +224,9 @@ class PagesWalk(Walk):
         if seen is not None:
             v = tile.zero_unusable(v, self.shown(j))
         kappa = self.kappa(j)
-        if kappa is None:
-            return tile.key_tile(k, v, None, self.numerics)
-        kappa = kappa.astype(k.dtype)
-        key = tile.key_tile(k, v, None, self.numerics, kappa=kappa)
-        return key._replace(kappa=jnp.broadcast_to(kappa, (_MATRIX_ROWS, kappa.shape[1])))
+        if kappa is not None:
+            kappa = kappa.astype(k.dtype)
+        return _in_matrix_rows(tile.key_tile(k, v, None, self.numerics, kappa=kappa))
 
     def _key_of_packed(self, packed: PackedTile, j: Index, partly: bool) -> tile.KeyTile:
         """`key_beneath` of pages of 8 bits.
@@ -260,10 +258,7 @@ class PagesWalk(Walk):
             means=found.means,
             value_scale=factors,
         )
-        key = key._replace(usable=found.usable)
-        if kappa is None:
-            return key
-        return key._replace(kappa=jnp.broadcast_to(kappa, (_MATRIX_ROWS, kappa.shape[1])))
+        return _in_matrix_rows(key._replace(usable=found.usable))
 
     def shown(self, j: Index, axis: int = 0) -> Array:
         """[n, 1] bool, [1, n] along axis 1: the keys of tile j that some row sees."""
@@ -282,6 +277,13 @@ class PagesWalk(Walk):
 
     def array(self, start: Index, j: Index, asks: Array | None = None) -> None:
         return None
+
+
+def _in_matrix_rows(key: tile.KeyTile) -> tile.KeyTile:
+    """The tile with κ, if it has one, in as many equal rows as a matrix operand needs."""
+    if key.kappa is None:
+        return key
+    return key._replace(kappa=jnp.broadcast_to(key.kappa, (_MATRIX_ROWS, key.kappa.shape[1])))
 
 
 def refusal(call: Call, plan: Plan) -> str | None:

@@ -33,7 +33,7 @@ def scratch_shapes(specs: Specs, plan: Plan, size: int, value_size: int) -> dict
     shapes = {"largest_key": (1, size)}
     if needs_blocks(plan):
         shapes |= Blocks.shapes(specs, size)
-    if plan.eight_bits:
+    if plan.precision.eight_bits:
         keys = specs.chunk_tiles * specs.block_kv
         shapes |= {"codes": (keys, size), "scale": (keys, 1) if specs.transposed else (1, keys)}
     if specs.in_parts:
@@ -93,7 +93,7 @@ def run_program(
         offset=None,
         largest_key=None if by_bound else scratch["largest_key"],
         kappa=None if blocks is None else blocks.kappa,
-        codes=tile.Codes(scratch["codes"], scratch["scale"]) if plan.eight_bits else None,
+        codes=tile.Codes(scratch["codes"], scratch["scale"]) if plan.precision.eight_bits else None,
         chunk_tiles=specs.chunk_tiles,
         chunk=c if specs.in_parts else 0,
     )

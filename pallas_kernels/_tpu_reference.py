@@ -90,9 +90,6 @@ class Blocks:
         """Leaves the keys less κ of a tile, [n, D], in 8 bits."""
         assert walk.codes is not None
         refs, n = walk.codes, walk.block_kv
-        if walk.usable(j) is not None or walk.mask.key_lengths is not None:
-            row = walk.key_start(j) + lax.broadcasted_iota(jnp.int32, (n, 1), 0)
-            shifted = tile.zero_unusable(shifted, row < walk.mask.valid_keys())
         codes, scale = tile.codes_of(shifted)
         at = walk.keys_at(j)
         refs.codes[at] = codes

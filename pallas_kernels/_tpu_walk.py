@@ -150,7 +150,7 @@ def _bytes(
         if x is not None:
             r = rows if x.shape[2] > 1 else o.query.shape[2] // o.key.shape[2]
             wide.append(padded(r, keys if x.shape[3] > 1 else 1) * x.dtype.itemsize)
-    if plan.eight_bits:
+    if plan.precision.eight_bits:
         wide += [padded(keys, size), padded(keys, 1) * 4]
     scores = plan.schedule.unroll * padded(tile_rows, plan.schedule.block_kv) * (4 + 4)
     state = 3 * padded(tile_rows, e) * 4 + 4 * padded(tile_rows, 1) * 4

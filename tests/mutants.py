@@ -69,7 +69,7 @@ MUTANTS = (
     Mutant(
         "a gradient of products of 8 bits is given",
         "pasa_jax/call/differentiation.py",
-        "    if core.plan.eight_bits:\n",
+        "    if core.plan.precision.eight_bits:\n",
         "    if False:\n",
         ("tests/pasa_jax/test_eight_bits.py",),
     ),

@@ -58,9 +58,15 @@ def synthetic(tokens: int, size: int) -> Iterator[Head]:
     yield head("FA3's: 0.1 % outliers", *(rng.standard_normal(shape) + rare), value)
 
 
-def of_smollm2(tokens: int, layers: slice = slice(None)) -> Iterator[Head]:
-    """The first query head of each key head of SmolLM2's layers, on a text, causal."""
-    of_layers = (x[layers] for x in smollm2_heads(tokens))
+def of_smollm2(tokens: int, every: int = 1) -> Iterator[Head]:
+    """The first query head of each key head of SmolLM2's layers, on a text, causal.
+
+    Arguments:
+      every: each so many layers; 0: none.
+    """
+    if not every:
+        return
+    of_layers = (x[::every] for x in smollm2_heads(tokens))
     for q, k, v in zip(*of_layers, strict=True):
         for n, (key, value) in enumerate(zip(k, v, strict=True)):
             query = q[n * len(q) // len(k)]

@@ -55,7 +55,7 @@ def errors(tokens: int, every: int) -> Results:
     scores in float32 and the shift `mean`.
     """
     heads = [x._replace(is_causal=True) for x in synthetic(tokens, 64) if x.name in DATA]
-    heads += of_smollm2(tokens, slice(None, None, every)) if every else []
+    heads += of_smollm2(tokens, every)
     true = [true_output(head) for head in heads]
     arrays = [
         jnp.asarray(np.stack(x, axis=1)[None], jnp.float32)  # [1, T, N, D]

@@ -83,10 +83,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the picture.")] = Path("out"),
 ) -> Results:
     """Prints the table, saves the picture, returns errors by scheme and data."""
-    found = errors(schemes(), synthetic(tokens, size))
-    if every:
-        of_model = errors(schemes(), of_smollm2(tokens, slice(None, None, every)))
-        found = {name: x | of_model[name] for name, x in found.items()}
+    found = errors(schemes(), [*synthetic(tokens, size), *of_smollm2(tokens, every)])
     data = list(next(iter(found.values())))
     columns = [(mean, rotated) for mean in MEANS for rotated in (False, True)]
     names = [f"{mean} off{', rotated' if rotated else ''}" for mean, rotated in columns]

@@ -152,7 +152,7 @@ def main(
     tiles = tokens // TILE
     heads = [x._replace(is_causal=True) for x in synthetic(tokens, size) if "bias" in x.name]
     heads = [x for x in heads if "queries" not in x.name and "fast" not in x.name]
-    heads += of_smollm2(tokens, slice(None, None, every)) if every else []
+    heads += of_smollm2(tokens, every)
     found = errors(schemes(tiles), heads)
     shares = {name: f"{share_in_4_bits(x, tiles):.0%}" for name, x in choices(tiles).items()}
     data = list(next(iter(found.values())))

@@ -74,10 +74,10 @@ def precision(
         resolved = Precision.named(dtype)
     elif isinstance(given, Precision):
         resolved = given
+    elif given == "int8":  # the name says nothing of what is not a product
+        resolved = replace(Precision.named(dtype), scores="float32", products="int8")
     else:
         resolved = Precision.named(given)
-    if given == "int8":  # the name says nothing of what is not a product
-        resolved = replace(Precision.named(dtype), scores="float32", products="int8")
     wide = "float64" in dataclasses.astuple(resolved)
     if wide != (dtype == "float64"):
         way_out = "Cast query, key and value instead."
@@ -87,7 +87,7 @@ def precision(
     if resolved.products == "float16" and dtype != "float16":
         allowed = 'have products="float32" for inputs that are not float16'
         raise wrong("precision", allowed, resolved, "Cast query, key and value to float16.")
-    if resolved.products == "int8":
+    if resolved.eight_bits:
         _products_of_8_bits(resolved, dtype, shift, target)
     if shift == "bound" and not _wide_enough(resolved, target):
         allowed = (

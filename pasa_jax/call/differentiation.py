@@ -86,7 +86,7 @@ def _compiled_forward(
 
 
 def _forward(core: Core, operands: Operands, mask: Mask) -> tuple[Any, Any]:
-    if core.plan.eight_bits:
+    if core.plan.precision.eight_bits:
         allowed = "have products of another type than int8 where gradients are asked for"
         raise wrong("precision", allowed, "'int8'", "Leave `precision` out for training.")
     result = run(core.forward, core.plan, "residuals", operands, mask)

@@ -118,7 +118,7 @@ def attend(
         raise wrong("shift", "be another than 'bound' in a cache", "'bound'", way_out)
     scale, number = checks.scale(scale, query)
     resolved = checks.precision(precision, pages.dtype, shift, schedule.target)
-    if resolved.products == "int8":
+    if resolved.eight_bits:
         way_out = "A cache packs keys when they are written: ask for `format`."
         raise wrong("precision", "have other products than int8 in a cache", "'int8'", way_out)
     plan = Plan(

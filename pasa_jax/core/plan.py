@@ -62,16 +62,11 @@ class Plan:
             return Storage.LAGGING if rounded else Storage.BENEATH_MAXIMUM
         if self.shift != "auto":
             return Storage(self.shift)
-        if self.eight_bits:
+        if self.precision.eight_bits:
             return Storage.BLOCK_MEAN
         if self.precision.scores in ("float32", "float64") and self.precision.products != "float16":
             return Storage.PLAIN
         return Storage.BLOCK_MEAN if rounded else Storage.BENEATH_MAXIMUM
-
-    @property
-    def eight_bits(self) -> bool:
-        """Whether q·k is a product of 8-bit integers, of keys less their block's mean."""
-        return self.precision.products == "int8"
 
     @property
     def unproved(self) -> Plan:
@@ -112,7 +107,11 @@ class Plan:
     @property
     def chooses_per_head(self) -> bool:
         """Whether `auto` decides for each key head, by the data."""
-        return self.shift == "auto" and self.storage is Storage.BLOCK_MEAN and not self.eight_bits
+        return (
+            self.shift == "auto"
+            and self.storage is Storage.BLOCK_MEAN
+            and not self.precision.eight_bits
+        )
 
     def explain_shift(self) -> tuple[str, str]:
         """The shift, and the reason for it as a clause."""
@@ -124,7 +123,7 @@ class Plan:
             return "bound or none", rule
         if self.shift != "auto":
             return self.shift, "it was asked for"
-        if self.eight_bits:
+        if self.precision.eight_bits:
             return "mean", "keys lose their block's mean before they are rounded to 8 bits"
         if self.storage is Storage.PLAIN:
             return "none", f"scores are stored in {scores}"

@@ -58,6 +58,11 @@ class Precision:
                 "Eight bits cannot count the keys of a row: use float32.",
             )
 
+    @property
+    def eight_bits(self) -> bool:
+        """Whether q·k is a product of 8-bit integers, of keys less their block's mean."""
+        return self.products == "int8"
+
     @staticmethod
     def named(name: str) -> Precision:
         """The setting called ``name``.

@@ -111,7 +111,7 @@ def prepare(
     if guards(plan, q.dtype):
         guard = usual(no_guard(q), found_guard)
     codes = None
-    if plan.eight_bits:
+    if plan.precision.eight_bits:
         assert kappa is not None
         codes = key_codes(k, usable, kappa, n)
     return HeadFacts(usable, kappa, chosen, guard, value_gain, ordinary=is_ordinary, codes=codes)

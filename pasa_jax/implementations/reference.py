@@ -44,7 +44,7 @@ def supports(operands: Operands, mask: Mask, plan: Plan) -> str | None:
     del operands, mask
     if plan.shift not in ("auto", "none"):
         return f"it computes the plain formula, without the shift {plan.shift!r}"
-    if plan.eight_bits:
+    if plan.precision.eight_bits:
         return "it multiplies queries and keys as they are, not in 8 bits"
     if plan.explicit_precision and plan.precision.scores in ("float16", "bfloat16"):
         return f"it stores scores in float32 at least, not in {plan.precision.scores}"

@@ -85,7 +85,7 @@ def query_tile(
         gain = jnp.ones_like(gain)
     if numerics.maximum_first:  # a factor that is not negative keeps the order of products
         q, gain = jnp.where(gain < 0, -q, q), jnp.abs(gain)
-    codes = codes_of(q) if numerics.eight_bits else None
+    codes = codes_of(q) if numerics.precision.eight_bits else None
     query = QueryTile(q, gain, guard, rest)
     if numerics.needs_scores:
         query = query._replace(guard=None, capped=guard)

@@ -165,12 +165,7 @@ class Numerics:
         afterwards: where products are rounded, or keys are, it cannot be done before.
         """
         rounded = self.rounds_products and self.precision.scores == "float16"
-        return self.storage is Storage.BOUND and (rounded or self.eight_bits)
-
-    @property
-    def eight_bits(self) -> bool:
-        """Whether q·k is a product of 8-bit integers."""
-        return self.precision.products == "int8"
+        return self.storage is Storage.BOUND and (rounded or self.precision.eight_bits)
 
     @property
     def needs_scores(self) -> bool:
